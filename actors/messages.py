@@ -1,0 +1,234 @@
+"""Every message of the engine, in pipeline order, and the inbox of each actor.
+
+    caller ─Submit→ tokenizer ─Tokenized→ scheduler ⇄ cache      (Match/Matched at admission, Reserve/Reserved each step)
+    scheduler ─StepPlan→ executor ─StepResult→ scheduler ─Sampled→ detokenizer ─→ the request's mailbox
+    detokenizer ─Stopped→ scheduler                              (a stop string is visible only in text)
+
+Messages are frozen, hold ids, numbers, text and tuples only, and travel by reference inside a process. Anything that
+happens once a step is one struct of parallel tuples, never one message per token. StepPlan and StepResult are the
+runner's own vocabulary and are defined in `triode.models.step`; Match to Clear are the cache's, in
+`triode.cache.messages`.
+"""
+
+import enum
+from typing import TypeAlias
+
+import msgspec
+
+from triode.cache.messages import Clear, Match, Matched, Pin, Pinned, Release, Reserve, Reserved, Unpin
+from triode.ids import RequestId, SequenceId, StepId, TokenId
+from triode.models.sampling import SamplingParams
+from triode.models.step import StepPlan, StepResult, TokenLogprobs
+
+ChatMessages: TypeAlias = tuple[dict[str, object], ...]
+"""Messages in OpenAI's shape: `{"role": ..., "content": ...}`."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of every message: immutable, self-describing, made of plain values."""
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class RequestStatus(enum.StrEnum):
+    """Where a request is. With several samples, the least advanced unfinished one decides."""
+
+    QUEUED = "queued"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing more will happen to the request."""
+        return self in (RequestStatus.FINISHED, RequestStatus.CANCELLED, RequestStatus.FAILED)
+
+
+# ─ caller → tokenizer
+
+
+class Submit(Message, frozen=True):
+    """A new request, unchecked but for its SamplingParams."""
+
+    request_id: RequestId
+    arrival: int
+    """Counts the engine's submits: requests of equal priority are admitted in this order."""
+    prompt: str | tuple[TokenId, ...] | ChatMessages
+    params: SamplingParams
+    seed: int
+    """`params.seed`, or the one drawn at submit."""
+    priority: int = 0
+    """Lower goes first."""
+    cache_salt: str | None = None
+    deadline_at_s: float | None = None
+    """On the engine's clock; the request is cancelled when it passes."""
+    pool_hidden: bool = False
+    """An embedding request: it returns the pooled hidden state of the prompt and generates nothing."""
+
+
+# ─ tokenizer → scheduler: every Submit is answered exactly once, by one of these
+
+
+class Tokenized(Message, frozen=True):
+    """A request ready to be queued. `params.max_tokens` is resolved: never None."""
+
+    request_id: RequestId
+    arrival: int
+    token_ids: tuple[TokenId, ...]
+    params: SamplingParams
+    seed: int
+    stop_token_ids: tuple[TokenId, ...]
+    """Without the model's end-of-sequence tokens when `ignore_eos`; what ends the output, not what is masked."""
+    bad_word_ids: tuple[tuple[TokenId, ...], ...] = ()
+    priority: int = 0
+    cache_salt: str | None = None
+    deadline_at_s: float | None = None
+    pool_hidden: bool = False
+
+
+class Rejected(Message, frozen=True):
+    """A request that cannot run as asked; `submit` raises ValueError(reason)."""
+
+    request_id: RequestId
+    reason: str
+
+
+# ─ caller → scheduler
+
+
+class Cancel(Message, frozen=True):
+    """Synchronous and idempotent at the caller; an id that is unknown or finished is ignored."""
+
+    request_id: RequestId
+
+
+class SetPriority(Message, frozen=True):
+    """Lower goes first; takes effect at the next plan."""
+
+    request_id: RequestId
+    priority: int
+
+
+# ─ scheduler → detokenizer
+
+
+class Opened(Message, frozen=True):
+    """The request is valid and queued: `submit` returns."""
+
+    request_id: RequestId
+    num_prompt_tokens: int
+    seed: int
+    params: SamplingParams
+    prompt_token_ids: tuple[TokenId, ...]
+    """The prompt, for `prompt_logprobs` and the incremental decoder's context."""
+
+
+class Sampled(Message, frozen=True):
+    """The new tokens of one step. The row fields are parallel; a request has one row per sample in the step."""
+
+    step_id: StepId
+    request_ids: tuple[RequestId, ...]
+    sample_indices: tuple[int, ...]
+    token_ids: tuple[TokenId, ...]
+    finish_reasons: tuple[FinishReason | None, ...]
+    """Set on a sequence's last token: STOP for a stop token, LENGTH at max_tokens."""
+    logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+
+class PromptScored(Message, frozen=True):
+    """prompt_logprobs of consecutive prompt positions of one request."""
+
+    request_id: RequestId
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+class Embedded(Message, frozen=True):
+    """The pooled hidden state of one embedding request, which ends with it."""
+
+    request_id: RequestId
+    embedding: tuple[float, ...]
+
+
+class StatusChanged(Message, frozen=True):
+    """Requests whose status changed, in parallel tuples; `num_cached_tokens` is what their prefix match found."""
+
+    request_ids: tuple[RequestId, ...]
+    statuses: tuple[RequestStatus, ...]
+    num_cached_tokens: tuple[int, ...]
+
+
+class Ended(Message, frozen=True):
+    """A request ended other than by its own tokens: cancelled, past its deadline, rejected or failed."""
+
+    request_id: RequestId
+    status: RequestStatus
+    reason: str
+    is_rejection: bool = False
+    """The request never started because it was wrong: its caller gets ValueError."""
+
+
+# ─ detokenizer → scheduler
+
+
+class Stopped(Message, frozen=True):
+    """A stop string was found: the sequence ends with its `num_tokens`-th generated token."""
+
+    request_id: RequestId
+    sample_index: int
+    num_tokens: int
+
+
+# ─ inboxes: one per actor
+
+TokenizerInbox: TypeAlias = Submit
+SchedulerInbox: TypeAlias = Tokenized | Rejected | Cancel | SetPriority | Matched | Reserved | StepResult | Stopped
+CacheInbox: TypeAlias = Match | Reserve | Release | Pin | Unpin | Clear
+ExecutorInbox: TypeAlias = StepPlan
+DetokenizerInbox: TypeAlias = Opened | Sampled | PromptScored | Embedded | StatusChanged | Ended
+
+__all__ = [
+    "CacheInbox",
+    "Cancel",
+    "ChatMessages",
+    "Clear",
+    "DetokenizerInbox",
+    "Embedded",
+    "Ended",
+    "ExecutorInbox",
+    "FinishReason",
+    "Match",
+    "Matched",
+    "Message",
+    "Opened",
+    "Pin",
+    "Pinned",
+    "PromptScored",
+    "Rejected",
+    "Release",
+    "RequestId",
+    "RequestStatus",
+    "Reserve",
+    "Reserved",
+    "Sampled",
+    "SchedulerInbox",
+    "SequenceId",
+    "SetPriority",
+    "StatusChanged",
+    "StepPlan",
+    "StepResult",
+    "Stopped",
+    "Submit",
+    "Tokenized",
+    "TokenizerInbox",
+    "Unpin",
+]

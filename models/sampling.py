@@ -1,0 +1,224 @@
+"""SamplingParams: everything a request may say about how its tokens are chosen, and the limits of each parameter.
+
+Nothing here is ever changed silently: a value outside its limits, or a pair of values that contradict each other,
+raises `ValueError` naming the parameter, the constraint and the value. `pack` turns the parameters of a batch into one
+column per parameter, leaving out the parameters that no row uses.
+
+The order in which the sampler applies them: logit_bias, bad_words, no_repeat_ngram_size, min_tokens, repetition,
+presence and frequency penalty, temperature, top_k, top_p, min_p, draw.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from triode.ids import TokenId
+
+MAX_LOGPROBS = 64
+"""The most alternatives that `logprobs` and `prompt_logprobs` may ask for."""
+MAX_N = 256
+"""The most samples one request may ask for."""
+MAX_STOPS = 64
+"""The most stop strings, stop tokens or bad words of one request."""
+MAX_SEED = 2**64 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one request chooses its tokens and when it stops.
+
+    Raises:
+        ValueError: at construction, for a value outside its limits or for parameters that contradict each other.
+    """
+
+    max_tokens: int | None = None
+    """The most tokens to generate; None takes all the room the context leaves, which the completion reports."""
+    min_tokens: int = 0
+    """No end-of-sequence or stop token is sampled, and no stop string honoured, before this many tokens."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most probable token (greedy)."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most probable tokens whose probabilities reach p."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as probable as the most probable one."""
+    seed: int | None = None
+    """Makes the draws repeatable; None draws a seed at submit, which the completion reports."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or output (CTRL, arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the output already contains."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once for every time the output already contains it."""
+    no_repeat_ngram_size: int = 0
+    """No n-gram of this size occurs twice in prompt and output; 0 allows all."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these token ids; -inf forbids a token."""
+    bad_words: tuple[str, ...] = ()
+    """Strings whose token sequences are never completed."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the output where they first appear."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the output, besides the model's own."""
+    include_stop: bool = False
+    """Whether the text keeps the stop string or stop token that ended it."""
+    ignore_eos: bool = False
+    """Go on past the model's own end-of-sequence tokens."""
+    logprobs: int | None = None
+    """Report each token's logprob and this many alternatives; None reports nothing."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
+    n: int = 1
+    """How many independent samples to draw from the prompt."""
+    guide: Mapping[str, object] | None = None
+    """A constraint on the output. Not supported yet: anything but None is refused."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("stop", self.stop), ("bad_words", self.bad_words)):
+            _check_words(name, value)
+        _check_numbers(self)
+        _check_collections(self)
+        _check_combinations(self)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is always taken, so that no random number is drawn."""
+        return self.temperature == 0
+
+    @property
+    def uses_penalties(self) -> bool:
+        """Whether the logits depend on which tokens came before, by count or by presence."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+# name, lowest, highest, are the ends allowed, may it be None
+_INTEGERS: tuple[tuple[str, int, float, bool], ...] = (
+    ("max_tokens", 1, math.inf, True),
+    ("min_tokens", 0, math.inf, False),
+    ("top_k", 0, math.inf, False),
+    ("seed", 0, MAX_SEED, True),
+    ("no_repeat_ngram_size", 0, math.inf, False),
+    ("logprobs", 0, MAX_LOGPROBS, True),
+    ("prompt_logprobs", 0, MAX_LOGPROBS, True),
+    ("n", 1, MAX_N, False),
+)
+_FLOATS: tuple[tuple[str, float, float, str], ...] = (
+    ("temperature", 0.0, 100.0, ">= 0 and <= 100"),
+    ("top_p", math.ulp(0.0), 1.0, "> 0 and <= 1"),
+    ("min_p", 0.0, 1.0, ">= 0 and <= 1"),
+    ("repetition_penalty", math.ulp(0.0), 100.0, "> 0 and <= 100"),
+    ("presence_penalty", -100.0, 100.0, ">= -100 and <= 100"),
+    ("frequency_penalty", -100.0, 100.0, ">= -100 and <= 100"),
+)
+_FLAGS = ("include_stop", "ignore_eos", "skip_special_tokens")
+
+
+def _check_numbers(params: SamplingParams) -> None:
+    for name, lowest, highest, optional in _INTEGERS:
+        value = getattr(params, name)
+        if value is None and optional:
+            continue
+        if type(value) is not int or not lowest <= value <= highest:
+            limit = f">= {lowest}" if highest == math.inf else f">= {lowest} and <= {highest}"
+            raise ValueError(f"{name} must be an integer {limit}, got {value!r}")
+    for name, low, high, limit in _FLOATS:
+        value = getattr(params, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"{name} must be a number {limit}, got {value!r}")
+    for name in _FLAGS:
+        value = getattr(params, name)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def _check_words(name: str, words: object) -> None:
+    if isinstance(words, str) or not isinstance(words, Sequence):
+        raise ValueError(f"{name} must be a tuple of strings, got {words!r}")
+    if len(words) > MAX_STOPS:
+        raise ValueError(f"{name} must have at most {MAX_STOPS} entries, got {len(words)}")
+    for word in words:
+        if not isinstance(word, str) or not word:
+            raise ValueError(f"{name} must hold non-empty strings, got {word!r}")
+
+
+def _check_collections(params: SamplingParams) -> None:
+    if isinstance(params.stop_token_ids, str) or not isinstance(params.stop_token_ids, Sequence):
+        raise ValueError(f"stop_token_ids must be a tuple of token ids, got {params.stop_token_ids!r}")
+    if len(params.stop_token_ids) > MAX_STOPS:
+        raise ValueError(f"stop_token_ids must have at most {MAX_STOPS} entries, got {len(params.stop_token_ids)}")
+    for token_id in params.stop_token_ids:
+        if type(token_id) is not int or token_id < 0:
+            raise ValueError(f"stop_token_ids must hold token ids >= 0, got {token_id!r}")
+    if params.logit_bias is None:
+        return
+    if not isinstance(params.logit_bias, Mapping):
+        raise ValueError(f"logit_bias must map token ids to numbers, got {params.logit_bias!r}")
+    for token_id, bias in params.logit_bias.items():
+        if type(token_id) is not int or token_id < 0:
+            raise ValueError(f"logit_bias must have token ids >= 0 as keys, got {token_id!r}")
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
+            raise ValueError(f"logit_bias must have numbers below +inf as values, got {bias!r} for token {token_id}")
+
+
+def _check_combinations(params: SamplingParams) -> None:
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise ValueError(f"min_tokens must be <= max_tokens = {params.max_tokens}, got {params.min_tokens}")
+    if params.is_greedy and params.n > 1:
+        raise ValueError(f"n must be 1 when temperature is 0, because all samples would be equal, got {params.n}")
+    if params.guide is not None:
+        raise ValueError(f"guide must be None: guided output is not supported yet, got {params.guide!r}")
+
+
+class SamplingColumns(msgspec.Struct, frozen=True):
+    """The parameters of a batch of R rows, one column per parameter; None where no row uses the parameter."""
+
+    greedy: tuple[bool, ...]
+    temperature: tuple[float, ...] | None = None
+    top_k: tuple[int, ...] | None = None
+    top_p: tuple[float, ...] | None = None
+    min_p: tuple[float, ...] | None = None
+    repetition_penalty: tuple[float, ...] | None = None
+    presence_penalty: tuple[float, ...] | None = None
+    frequency_penalty: tuple[float, ...] | None = None
+    no_repeat_ngram_size: tuple[int, ...] | None = None
+    logit_bias: tuple[tuple[tuple[TokenId, float], ...], ...] | None = None
+    min_tokens: tuple[int, ...] | None = None
+    logprobs: tuple[int | None, ...] | None = None
+
+
+# A parameter is in use when a row's value differs from the one that changes nothing.
+_NEUTRAL: tuple[tuple[str, object], ...] = (
+    ("top_k", 0),
+    ("top_p", 1.0),
+    ("min_p", 0.0),
+    ("repetition_penalty", 1.0),
+    ("presence_penalty", 0.0),
+    ("frequency_penalty", 0.0),
+    ("no_repeat_ngram_size", 0),
+    ("min_tokens", 0),
+    ("logprobs", None),
+)
+# Truncation cannot change which token is the most probable one.
+_NO_EFFECT_WHEN_GREEDY = frozenset({"top_k", "top_p", "min_p"})
+
+
+def pack(rows: Sequence[SamplingParams]) -> SamplingColumns:
+    """Columns for a batch; a column that would change no row is None, so that its pass is skipped.
+
+    A greedy row's temperature is packed as 1 and its truncations as neutral: they cannot change its token.
+    """
+    greedy = tuple(row.is_greedy for row in rows)
+    columns: dict[str, object] = {}
+    if any(not row.is_greedy and row.temperature != 1 for row in rows):
+        columns["temperature"] = tuple(1.0 if row.is_greedy else float(row.temperature) for row in rows)
+    for name, neutral in _NEUTRAL:
+        skip_greedy = name in _NO_EFFECT_WHEN_GREEDY
+        values = tuple(neutral if skip_greedy and row.is_greedy else getattr(row, name) for row in rows)
+        if any(value != neutral for value in values):
+            columns[name] = values
+    if any(row.logit_bias for row in rows):
+        columns["logit_bias"] = tuple(tuple((row.logit_bias or {}).items()) for row in rows)
+    return msgspec.convert({"greedy": greedy, **columns}, SamplingColumns)

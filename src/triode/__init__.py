@@ -1,0 +1,92 @@
+"""Triode: an LLM inference engine for async Python.
+
+    async with triode.open_engine("smollm2-135m") as engine:
+        stream = await engine.submit("Why is the sky blue?", triode.SamplingParams(max_tokens=64))
+        async for delta in stream:
+            print(delta.text, end="")
+
+Names load on first use: `import triode` itself imports neither Trio nor torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from triode.engine.blocking import LLM
+    from triode.engine.completion import Completion, Delta, RequestStatus, Usage
+    from triode.engine.config import EngineConfig
+    from triode.engine.engine import Engine, open_engine
+    from triode.engine.stream import RequestStream
+    from triode.errors import (
+        CorruptModel,
+        EngineBusy,
+        EngineClosed,
+        EngineFault,
+        InsufficientMemory,
+        MissingExtra,
+        ModelError,
+        ModelNotFound,
+        RequestFailed,
+        TriodeError,
+        UnsupportedModel,
+    )
+    from triode.models.sampling import SamplingParams
+else:
+
+    def __getattr__(name):
+        if name == "aio":
+            return import_module("triode.engine.aio")
+        if (module := _HOMES.get(name)) is None:
+            raise AttributeError(f"module 'triode' has no attribute {name!r}")
+        return getattr(import_module(module), name)
+
+
+_HOMES = {
+    "LLM": "triode.engine.blocking",
+    "Completion": "triode.engine.completion",
+    "CorruptModel": "triode.errors",
+    "Delta": "triode.engine.completion",
+    "Engine": "triode.engine.engine",
+    "EngineBusy": "triode.errors",
+    "EngineClosed": "triode.errors",
+    "EngineConfig": "triode.engine.config",
+    "EngineFault": "triode.errors",
+    "InsufficientMemory": "triode.errors",
+    "MissingExtra": "triode.errors",
+    "ModelError": "triode.errors",
+    "ModelNotFound": "triode.errors",
+    "RequestFailed": "triode.errors",
+    "RequestStatus": "triode.engine.completion",
+    "RequestStream": "triode.engine.stream",
+    "SamplingParams": "triode.models.sampling",
+    "TriodeError": "triode.errors",
+    "UnsupportedModel": "triode.errors",
+    "Usage": "triode.engine.completion",
+    "open_engine": "triode.engine.engine",
+}
+
+__all__ = [  # noqa: RUF022 - the public surface, sorted by what a reader looks for first
+    "open_engine",
+    "Engine",
+    "EngineConfig",
+    "LLM",
+    "RequestStream",
+    "SamplingParams",
+    "Completion",
+    "Delta",
+    "RequestStatus",
+    "Usage",
+    "TriodeError",
+    "EngineBusy",
+    "EngineClosed",
+    "EngineFault",
+    "RequestFailed",
+    "InsufficientMemory",
+    "MissingExtra",
+    "ModelError",
+    "ModelNotFound",
+    "CorruptModel",
+    "UnsupportedModel",
+]

@@ -1,0 +1,61 @@
+"""Every exception of Triode, named by who can do something about it.
+
+    ValueError                     the call is wrong: it names the argument, the value and the constraint
+    TriodeError
+    ├── EngineBusy                 the queue is full: try again later
+    ├── EngineClosed               the engine has ended: open another
+    ├── EngineFault                a bug or a device fault ended the engine; `__cause__` tells which
+    ├── RequestFailed              one request failed while it ran; the engine and its neighbours go on
+    ├── InsufficientMemory         weights or KV cache do not fit; the message says what to lower
+    ├── MissingExtra               an optional dependency is not installed; the message names the extra
+    └── ModelError                 the model's files are at fault
+        ├── ModelNotFound          there is no such file, folder, alias or repository
+        ├── CorruptModel           a file is truncated, or a tensor is missing or has the wrong shape
+        └── UnsupportedModel       a feature that Triode does not have, by name
+
+`triode.errors` imports nothing and may be imported from anywhere.
+"""
+
+
+class TriodeError(Exception):
+    """Base of the errors that are not plain `ValueError`s."""
+
+
+class EngineBusy(TriodeError):
+    """The engine has as many unfinished requests as it accepts; nothing was queued."""
+
+
+class EngineClosed(TriodeError):
+    """The engine's `async with` block has been left; it takes no more calls."""
+
+
+class EngineFault(TriodeError):
+    """A bug or a device fault ended the engine. `__cause__` is the original exception."""
+
+
+class RequestFailed(TriodeError):
+    """This request failed while it ran. Other requests are not affected."""
+
+
+class InsufficientMemory(TriodeError):
+    """The weights or the KV cache do not fit into the memory there is."""
+
+
+class MissingExtra(TriodeError):
+    """A feature needs an optional dependency that is not installed."""
+
+
+class ModelError(TriodeError):
+    """A model cannot be loaded."""
+
+
+class ModelNotFound(ModelError):
+    """No file, folder, alias or repository has this name."""
+
+
+class CorruptModel(ModelError):
+    """A file is truncated or unreadable, or a tensor is missing or has the wrong shape."""
+
+
+class UnsupportedModel(ModelError):
+    """The checkpoint uses a feature that Triode does not support."""

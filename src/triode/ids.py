@@ -1,0 +1,24 @@
+"""The names by which the floors refer to one another's things.
+
+A `RequestId` is the caller's; everything else is an index handed out by the floor that owns the thing.
+"""
+
+from typing import NewType
+
+RequestId = NewType("RequestId", str)
+"""One call of `Engine.submit`; unique among the unfinished requests of an engine."""
+
+SequenceId = NewType("SequenceId", int)
+"""One of the `n` token sequences of a request; never reused within an engine."""
+
+SlotId = NewType("SlotId", int)
+"""A place in the runner's batch, `0 <= slot < max_running`; reused, hence always paired with an epoch."""
+
+StepId = NewType("StepId", int)
+"""A step of the model, counted from 0."""
+
+BlockId = NewType("BlockId", int)
+"""A block of the KV cache. Block 0 belongs to nobody: padding is written there."""
+
+TokenId = NewType("TokenId", int)
+"""An entry of the model's vocabulary."""
