@@ -1,0 +1,132 @@
+"""What a decoder looks like: its sizes, and the few switches by which the supported families differ.
+
+One struct describes every model. The readers of config.json (`hf_config.py`) and of GGUF metadata (`gguf_config.py`)
+fill it and refuse, by name, whatever it cannot express.
+"""
+
+import math
+from typing import Literal
+
+import msgspec
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "factors"]
+
+
+class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How positions become rotation angles. A field is None where its `kind` does not use it.
+
+    The kinds are those of transformers' `modeling_rope_utils`, and one more: `factors` divides each frequency by a
+    factor stored in the file, which is how GGUF carries Llama 3's scaling.
+    """
+
+    theta: float = 10_000.0
+    """The base: frequency i of `head_dim / 2` is `theta ** (-2 i / head_dim)`, before scaling."""
+    kind: RopeKind = "default"
+    factor: float | None = None
+    """How much further positions reach (all kinds but `default` and `factors`)."""
+    original_max_position: int | None = None
+    """The context the model was trained with before it was extended (`dynamic`, `yarn`, `llama3`, `longrope`)."""
+    attention_factor: float | None = None
+    """Multiplies cos and sin (`yarn`, `longrope`); None derives it from `factor` as the paper does."""
+    beta_fast: float = 32.0
+    """Frequencies with more rotations than this over the original context are kept (`yarn`)."""
+    beta_slow: float = 1.0
+    """Frequencies with fewer rotations than this are divided by `factor` (`yarn`)."""
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    """With `mscale`, another way to derive the attention factor (`yarn`)."""
+    truncate: bool = True
+    """Whether the ends of the ramp between the two are rounded to whole dimensions (`yarn`)."""
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    """Wavelengths from `original / high` to `original / low` are blended (`llama3`)."""
+    short_factors: tuple[float, ...] | None = None
+    """Divisors of the `head_dim / 2` frequencies in a context up to the original (`longrope`), or always (`factors`)."""
+    long_factors: tuple[float, ...] | None = None
+    """The divisors in a longer context (`longrope`)."""
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A decoder-only transformer: RMSNorm, rotary attention with grouped KV heads, SwiGLU."""
+
+    architecture: str
+    """A family of `registry.FAMILIES`."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_context_tokens: int
+    """The longest sequence this engine serves; length-dependent rope scalings are fixed for it."""
+    context_limit_tokens: int
+    """The longest sequence the model is made for."""
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """Whether each head of q and k is normalised before the rotation (Qwen3)."""
+    sliding_window_tokens: int | None = None
+    """A query sees this many positions, its own included, in `sliding_layers`."""
+    sliding_layers: tuple[bool, ...] = ()
+    """Per layer, whether it uses the sliding window; empty without one."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: DtypeName = "float32"
+    """The dtype of the checkpoint's weights, as it declares it."""
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, because rotary pairs dimensions, got {self.head_dim}")
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"rms_norm_eps must be > 0, got {self.rms_norm_eps}")
+        if not 0 < self.rope.theta < math.inf:
+            raise ValueError(f"rope.theta must be > 0 and finite, got {self.rope.theta}")
+        if self.max_context_tokens > self.context_limit_tokens:
+            limit = self.context_limit_tokens
+            raise ValueError(f"max_context_tokens must be <= {limit} for this model, got {self.max_context_tokens}")
+        if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
+            raise ValueError(f"sliding_layers must have {self.num_layers} entries, got {len(self.sliding_layers)}")
+        for factors in (self.rope.short_factors, self.rope.long_factors):
+            if factors is not None and len(factors) != self.head_dim // 2:
+                raise ValueError(
+                    f"rope factors must have head_dim / 2 = {self.head_dim // 2} entries, got {len(factors)}"
+                )
+
+    @property
+    def q_size(self) -> int:
+        """Rows of the query projection."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of the key projection, and of the value projection."""
+        return self.num_kv_heads * self.head_dim
+
+    def window_tokens(self, layer: int) -> int | None:
+        """How many positions a query of `layer` sees, its own included; None sees all."""
+        return self.sliding_window_tokens if self.sliding_layers and self.sliding_layers[layer] else None
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_context_tokens",
+)
