@@ -1,0 +1,105 @@
+"""The memory that keys and values live in, and how much of it there can be.
+
+Shape letters: L layers, P blocks, B tokens a block, K KV heads, H head dim.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from triode.cache.config import CacheConfig
+from triode.cache.memory import available_memory_bytes
+from triode.cache.messages import BlockCopy
+from triode.errors import InsufficientMemory
+
+
+class KVPool:
+    """Keys and values of all layers in one allocation, cut into blocks.
+
+    `keys[l]` and `values[l]` are the views of layer `l`, each [P, B, K, H]. Token `i` of a sequence lives at
+    `[table[i // B], i % B]`. The memory starts uninitialised and blocks are reused as they are: whoever reads must
+    mask positions that no token of the sequence has written (NaN times a weight of zero is NaN).
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        block_size_tokens: int,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size_tokens = block_size_tokens
+        # Axis 1 tells keys (0) from values (1).
+        shape = (num_layers, 2, num_blocks, block_size_tokens, num_kv_heads, head_dim)
+        self._storage_L2PBKH = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = tuple(layer_2PBKH[0] for layer_2PBKH in self._storage_L2PBKH)
+        self.values = tuple(layer_2PBKH[1] for layer_2PBKH in self._storage_L2PBKH)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the allocation."""
+        return self._storage_L2PBKH.nbytes
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks, keys and values of all layers. All sources are read before any target is written."""
+        if not copies:
+            return
+        device = self._storage_L2PBKH.device
+        sources = torch.tensor([copy.source for copy in copies], device=device)
+        targets = torch.tensor([copy.target for copy in copies], device=device)
+        self._storage_L2PBKH[:, :, targets] = self._storage_L2PBKH[:, :, sources]
+
+
+def bytes_per_block(
+    *, block_size_tokens: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> int:
+    """Bytes that one block takes in all layers, keys and values together."""
+    return 2 * num_layers * block_size_tokens * num_kv_heads * head_dim * dtype.itemsize
+
+
+def num_blocks_for(config: CacheConfig, bytes_per_block: int, free_bytes: int, useful_blocks: int) -> int:
+    """How many blocks the pool gets, block 0 (for padding) included.
+
+    `memory_bytes` is taken as it stands. Without it the pool takes `memory_fraction` of `free_bytes`, and no more than
+    `useful_blocks`, which is what the engine's limits let requests fill.
+
+    Raises InsufficientMemory when `memory_bytes` is more than is free, or when not even one block of tokens fits.
+    """
+    if config.memory_bytes is None:
+        budget_bytes = int(free_bytes * config.memory_fraction)
+        num_blocks = min(budget_bytes // bytes_per_block, useful_blocks + 1)
+        origin = f"{config.memory_fraction:g} (memory_fraction) of the {_gib(free_bytes)} that are free"
+    else:
+        budget_bytes = config.memory_bytes
+        num_blocks = budget_bytes // bytes_per_block
+        origin = "memory_bytes"
+    if budget_bytes > free_bytes:
+        raise InsufficientMemory(
+            f"the KV cache wants {_gib(budget_bytes)} (memory_bytes), but {_gib(free_bytes)} are free: "
+            "lower memory_bytes, or close what else holds memory (another engine?)"
+        )
+    if num_blocks < 2:
+        raise InsufficientMemory(
+            f"the KV cache gets {_gib(budget_bytes)} ({origin}), but needs {_gib(2 * bytes_per_block)} for a block of "
+            f"{config.block_size_tokens} tokens and one for padding: lower block_size_tokens, raise memory_bytes or "
+            "memory_fraction, or take a smaller model or dtype"
+        )
+    return num_blocks
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on `device`: of the GPU, or of main memory within the control group's limit."""
+    if device.type == "cuda":
+        # Blocks that torch has cached but does not use are free to us, and unknown to the driver.
+        cached_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached_bytes
+    return available_memory_bytes()
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.3g} GiB"
