@@ -10,8 +10,10 @@ presence and frequency penalty, temperature, top_k, top_p, min_p, draw.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import msgspec
+from msgspec.structs import force_setattr
 
 from triode.ids import TokenId
 
@@ -21,11 +23,20 @@ MAX_N = 256
 """The most samples one request may ask for."""
 MAX_STOPS = 64
 """The most stop strings, stop tokens or bad words of one request."""
+MIN_TEMPERATURE = 1e-6
+"""The lowest temperature of a random draw: logits divided by it are still finite in float32."""
+MAX_LOGIT_BIAS = 100.0
+"""The largest finite logit bias, up or down: it outweighs every other token, and stays exact beside the logits."""
 MAX_SEED = 2**64 - 1
+
+Value = TypeVar("Value")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one request chooses its tokens and when it stops.
+
+    A list may be given where a tuple is declared; it is kept as the equal tuple. Which token ids exist is only known
+    with the model: `check_vocabulary`.
 
     Raises:
         ValueError: at construction, for a value outside its limits or for parameters that contradict each other.
@@ -36,13 +47,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     min_tokens: int = 0
     """No end-of-sequence or stop token is sampled, and no stop string honoured, before this many tokens."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token (greedy)."""
+    """Divides the logits; 0 takes the most probable token (greedy), the lowest id among equals."""
     top_k: int = 0
-    """Keep the k most probable tokens; 0 keeps all."""
+    """Keep the k most probable tokens, the lowest ids among equals; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the smallest set of most probable tokens whose probabilities reach p."""
+    """Keep the smallest set of most probable tokens whose probabilities, after top_k, reach p; 1 keeps all."""
     min_p: float = 0.0
-    """Keep tokens at least this fraction as probable as the most probable one."""
+    """Keep tokens at least this fraction as probable as the most probable one; 0 keeps all."""
     seed: int | None = None
     """Makes the draws repeatable; None draws a seed at submit, which the completion reports."""
     repetition_penalty: float = 1.0
@@ -56,7 +67,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these token ids; -inf forbids a token."""
     bad_words: tuple[str, ...] = ()
-    """Strings whose token sequences are never completed."""
+    """Strings whose token sequences are never completed, not even one that begins in the prompt."""
     stop: tuple[str, ...] = ()
     """Strings that end the output where they first appear."""
     stop_token_ids: tuple[int, ...] = ()
@@ -77,11 +88,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Leave special tokens out of the text."""
 
     def __post_init__(self) -> None:
-        for name, value in (("stop", self.stop), ("bad_words", self.bad_words)):
-            _check_words(name, value)
         _check_numbers(self)
-        _check_collections(self)
+        _check_words("stop", self.stop)
+        _check_words("bad_words", self.bad_words)
+        _check_stop_token_ids(self.stop_token_ids)
+        _check_logit_bias(self.logit_bias)
         _check_combinations(self)
+        for name in ("stop", "bad_words", "stop_token_ids"):
+            force_setattr(self, name, tuple(getattr(self, name)))
+        if self.logit_bias is not None:
+            # A copy, so that the caller's later changes to the mapping do not reach a running request.
+            force_setattr(self, "logit_bias", dict(self.logit_bias))
 
     @property
     def is_greedy(self) -> bool:
@@ -94,7 +111,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-# name, lowest, highest, are the ends allowed, may it be None
+# name, lowest, highest, may it be None
 _INTEGERS: tuple[tuple[str, int, float, bool], ...] = (
     ("max_tokens", 1, math.inf, True),
     ("min_tokens", 0, math.inf, False),
@@ -105,15 +122,19 @@ _INTEGERS: tuple[tuple[str, int, float, bool], ...] = (
     ("prompt_logprobs", 0, MAX_LOGPROBS, True),
     ("n", 1, MAX_N, False),
 )
+# name, lowest, highest, how the message says it
 _FLOATS: tuple[tuple[str, float, float, str], ...] = (
-    ("temperature", 0.0, 100.0, ">= 0 and <= 100"),
     ("top_p", math.ulp(0.0), 1.0, "> 0 and <= 1"),
     ("min_p", 0.0, 1.0, ">= 0 and <= 1"),
-    ("repetition_penalty", math.ulp(0.0), 100.0, "> 0 and <= 100"),
+    ("repetition_penalty", 0.01, 100.0, ">= 0.01 and <= 100"),
     ("presence_penalty", -100.0, 100.0, ">= -100 and <= 100"),
     ("frequency_penalty", -100.0, 100.0, ">= -100 and <= 100"),
 )
 _FLAGS = ("include_stop", "ignore_eos", "skip_special_tokens")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_numbers(params: SamplingParams) -> None:
@@ -124,9 +145,12 @@ def _check_numbers(params: SamplingParams) -> None:
         if type(value) is not int or not lowest <= value <= highest:
             limit = f">= {lowest}" if highest == math.inf else f">= {lowest} and <= {highest}"
             raise ValueError(f"{name} must be an integer {limit}, got {value!r}")
+    temperature = params.temperature
+    if not _is_number(temperature) or not (temperature == 0 or MIN_TEMPERATURE <= temperature <= 100):
+        raise ValueError(f"temperature must be 0, or a number >= {MIN_TEMPERATURE} and <= 100, got {temperature!r}")
     for name, low, high, limit in _FLOATS:
         value = getattr(params, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        if not _is_number(value) or not low <= value <= high:
             raise ValueError(f"{name} must be a number {limit}, got {value!r}")
     for name in _FLAGS:
         value = getattr(params, name)
@@ -135,7 +159,7 @@ def _check_numbers(params: SamplingParams) -> None:
 
 
 def _check_words(name: str, words: object) -> None:
-    if isinstance(words, str) or not isinstance(words, Sequence):
+    if not isinstance(words, (tuple, list)):
         raise ValueError(f"{name} must be a tuple of strings, got {words!r}")
     if len(words) > MAX_STOPS:
         raise ValueError(f"{name} must have at most {MAX_STOPS} entries, got {len(words)}")
@@ -144,23 +168,27 @@ def _check_words(name: str, words: object) -> None:
             raise ValueError(f"{name} must hold non-empty strings, got {word!r}")
 
 
-def _check_collections(params: SamplingParams) -> None:
-    if isinstance(params.stop_token_ids, str) or not isinstance(params.stop_token_ids, Sequence):
-        raise ValueError(f"stop_token_ids must be a tuple of token ids, got {params.stop_token_ids!r}")
-    if len(params.stop_token_ids) > MAX_STOPS:
-        raise ValueError(f"stop_token_ids must have at most {MAX_STOPS} entries, got {len(params.stop_token_ids)}")
-    for token_id in params.stop_token_ids:
+def _check_stop_token_ids(token_ids: object) -> None:
+    if not isinstance(token_ids, (tuple, list)):
+        raise ValueError(f"stop_token_ids must be a tuple of token ids, got {token_ids!r}")
+    if len(token_ids) > MAX_STOPS:
+        raise ValueError(f"stop_token_ids must have at most {MAX_STOPS} entries, got {len(token_ids)}")
+    for token_id in token_ids:
         if type(token_id) is not int or token_id < 0:
-            raise ValueError(f"stop_token_ids must hold token ids >= 0, got {token_id!r}")
-    if params.logit_bias is None:
+            raise ValueError(f"stop_token_ids must hold integers >= 0, got {token_id!r}")
+
+
+def _check_logit_bias(logit_bias: object) -> None:
+    if logit_bias is None:
         return
-    if not isinstance(params.logit_bias, Mapping):
-        raise ValueError(f"logit_bias must map token ids to numbers, got {params.logit_bias!r}")
-    for token_id, bias in params.logit_bias.items():
+    if not isinstance(logit_bias, Mapping):
+        raise ValueError(f"logit_bias must map token ids to numbers, got {logit_bias!r}")
+    for token_id, bias in logit_bias.items():
         if type(token_id) is not int or token_id < 0:
-            raise ValueError(f"logit_bias must have token ids >= 0 as keys, got {token_id!r}")
-        if isinstance(bias, bool) or not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
-            raise ValueError(f"logit_bias must have numbers below +inf as values, got {bias!r} for token {token_id}")
+            raise ValueError(f"logit_bias must have integers >= 0 as keys, got {token_id!r}")
+        if not _is_number(bias) or not (bias == -math.inf or abs(bias) <= MAX_LOGIT_BIAS):
+            limit = f">= {-MAX_LOGIT_BIAS:g} and <= {MAX_LOGIT_BIAS:g}, or -inf"
+            raise ValueError(f"logit_bias must have numbers {limit} as values, got {bias!r} for token {token_id}")
 
 
 def _check_combinations(params: SamplingParams) -> None:
@@ -170,6 +198,18 @@ def _check_combinations(params: SamplingParams) -> None:
         raise ValueError(f"n must be 1 when temperature is 0, because all samples would be equal, got {params.n}")
     if params.guide is not None:
         raise ValueError(f"guide must be None: guided output is not supported yet, got {params.guide!r}")
+
+
+def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Refuse token ids that the model does not have.
+
+    Raises:
+        ValueError: naming the parameter and the id.
+    """
+    for name, token_ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
+        for token_id in token_ids:
+            if token_id >= vocab_size:
+                raise ValueError(f"{name} must hold token ids < {vocab_size}, the vocabulary's size, got {token_id}")
 
 
 class SamplingColumns(msgspec.Struct, frozen=True):
@@ -189,36 +229,38 @@ class SamplingColumns(msgspec.Struct, frozen=True):
     logprobs: tuple[int | None, ...] | None = None
 
 
-# A parameter is in use when a row's value differs from the one that changes nothing.
-_NEUTRAL: tuple[tuple[str, object], ...] = (
-    ("top_k", 0),
-    ("top_p", 1.0),
-    ("min_p", 0.0),
-    ("repetition_penalty", 1.0),
-    ("presence_penalty", 0.0),
-    ("frequency_penalty", 0.0),
-    ("no_repeat_ngram_size", 0),
-    ("min_tokens", 0),
-    ("logprobs", None),
-)
 # Truncation cannot change which token is the most probable one.
-_NO_EFFECT_WHEN_GREEDY = frozenset({"top_k", "top_p", "min_p"})
+_NO_EFFECT_WHEN_GREEDY = frozenset({"temperature", "top_k", "top_p", "min_p"})
 
 
 def pack(rows: Sequence[SamplingParams]) -> SamplingColumns:
     """Columns for a batch; a column that would change no row is None, so that its pass is skipped.
 
-    A greedy row's temperature is packed as 1 and its truncations as neutral: they cannot change its token.
+    A greedy row's temperature and truncations are packed as neutral: they cannot change its token.
     """
-    greedy = tuple(row.is_greedy for row in rows)
-    columns: dict[str, object] = {}
-    if any(not row.is_greedy and row.temperature != 1 for row in rows):
-        columns["temperature"] = tuple(1.0 if row.is_greedy else float(row.temperature) for row in rows)
-    for name, neutral in _NEUTRAL:
-        skip_greedy = name in _NO_EFFECT_WHEN_GREEDY
-        values = tuple(neutral if skip_greedy and row.is_greedy else getattr(row, name) for row in rows)
-        if any(value != neutral for value in values):
-            columns[name] = values
-    if any(row.logit_bias for row in rows):
-        columns["logit_bias"] = tuple(tuple((row.logit_bias or {}).items()) for row in rows)
-    return msgspec.convert({"greedy": greedy, **columns}, SamplingColumns)
+
+    def column(name: str, neutral: Value) -> tuple[Value, ...] | None:
+        without_effect = name in _NO_EFFECT_WHEN_GREEDY
+        values = tuple(neutral if without_effect and row.is_greedy else getattr(row, name) for row in rows)
+        return values if any(value != neutral for value in values) else None
+
+    return SamplingColumns(
+        greedy=tuple(row.is_greedy for row in rows),
+        temperature=column("temperature", 1.0),
+        top_k=column("top_k", 0),
+        top_p=column("top_p", 1.0),
+        min_p=column("min_p", 0.0),
+        repetition_penalty=column("repetition_penalty", 1.0),
+        presence_penalty=column("presence_penalty", 0.0),
+        frequency_penalty=column("frequency_penalty", 0.0),
+        no_repeat_ngram_size=column("no_repeat_ngram_size", 0),
+        logit_bias=_bias_column(rows),
+        min_tokens=column("min_tokens", 0),
+        logprobs=column("logprobs", None),
+    )
+
+
+def _bias_column(rows: Sequence[SamplingParams]) -> tuple[tuple[tuple[TokenId, float], ...], ...] | None:
+    if not any(row.logit_bias for row in rows):
+        return None
+    return tuple(tuple((TokenId(i), bias) for i, bias in (row.logit_bias or {}).items()) for row in rows)
