@@ -76,7 +76,7 @@ class Submit(Message, frozen=True):
     """An embedding request: it returns the pooled hidden state of the prompt and generates nothing."""
 
 
-# ─ tokenizer → scheduler: every Submit is answered exactly once, by one of these
+# ─ tokenizer → scheduler: every Submit is answered exactly once, by one of these (Rejected goes on to the detokenizer)
 
 
 class Tokenized(Message, frozen=True):
@@ -100,6 +100,7 @@ class Rejected(Message, frozen=True):
     """A request that cannot run as asked; `submit` raises ValueError(reason)."""
 
     request_id: RequestId
+    arrival: int
     reason: str
 
 
@@ -107,9 +108,11 @@ class Rejected(Message, frozen=True):
 
 
 class Cancel(Message, frozen=True):
-    """Synchronous and idempotent at the caller; an id that is unknown or finished is ignored."""
+    """Synchronous and idempotent at the caller; a request that has ended is left alone."""
 
     request_id: RequestId
+    arrival: int
+    """Tells a request that is still being tokenized (it leaves a tombstone) from one that has ended."""
 
 
 class SetPriority(Message, frozen=True):
@@ -168,20 +171,22 @@ class StatusChanged(Message, frozen=True):
 
 
 class Ended(Message, frozen=True):
-    """A request ended other than by its own tokens: cancelled, past its deadline, rejected or failed."""
+    """A request ended other than by its own tokens: cancelled, past its deadline or failed."""
 
     request_id: RequestId
     status: RequestStatus
     reason: str
-    is_rejection: bool = False
-    """The request never started because it was wrong: its caller gets ValueError."""
 
 
 # ─ detokenizer → scheduler
 
 
 class Stopped(Message, frozen=True):
-    """A stop string was found: the sequence ends with its `num_tokens`-th generated token."""
+    """The text of a sequence that has stop strings is settled: it ends with its `num_tokens`-th generated token.
+
+    Sent when a stop string is found, and otherwise when the sequence's last token has been read, so that the scheduler
+    knows that no token beyond a stop is among those it gives to the prefix cache.
+    """
 
     request_id: RequestId
     sample_index: int
@@ -194,7 +199,7 @@ TokenizerInbox: TypeAlias = Submit
 SchedulerInbox: TypeAlias = Tokenized | Rejected | Cancel | SetPriority | Matched | Reserved | StepResult | Stopped
 CacheInbox: TypeAlias = Match | Reserve | Release | Pin | Unpin | Clear
 ExecutorInbox: TypeAlias = StepPlan
-DetokenizerInbox: TypeAlias = Opened | Sampled | PromptScored | Embedded | StatusChanged | Ended
+DetokenizerInbox: TypeAlias = Opened | Rejected | Sampled | PromptScored | Embedded | StatusChanged | Ended
 
 __all__ = [
     "CacheInbox",

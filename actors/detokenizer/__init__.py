@@ -1,0 +1,1 @@
+"""Sampled tokens to the text that each request may show."""

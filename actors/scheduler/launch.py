@@ -1,0 +1,74 @@
+"""From granted rows to the step plan, and the record by which its result is read."""
+
+from typing import NamedTuple
+
+from triode.actors.scheduler.request import Sequence
+from triode.actors.scheduler.wants import Want
+from triode.cache.messages import Reserved
+from triode.ids import SequenceId, SlotId, StepId
+from triode.models.step import Admission, Output, StepPlan, TableChange
+
+SAMPLING = frozenset({Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE})
+"""Outputs that add a token to the sequence."""
+
+
+class LaunchedRow(NamedTuple):
+    """A sequence as it was when its step was launched."""
+
+    sequence: Sequence
+    epoch: int
+    start: int
+    output: Output
+
+
+class Launch(NamedTuple):
+    """A step on its way, its rows in the plan's order."""
+
+    step_id: StepId
+    rows: list[LaunchedRow]
+
+
+def build_plan(reserved: Reserved, wants: list[Want], admitted: list[Sequence]) -> tuple[Launch, StepPlan]:
+    """The plan of one step. Counts the launched tokens into its sequences."""
+    rows: list[LaunchedRow] = []
+    slots: dict[SequenceId, SlotId] = {}
+    for sequence, start, num_tokens, output in wants:
+        assert sequence.slot is not None, "a launched row holds a slot"
+        slots[sequence.sequence_id] = sequence.slot
+        rows.append(LaunchedRow(sequence, sequence.epoch, start, output))
+        sequence.num_computed = start + num_tokens
+        sequence.num_in_flight += 1
+        if output in SAMPLING:
+            sequence.num_pending += 1
+    plan = StepPlan(
+        step_id=reserved.step_id,
+        slots=tuple(slots.values()),
+        epochs=tuple(row.epoch for row in rows),
+        start_positions=tuple(row.start for row in rows),
+        num_query_tokens=tuple(want.num_tokens for want in wants),
+        outputs=tuple(row.output for row in rows),
+        admissions=tuple(_admission(sequence) for sequence in admitted),
+        table_changes=tuple(
+            TableChange(slots[table.sequence_id], table.first_block, table.block_ids)
+            for table in reserved.tables
+            if table.sequence_id in slots
+        ),
+        copies=reserved.copies,
+    )
+    return Launch(reserved.step_id, rows), plan
+
+
+def _admission(sequence: Sequence) -> Admission:
+    tokenized = sequence.request.tokenized
+    assert sequence.slot is not None, "an admitted sequence holds a slot"
+    return Admission(
+        slot=sequence.slot,
+        epoch=sequence.epoch,
+        token_ids=tuple(sequence.token_ids),
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        params=tokenized.params,
+        seed=tokenized.seed,
+        sample_index=sequence.sample_index,
+        stop_token_ids=tokenized.stop_token_ids,
+        bad_word_ids=tokenized.bad_word_ids,
+    )

@@ -1,0 +1,53 @@
+"""What the scheduler has to say, collected while it decides; the shell takes it and sends it."""
+
+from triode.actors.messages import DetokenizerInbox, Release, StatusChanged
+from triode.actors.scheduler.request import Request
+from triode.cache.messages import ReleaseRow
+from triode.ids import RequestId
+
+
+class Outbox:
+    """Messages in the order in which they must be sent; releases are gathered into one."""
+
+    def __init__(self) -> None:
+        self._detokenizer: list[DetokenizerInbox] = []
+        self._released: list[ReleaseRow] = []
+        self._changed: dict[RequestId, Request] = {}
+
+    def to_detokenizer(self, message: DetokenizerInbox) -> None:
+        """Queue a message for the detokenizer."""
+        self._detokenizer.append(message)
+
+    def release(self, row: ReleaseRow) -> None:
+        """Queue a sequence's blocks for return."""
+        self._released.append(row)
+
+    def status_of(self, request: Request) -> None:
+        """Note that the request's status may have changed."""
+        self._changed[request.request_id] = request
+
+    def take_releases(self, now_s: float) -> Release | None:
+        """One message for all sequences that have gone since the last call."""
+        if not self._released:
+            return None
+        rows, self._released = tuple(self._released), []
+        return Release(rows, now_s)
+
+    def take_for_detokenizer(self) -> list[DetokenizerInbox]:
+        """Everything said since the last call."""
+        messages, self._detokenizer = self._detokenizer, []
+        changes = self._take_changes()
+        return messages if changes is None else [*messages, changes]
+
+    def _take_changes(self) -> StatusChanged | None:
+        changed = []
+        for request in self._changed.values():
+            status = request.status
+            if not status.is_final and status is not request.reported:
+                request.reported = status
+                changed.append((request.request_id, status, request.num_cached_tokens))
+        self._changed.clear()
+        if not changed:
+            return None
+        ids, statuses, num_cached = zip(*changed, strict=True)
+        return StatusChanged(ids, statuses, num_cached)
