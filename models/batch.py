@@ -1,0 +1,86 @@
+"""StepBatch: where every query token of one step comes from and where its key and value go.
+
+A step mixes rows that decode one token with rows that prefill a chunk. Their query tokens are packed one row after
+the other, so that every operation but attention sees one matrix of T tokens and no rows at all.
+
+    T packed query tokens, padding included     R rows     C blocks in the longest table     B block size     P = 1
+
+The packed tokens are padded to a multiple that the kernels name (`Kernels.row_multiple`), once a step instead of once
+a matrix product. A padding token is token 0 at position 0; it is written to block 0, which belongs to nobody, and no
+row's attention sees it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from triode.kernels.paged_attention.rows import AttentionRows
+
+IntArray = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The index tensors of one step, on the device that computes it."""
+
+    token_ids_T: torch.Tensor
+    """int64."""
+    positions_PT: torch.Tensor
+    """int64: what the rotary embedding rotates by. P is 1 for text."""
+    slot_T: torch.Tensor
+    """int64: `block * B + offset`, where the token's key and value are stored in every layer."""
+    rows: AttentionRows
+    """Which tokens attend to which blocks."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens without padding."""
+        return self.rows.num_tokens
+
+
+def build_batch(
+    token_ids_T: IntArray,
+    start_R: IntArray,
+    num_query_R: IntArray,
+    block_table_RC: IntArray,
+    *,
+    block_size_tokens: int,
+    row_multiple: int,
+    device: torch.device,
+) -> StepBatch:
+    """A batch from host arrays.
+
+    Args:
+        token_ids_T: the query tokens of all rows, one row after the other, without padding.
+        start_R: how many tokens of each row are in the cache already: the position of its first query token.
+        num_query_R: how many query tokens each row has, at least 1.
+        block_table_RC: each row's blocks. Entries past the blocks of its last query token are never read.
+        block_size_tokens: B.
+        row_multiple: T becomes a multiple of this.
+        device: where the tensors go.
+    """
+    num_tokens = len(token_ids_T)
+    if num_tokens == 0 or num_tokens != int(num_query_R.sum()):
+        raise ValueError(f"token_ids_T must have sum(num_query_R) = {num_query_R.sum()} >= 1 tokens, got {num_tokens}")
+    query_start_R1 = np.zeros(len(num_query_R) + 1, np.int64)
+    np.cumsum(num_query_R, out=query_start_R1[1:])
+    row_T = np.repeat(np.arange(len(num_query_R)), num_query_R)
+    position_T = np.arange(num_tokens) - query_start_R1[row_T] + start_R[row_T]
+    block_T = block_table_RC[row_T, position_T // block_size_tokens].astype(np.int64)
+
+    padded = -(-num_tokens // row_multiple) * row_multiple
+    packed = np.zeros((3, padded), np.int64)
+    packed[0, :num_tokens] = token_ids_T
+    packed[1, :num_tokens] = position_T
+    packed[2, :num_tokens] = block_T * block_size_tokens + position_T % block_size_tokens
+    # One transfer instead of three; on the CPU the tensor shares the array's memory.
+    index_3T = torch.from_numpy(packed).to(device)
+    rows = AttentionRows(
+        query_start_R1=query_start_R1,
+        start_R=np.asarray(start_R, np.int64),
+        block_table_RC=np.asarray(block_table_RC, np.int64),
+        block_size_tokens=block_size_tokens,
+    )
+    return StepBatch(index_3T[0], index_3T[1:2], index_3T[2], rows)
