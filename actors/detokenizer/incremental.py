@@ -139,14 +139,17 @@ def _byte_of_character() -> dict[str, int]:
 class _ByteLevelDecoder:
     def __init__(self, pieces: _Pieces[bytes]) -> None:
         self._pieces = pieces
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._unfinished = b""
 
     def feed(self, token_ids: Sequence[int]) -> str:
         pieces = self._pieces
-        return self._utf8.decode(b"".join([pieces[token_id] for token_id in token_ids]))
+        data = self._unfinished + b"".join([pieces[token_id] for token_id in token_ids])
+        text, num_decoded = codecs.utf_8_decode(data, "replace", False)
+        self._unfinished = data[num_decoded:]
+        return text
 
     def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
+        return self._unfinished.decode(errors="replace")
 
 
 # Metaspace

@@ -34,6 +34,8 @@ class StopMatcher:
         """
         if self.matched is not None or not text:
             return ""
+        if not self._held and self._first_characters.isdisjoint(text):
+            return text
         num_held = len(self._held)
         text = self._held + text
         if armed and (match := self._first_match(text, num_held)) is not None:
