@@ -9,7 +9,7 @@ presence and frequency penalty, temperature, top_k, top_p, min_p, draw.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -36,7 +36,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How one request chooses its tokens and when it stops.
 
     A list may be given where a tuple is declared; it is kept as the equal tuple. Which token ids exist is only known
-    with the model: `check_vocabulary`.
+    with the model: `check_token_ids`.
 
     Raises:
         ValueError: at construction, for a value outside its limits or for parameters that contradict each other.
@@ -200,16 +200,15 @@ def _check_combinations(params: SamplingParams) -> None:
         raise ValueError(f"guide must be None: guided output is not supported yet, got {params.guide!r}")
 
 
-def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
-    """Refuse token ids that the model does not have.
+def check_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    """Refuse what is not a token of the model; `name` is the parameter that holds the ids.
 
     Raises:
         ValueError: naming the parameter and the id.
     """
-    for name, token_ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
-        for token_id in token_ids:
-            if token_id >= vocab_size:
-                raise ValueError(f"{name} must hold token ids < {vocab_size}, the vocabulary's size, got {token_id}")
+    for token_id in token_ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise ValueError(f"{name} must hold token ids >= 0 and < {vocab_size}, got {token_id!r}")
 
 
 class SamplingColumns(msgspec.Struct, frozen=True):

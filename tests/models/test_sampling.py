@@ -5,7 +5,7 @@ import math
 import msgspec
 import pytest
 
-from triode.models.sampling import MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_STOPS, SamplingParams, check_vocabulary, pack
+from triode.models.sampling import MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_STOPS, SamplingParams, check_token_ids, pack
 
 
 def make(name: str, value: object) -> SamplingParams:
@@ -147,12 +147,12 @@ def test_params_survive_both_encodings() -> None:
     assert msgspec.json.decode(msgspec.json.encode(params), type=SamplingParams) == params
 
 
-def test_token_ids_outside_the_vocabulary_are_refused() -> None:
-    check_vocabulary(SamplingParams(stop_token_ids=(9,), logit_bias={9: 1.0}), vocab_size=10)
-    with pytest.raises(ValueError, match="stop_token_ids must hold token ids < 10, the vocabulary's size, got 10"):
-        check_vocabulary(SamplingParams(stop_token_ids=(1, 10)), vocab_size=10)
-    with pytest.raises(ValueError, match="logit_bias must hold token ids < 10, the vocabulary's size, got 12"):
-        check_vocabulary(SamplingParams(logit_bias={12: 1.0}), vocab_size=10)
+@pytest.mark.parametrize("token_id", [-1, 10, True, "3", 2.0])
+def test_what_is_no_token_of_the_vocabulary_is_refused(token_id: int) -> None:
+    check_token_ids("prompt", (0, 9), vocab_size=10)
+    with pytest.raises(ValueError) as caught:
+        check_token_ids("prompt", (0, token_id), vocab_size=10)
+    assert str(caught.value) == f"prompt must hold token ids >= 0 and < 10, got {token_id!r}"
 
 
 def test_default_params_pack_to_no_columns() -> None:
