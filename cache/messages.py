@@ -11,7 +11,10 @@ from triode.ids import BlockId, RequestId, SequenceId, StepId, TokenId
 
 
 class BlockCopy(msgspec.Struct, frozen=True):
-    """Copy-on-write: all layers of block `source` are copied to `target` before the step computes."""
+    """Copy-on-write: all layers of block `source` are copied to `target` before the step computes.
+
+    The target of one copy may be the source of an earlier one: read all sources first, or copy in order.
+    """
 
     source: BlockId
     target: BlockId
@@ -37,6 +40,8 @@ class Match(msgspec.Struct, frozen=True, tag=True):
     """How long is the cached prefix of each row? Matched blocks are held for the rows until the next Reserve."""
 
     rows: tuple[MatchRow, ...]
+    now_s: float
+    """For TTL: what has expired is not found."""
 
 
 class Matched(msgspec.Struct, frozen=True, tag=True):
@@ -111,6 +116,7 @@ class Pin(msgspec.Struct, frozen=True, tag=True):
     """Names the answer."""
     token_ids: tuple[TokenId, ...]
     namespace: bytes
+    now_s: float
 
 
 class Unpin(msgspec.Struct, frozen=True, tag=True):
@@ -119,6 +125,7 @@ class Unpin(msgspec.Struct, frozen=True, tag=True):
     request_id: RequestId
     token_ids: tuple[TokenId, ...]
     namespace: bytes
+    now_s: float
 
 
 class Clear(msgspec.Struct, frozen=True, tag=True):

@@ -1,0 +1,66 @@
+"""A sequence's tokens, cut into blocks that are named by everything before them."""
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from triode.ids import TokenId
+
+_DIGEST_BYTES = 16
+_TOKEN_BYTES = array("I").itemsize
+
+
+class TokenChain:
+    """Block `i` is named by the BLAKE2b digest of (name of block `i - 1`, tokens of block `i`).
+
+    So equal names mean equal tokens from the start on, but for a collision of 128 bits. The namespace stands before
+    block 0. Names are computed when first asked for and kept, so that a sequence is never hashed twice.
+    """
+
+    __slots__ = ("_block_bytes", "_digests", "_packed", "namespace")
+
+    def __init__(self, namespace: bytes, block_size_tokens: int) -> None:
+        self.namespace = namespace
+        self._block_bytes = block_size_tokens * _TOKEN_BYTES
+        self._packed = b""
+        # `person` keeps a namespace from being made to look like a block.
+        self._digests = [blake2b(namespace, digest_size=_DIGEST_BYTES, person=b"namespace").digest()]
+
+    def extend(self, token_ids: Sequence[TokenId]) -> None:
+        """Learn the tokens of the sequence, from the first on. Fewer than are known already change nothing.
+
+        Raises ValueError when they contradict the known ones.
+        """
+        packed = array("I", token_ids).tobytes()
+        known = self._packed
+        if packed.startswith(known):
+            self._packed = packed
+        elif not known.startswith(packed):
+            raise ValueError(f"token_ids must continue the sequence's {len(known) // _TOKEN_BYTES} known tokens")
+
+    def tokens(self, index: int) -> bytes:
+        """The packed tokens of block `index`."""
+        return self._packed[index * self._block_bytes : (index + 1) * self._block_bytes]
+
+    def digest(self, index: int) -> bytes:
+        """The name of block `index`, which must be full."""
+        digests = self._digests
+        for i in range(len(digests) - 1, index + 1):
+            digests.append(blake2b(digests[i] + self.tokens(i), digest_size=_DIGEST_BYTES).digest())
+        return digests[index + 1]
+
+    def agrees(self, other: "TokenChain", num_tokens: int) -> bool:
+        """Whether the first `num_tokens` tokens are known to both, and equal, in the same namespace."""
+        end = num_tokens * _TOKEN_BYTES
+        return (
+            self.namespace == other.namespace and len(self._packed) >= end and self._packed[:end] == other._packed[:end]
+        )
+
+    def key(self) -> tuple[bytes, bytes]:
+        """The whole chain as a dict key."""
+        return self.namespace, self._packed
+
+    @property
+    def num_full_blocks(self) -> int:
+        """Blocks whose tokens are all known."""
+        return len(self._packed) // self._block_bytes
