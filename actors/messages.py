@@ -178,6 +178,29 @@ class Ended(Message, frozen=True):
     reason: str
 
 
+# ─ detokenizer → the request's mailbox
+
+
+class Delta(Message, frozen=True):
+    """What one step added to one sample: text that is safe to show, and the tokens it was read from.
+
+    How the output is cut into deltas is not defined, only their concatenation. Text may lag behind the tokens: half a
+    character, or what might become a stop string, is held back.
+    """
+
+    request_id: RequestId
+    index: int
+    """Which of the request's `n` samples."""
+    text: str
+    token_ids: tuple[TokenId, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """Parallel to `token_ids` when the request asked for logprobs."""
+    finish_reason: FinishReason | None = None
+    """Set on the sample's last delta."""
+    stop_reason: str | int | None = None
+    """The stop string or stop token that ended the sample."""
+
+
 # ─ detokenizer → scheduler
 
 
@@ -201,16 +224,21 @@ CacheInbox: TypeAlias = Match | Reserve | Release | Pin | Unpin | Clear
 ExecutorInbox: TypeAlias = StepPlan
 DetokenizerInbox: TypeAlias = Opened | Rejected | Sampled | PromptScored | Embedded | StatusChanged | Ended
 
+Mail: TypeAlias = Opened | Rejected | Delta | PromptScored | Embedded | Ended
+"""What a request's mailbox receives."""
+
 __all__ = [
     "CacheInbox",
     "Cancel",
     "ChatMessages",
     "Clear",
+    "Delta",
     "DetokenizerInbox",
     "Embedded",
     "Ended",
     "ExecutorInbox",
     "FinishReason",
+    "Mail",
     "Match",
     "Matched",
     "Message",

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from triode.actors.messages import Delta, FinishReason, RequestStatus
     from triode.engine.blocking import LLM
-    from triode.engine.completion import Completion, Delta, RequestStatus, Usage
+    from triode.engine.completion import Completion, Usage
     from triode.engine.config import EngineConfig
     from triode.engine.engine import Engine, open_engine
     from triode.engine.stream import RequestStream
@@ -47,18 +48,19 @@ _HOMES = {
     "LLM": "triode.engine.blocking",
     "Completion": "triode.engine.completion",
     "CorruptModel": "triode.errors",
-    "Delta": "triode.engine.completion",
+    "Delta": "triode.actors.messages",
     "Engine": "triode.engine.engine",
     "EngineBusy": "triode.errors",
     "EngineClosed": "triode.errors",
     "EngineConfig": "triode.engine.config",
     "EngineFault": "triode.errors",
+    "FinishReason": "triode.actors.messages",
     "InsufficientMemory": "triode.errors",
     "MissingExtra": "triode.errors",
     "ModelError": "triode.errors",
     "ModelNotFound": "triode.errors",
     "RequestFailed": "triode.errors",
-    "RequestStatus": "triode.engine.completion",
+    "RequestStatus": "triode.actors.messages",
     "RequestStream": "triode.engine.stream",
     "SamplingParams": "triode.models.sampling",
     "TriodeError": "triode.errors",
@@ -76,6 +78,7 @@ __all__ = [  # noqa: RUF022 - the public surface, sorted by what a reader looks 
     "SamplingParams",
     "Completion",
     "Delta",
+    "FinishReason",
     "RequestStatus",
     "Usage",
     "TriodeError",

@@ -1,0 +1,80 @@
+"""The inboxes between actors: one per actor, the only way in.
+
+Every inbox is unbounded on purpose, so that sending never waits, cannot fail for want of room, and may happen in a
+`finally` or a `__del__`. What bounds each of them is the admission at `submit`:
+
+    tokenizer      one Submit per unfinished request                          <= max_queued
+    scheduler      one answer per Submit, a Cancel per request, one StepResult
+                   per launched step, one cache reply, a Stopped per sample   <= ~(3 + n) * max_queued
+    cache          one question and one Release at a time, pins               <= 2 + pins in flight
+    executor       the steps planned ahead                                    <= max_in_flight
+    detokenizer    per step one Sampled, one StatusChanged, prompt scores     <= 3 * steps not yet read + max_queued
+
+A step is launched only after an earlier one has retired, so none of these grows with time. `InboxStatistics` reports the
+peak, which tests hold against the bounds.
+"""
+
+import math
+from collections.abc import Callable
+from time import perf_counter
+from typing import Generic, TypeVar
+
+import msgspec
+import trio
+
+T = TypeVar("T")
+
+Put = Callable[[T], None]
+"""The sending side of an inbox: synchronous, never waits."""
+
+
+class InboxStatistics(msgspec.Struct, frozen=True):
+    """One actor's load since the engine started."""
+
+    queue_depth: int
+    """Messages that wait now."""
+    peak_queue_depth: int
+    num_messages: int
+    num_wakeups: int
+    busy_s: float
+    """Time between taking messages and asking for the next, waits within a turn included."""
+
+
+class Inbox(Generic[T]):
+    """Where an actor's messages wait for it. Must be read by one task only."""
+
+    def __init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[T](math.inf)
+        self._peak = 0
+        self._num_messages = 0
+        self._num_wakeups = 0
+        self._busy_s = 0.0
+        self._taken_at_s: float | None = None
+
+    def put(self, message: T) -> None:
+        """Send a message. From another thread, go through `TrioToken.run_sync_soon`."""
+        self._send.send_nowait(message)
+
+    async def take(self) -> list[T]:
+        """Wait for a message; return it with all that wait behind it, oldest first."""
+        if self._taken_at_s is not None:
+            self._busy_s += perf_counter() - self._taken_at_s
+            self._taken_at_s = None
+        messages = [await self._receive.receive()]
+        self._taken_at_s = perf_counter()
+        waiting = self._receive.statistics().current_buffer_used
+        messages.extend(self._receive.receive_nowait() for _ in range(waiting))
+        self._peak = max(self._peak, len(messages))
+        self._num_messages += len(messages)
+        self._num_wakeups += 1
+        return messages
+
+    def statistics(self) -> InboxStatistics:
+        """Load so far."""
+        return InboxStatistics(
+            queue_depth=self._receive.statistics().current_buffer_used,
+            peak_queue_depth=self._peak,
+            num_messages=self._num_messages,
+            num_wakeups=self._num_wakeups,
+            busy_s=self._busy_s,
+        )

@@ -1,0 +1,37 @@
+"""Consumes StepPlan. Produces StepResult, sent to the scheduler by the executor itself."""
+
+from collections.abc import Callable
+from typing import NoReturn, Protocol
+
+from triode.actors.channels import Inbox, Put
+from triode.actors.messages import StepPlan, StepResult
+
+
+class Executor(Protocol):
+    """Where steps run: `inline` in the event loop, or in a `thread`."""
+
+    @property
+    def max_in_flight(self) -> int:
+        """How many steps may be planned before the first one's result is read."""
+
+    def start(self, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
+        """Get ready. Results and faults are handed over in the event loop."""
+
+    def launch(self, plan: StepPlan) -> None:
+        """Take a step; its result follows through `results`, in launch order."""
+
+    async def close(self) -> None:
+        """End the running step and free the runner's memory."""
+
+
+async def run_executor(executor: Executor, inbox: Inbox[StepPlan | BaseException]) -> NoReturn:
+    """Hand on plans for ever.
+
+    Raises:
+        BaseException: what the runner raised; an executor in another thread sends it to this inbox.
+    """
+    while True:
+        for message in await inbox.take():
+            if isinstance(message, BaseException):
+                raise message
+            executor.launch(message)

@@ -1,0 +1,75 @@
+"""Steps run in one thread of their own, so that the event loop goes on meanwhile.
+
+Plans reach the thread through a queue and results return by `TrioToken.run_sync_soon`: about 100 µs a step there and
+back, a fraction of what starting a worker thread per step costs. The thread launches what is planned before it waits for
+a result, so the device has its next step before anyone has read the tokens of the last one.
+"""
+
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+import trio
+
+from triode.actors.channels import Put
+from triode.errors import EngineFault
+from triode.models.runner import Runner
+from triode.models.step import StepPlan, StepResult
+
+CLOSE_DEADLINE_S = 10.0
+"""How long closing waits for the step that is running."""
+
+
+class ThreadExecutor:
+    """One thread that owns the runner."""
+
+    max_in_flight = 2
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._plans: SimpleQueue[StepPlan | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="triode-executor", daemon=True)
+
+    def start(self, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
+        """Start the thread. `results` and `fault` are called in the event loop that is current now."""
+        self._token = trio.lowlevel.current_trio_token()
+        self._results = results
+        self._fault = fault
+        self._thread.start()
+
+    def launch(self, plan: StepPlan) -> None:
+        """Queue a step."""
+        self._plans.put(plan)
+
+    async def close(self) -> None:
+        """Let the running step end, and the runner give back its memory.
+
+        Raises:
+            EngineFault: if the step does not end by the deadline; its memory is abandoned.
+        """
+        if not self._thread.is_alive():
+            return
+        self._plans.put(None)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._thread.join, CLOSE_DEADLINE_S)
+        if self._thread.is_alive():
+            raise EngineFault(
+                f"the running step has not ended within {CLOSE_DEADLINE_S} s: its thread and memory are abandoned"
+            )
+
+    def _run(self) -> None:
+        try:
+            while (plan := self._plans.get()) is not None:
+                self._runner.launch(plan)
+                self._send(self._results, self._runner.collect())
+        except BaseException as error:  # whatever it is, the engine must learn it
+            self._send(self._fault, error)
+        finally:
+            self._runner.close()
+
+    def _send(self, put: Callable[..., None], value: StepResult | BaseException) -> None:
+        try:
+            self._token.run_sync_soon(put, value)
+        except trio.RunFinishedError:
+            # The loop was torn down around the engine; nobody is left to be told.
+            self._plans.put(None)

@@ -1,0 +1,77 @@
+"""Consumes Tokenized, Rejected, Cancel, SetPriority, Matched, Reserved, StepResult, Stopped.
+
+Produces Match, Reserve, Release for the cache, StepPlan for the executor, and what the detokenizer must know.
+"""
+
+from collections.abc import Callable
+from typing import NoReturn, assert_never
+
+import trio
+
+from triode.actors.channels import Inbox, Put
+from triode.actors.messages import (
+    CacheInbox,
+    Cancel,
+    DetokenizerInbox,
+    ExecutorInbox,
+    Matched,
+    Rejected,
+    Reserved,
+    SchedulerInbox,
+    SetPriority,
+    StepResult,
+    Stopped,
+    Tokenized,
+)
+from triode.actors.scheduler.policy import Scheduler
+
+
+async def run_scheduler(
+    core: Scheduler,
+    inbox: Inbox[SchedulerInbox],
+    cache: Put[CacheInbox],
+    executor: Put[ExecutorInbox],
+    detokenizer: Put[DetokenizerInbox],
+    clock: Callable[[], float] = trio.current_time,
+) -> NoReturn:
+    """Plan steps for ever. Sleeps while there is nothing to do, at most until the next deadline."""
+    while True:
+        messages: list[SchedulerInbox] = []
+        with trio.move_on_at(core.next_deadline_s):
+            messages = await inbox.take()
+        now_s = clock()
+        core.expire(now_s)
+        for message in messages:
+            _handle(message, core, cache, executor, now_s)
+        if released := core.outbox.take_releases(now_s):
+            cache(released)
+        if question := core.wants(now_s):
+            cache(question)
+        for said in core.outbox.take_for_detokenizer():
+            detokenizer(said)
+
+
+def _handle(
+    message: SchedulerInbox, core: Scheduler, cache: Put[CacheInbox], executor: Put[ExecutorInbox], now_s: float
+) -> None:
+    match message:
+        case StepResult():
+            core.commit(message)
+        case Reserved():
+            if plan := core.plan(message):
+                executor(plan)
+        case Matched():
+            if question := core.matched(message, now_s):
+                cache(question)
+        case Tokenized():
+            core.add(message)
+        case Cancel():
+            core.abort(message)
+        case Stopped():
+            core.stop(message)
+        case Rejected():
+            core.reject(message)
+        case SetPriority():
+            core.set_priority(message)
+        case _:
+            assert_never(message)

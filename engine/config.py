@@ -1,0 +1,66 @@
+"""EngineConfig: the floors' own configs, composed, frozen and checked once."""
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import msgspec
+
+from triode.actors.scheduler.config import SchedulerConfig
+from triode.cache.config import CacheConfig
+from triode.models.options import ModelOptions
+
+ExecutorMode = Literal["auto", "inline", "thread"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything `open_engine` can be told besides the model.
+
+    Raises:
+        ValueError: at construction, for a value outside its limits.
+    """
+
+    options: ModelOptions = ModelOptions()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    executor: ExecutorMode = "auto"
+    """Where steps run: "thread" (a thread of their own; what "auto" takes) or "inline" (in the event loop)."""
+    num_threads: int | None = None
+    """CPU threads for one step; None leaves torch's number as it is."""
+
+    def __post_init__(self) -> None:
+        if self.executor not in get_args(ExecutorMode):
+            raise ValueError(f"executor must be one of {', '.join(get_args(ExecutorMode))}, got {self.executor!r}")
+        if self.num_threads is not None and (type(self.num_threads) is not int or self.num_threads < 1):
+            raise ValueError(f"num_threads must be an integer >= 1, got {self.num_threads!r}")
+
+    def override(self, overrides: Mapping[str, object]) -> "EngineConfig":
+        """A config with some settings changed, each by its own name whichever part it belongs to.
+
+        Raises:
+            ValueError: for a name that no part has, or a value outside its limits.
+        """
+        changed: dict[str, object] = {}
+        left = dict(overrides)
+        for part in PARTS:
+            current = getattr(self, part)
+            mine = {name: left.pop(name) for name in current.__struct_fields__ if name in left}
+            if mine:
+                changed[part] = msgspec.structs.replace(current, **mine)
+        for name in ("executor", "num_threads"):
+            if name in left:
+                changed[name] = left.pop(name)
+        if left:
+            raise ValueError(
+                f"config keys must be among {', '.join(sorted(setting_names()))}, got {', '.join(sorted(left))}"
+            )
+        return msgspec.structs.replace(self, **changed)
+
+
+PARTS = ("options", "cache", "scheduler")
+
+
+def setting_names() -> tuple[str, ...]:
+    """Every name that `open_engine` takes as an override."""
+    defaults = EngineConfig()
+    fields = [name for part in PARTS for name in getattr(defaults, part).__struct_fields__]
+    return (*fields, "executor", "num_threads")

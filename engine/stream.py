@@ -1,0 +1,156 @@
+"""RequestStream: one request's output as a Trio task reads it."""
+
+import warnings
+from collections import deque
+from collections.abc import Coroutine, Generator
+from types import TracebackType
+from typing import Any
+
+from triode.actors.mailbox import Mailbox, TrioWaker
+from triode.actors.messages import Delta, RequestStatus
+from triode.engine.completion import Completion, Reply, Result, coalesce, only
+from triode.engine.hub import Hub, fresh
+from triode.ids import RequestId
+
+
+class RequestStream:
+    """An async iterator of `Delta`s. Made by `Engine.submit`; read it from one task.
+
+    Leaving the `async with` cancels the request. A stream that is dropped unfinished is cancelled when it is collected,
+    with a ResourceWarning.
+    """
+
+    def __init__(self, mailbox: Mailbox, hub: Hub) -> None:
+        self._mailbox = mailbox
+        self._hub = hub
+        self._reply = Reply(mailbox.request_id)
+        self._deltas: deque[Delta] = deque()
+        self._is_cancelled = False
+
+    @property
+    def request_id(self) -> RequestId:
+        """The request's id, given or made at submit."""
+        return self._mailbox.request_id
+
+    @property
+    def status(self) -> RequestStatus:
+        """Where the request is, whatever of its output has been read."""
+        return self._mailbox.status
+
+    @property
+    def completion(self) -> Completion:
+        """The only sample, as far as it has been read.
+
+        Raises:
+            ValueError: if the request asked for several.
+        """
+        return only(self.completions)
+
+    @property
+    def completions(self) -> tuple[Completion, ...]:
+        """All samples, as far as they have been read."""
+        return self._reply.completions(self._mailbox.num_cached_tokens)
+
+    def cancel(self) -> None:
+        """End the request: no step launched from now on includes it. Idempotent; never waits, never raises."""
+        if not self._is_cancelled:
+            self._is_cancelled = True
+            self._hub.cancel(self._mailbox)
+
+    def __aiter__(self) -> "RequestStream":
+        return self
+
+    async def __anext__(self) -> Delta:
+        while not self._deltas:
+            if self._reply.is_complete:
+                raise StopAsyncIteration
+            await self._receive()
+        return self._deltas.popleft()
+
+    async def batch(self) -> list[Delta]:
+        """Everything since the last call, at most one delta a sample; empty when the request has ended."""
+        while not self._deltas and not self._reply.is_complete:
+            await self._receive()
+        deltas = coalesce(list(self._deltas))
+        self._deltas.clear()
+        return deltas
+
+    async def result(self) -> Result:
+        """Read to the end. A cancelled request has a result too, its finish reason says so.
+
+        Raises:
+            RequestFailed: if the request failed while it ran.
+            EngineFault: if the engine did.
+        """
+        while not self._reply.is_complete:
+            await self._receive()
+        return self._reply.result(self._mailbox.num_cached_tokens)
+
+    async def embedding(self) -> tuple[float, ...]:
+        """The vector of an embedding request."""
+        while self._reply.embedding is None:
+            await self._receive()
+        return self._reply.embedding
+
+    async def accepted(self) -> "RequestStream":
+        """Wait until the request is queued.
+
+        Raises:
+            ValueError: if it can not run as asked.
+        """
+        try:
+            while self._reply.opened is None and not self._reply.is_complete:
+                await self._receive()
+        except BaseException:
+            self.cancel()
+            raise
+        return self
+
+    async def _receive(self) -> None:
+        await TrioWaker.wait(self._mailbox)
+        self._deltas.extend(self._reply.read(self._mailbox.take()))
+        if self._mailbox.error is not None and not self._reply.is_complete:
+            self._is_cancelled = True
+            raise fresh(self._mailbox.error)
+
+    async def __aenter__(self) -> "RequestStream":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def __del__(self) -> None:
+        # May run in any thread, at any point of another function: only a thread-safe post is allowed here.
+        if not self._is_cancelled and not self._mailbox.status.is_final:
+            self._hub.cancel_soon(self._mailbox)
+            warnings.warn(
+                f"request {self.request_id} was dropped unfinished: read its stream to the end, or use async with",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
+
+
+class Submission:
+    """What `Engine.submit` returns: await it for the stream, or enter it to have the request cancelled on leaving."""
+
+    def __init__(self, opening: Coroutine[Any, Any, RequestStream]) -> None:
+        self._opening = opening
+        self._stream: RequestStream | None = None
+
+    def __await__(self) -> Generator[Any, None, RequestStream]:
+        return self._opening.__await__()
+
+    async def __aenter__(self) -> RequestStream:
+        self._stream = await self._opening
+        return self._stream
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            self._stream.cancel()
+
+
