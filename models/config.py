@@ -1,16 +1,45 @@
 """What a decoder looks like: its sizes, and the few switches by which the supported families differ.
 
-One struct describes every model. The readers of config.json (`hf_config.py`) and of GGUF metadata (`gguf_config.py`)
+`ModelOptions` is what a caller asks for; `ModelConfig` describes every model. The readers of config.json (`hf_config.py`) and of GGUF metadata (`gguf_config.py`)
 fill it and refuse, by name, whatever it cannot express.
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
+DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "factors"]
+
+
+class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which model to open, and how."""
+
+    model: str
+    """A built-in alias, a folder, a `.gguf` file, `random:NAME`, or a Hugging Face id."""
+    dtype: DtypeChoice = "auto"
+    """The weights' dtype; auto takes the fastest one that the device computes in."""
+    device: DeviceChoice = "auto"
+    """Where the model runs; auto takes the GPU if there is one."""
+    max_context_tokens: int | None = None
+    """The longest sequence to serve; None takes what the model is made for."""
+    weights_seed: int = 0
+    """Seeds the weights of a `random:` model."""
+
+    def __post_init__(self) -> None:
+        if type(self.model) is not str or not self.model:
+            raise ValueError(f"model must be a non-empty string, got {self.model!r}")
+        for name, choices in (("dtype", get_args(DtypeChoice)), ("device", get_args(DeviceChoice))):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        limit = self.max_context_tokens
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ValueError(f"max_context_tokens must be an integer >= 1, got {limit!r}")
+        if type(self.weights_seed) is not int or not 0 <= self.weights_seed < 2**63:
+            raise ValueError(f"weights_seed must be an integer >= 0 and < 2**63, got {self.weights_seed!r}")
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,8 +111,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name in _SIZES:
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+            if not 1 <= (value := getattr(self, name)) <= _MAX_SIZE:
+                raise ValueError(f"{name} must be >= 1 and <= {_MAX_SIZE}, got {value}")
+        if self.num_layers > _MAX_LAYERS:
+            raise ValueError(f"num_layers must be <= {_MAX_LAYERS}, got {self.num_layers}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}"
@@ -130,3 +161,5 @@ _SIZES = (
     "head_dim",
     "max_context_tokens",
 )
+# No model comes near these; a corrupt file does.
+_MAX_SIZE, _MAX_LAYERS = 2**31 - 1, 4096

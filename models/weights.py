@@ -7,9 +7,12 @@ rows of `qkv_ED` are all query heads, then all key heads, then all value heads; 
 up. Loading writes each tensor of the checkpoint straight into its rows.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+
+from triode.models.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +41,81 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     final_norm_D: torch.Tensor
     head_VD: torch.Tensor
+
+
+def allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> DecoderWeights:
+    """Uninitialised weights of the right shapes."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    embed_VD = empty(config.vocab_size, config.hidden_size)
+    return DecoderWeights(
+        embed_VD=embed_VD,
+        layers=tuple(_allocate_layer(config, empty) for _ in range(config.num_layers)),
+        final_norm_D=empty(config.hidden_size),
+        head_VD=embed_VD if config.tie_word_embeddings else empty(config.vocab_size, config.hidden_size),
+    )
+
+
+def _allocate_layer(config: ModelConfig, empty: Callable[..., torch.Tensor]) -> LayerWeights:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    qkv_size = config.q_size + 2 * config.kv_size
+    return LayerWeights(
+        input_norm_D=empty(hidden),
+        qkv_ED=empty(qkv_size, hidden),
+        o_DE=empty(hidden, config.q_size),
+        post_norm_D=empty(hidden),
+        gate_up_FD=empty(2 * inner, hidden),
+        down_DF=empty(hidden, inner),
+        qkv_bias_E=empty(qkv_size) if config.qkv_bias else None,
+        q_norm_H=empty(config.head_dim) if config.qk_norm else None,
+        k_norm_H=empty(config.head_dim) if config.qk_norm else None,
+        o_bias_D=empty(hidden) if config.o_bias else None,
+        gate_up_bias_F=empty(2 * inner) if config.mlp_bias else None,
+        down_bias_D=empty(hidden) if config.mlp_bias else None,
+    )
+
+
+def places(config: ModelConfig, weights: DecoderWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a checkpoint by its Hugging Face name, and the view of `weights` that it fills."""
+    yield "model.embed_tokens.weight", weights.embed_VD
+    for index, layer in enumerate(weights.layers):
+        for name, view in _layer_places(config, layer):
+            yield f"model.layers.{index}.{name}", view
+    yield "model.norm.weight", weights.final_norm_D
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", weights.head_VD
+
+
+def _layer_places(config: ModelConfig, layer: LayerWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    qkv = (
+        ("self_attn.q_proj", config.q_size),
+        ("self_attn.k_proj", config.kv_size),
+        ("self_attn.v_proj", config.kv_size),
+    )
+    gate_up = (("mlp.gate_proj", config.intermediate_size), ("mlp.up_proj", config.intermediate_size))
+    yield "input_layernorm.weight", layer.input_norm_D
+    yield from _split("weight", layer.qkv_ED, qkv)
+    yield from _split("bias", layer.qkv_bias_E, qkv)
+    yield from _split("weight", layer.q_norm_H, (("self_attn.q_norm", config.head_dim),))
+    yield from _split("weight", layer.k_norm_H, (("self_attn.k_norm", config.head_dim),))
+    yield "self_attn.o_proj.weight", layer.o_DE
+    yield from _split("bias", layer.o_bias_D, (("self_attn.o_proj", config.hidden_size),))
+    yield "post_attention_layernorm.weight", layer.post_norm_D
+    yield from _split("weight", layer.gate_up_FD, gate_up)
+    yield from _split("bias", layer.gate_up_bias_F, gate_up)
+    yield "mlp.down_proj.weight", layer.down_DF
+    yield from _split("bias", layer.down_bias_D, (("mlp.down_proj", config.hidden_size),))
+
+
+def _split(
+    kind: str, fused: torch.Tensor | None, parts: tuple[tuple[str, int], ...]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The named row ranges of a fused tensor; nothing where the model has no such tensor."""
+    if fused is None:
+        return
+    start = 0
+    for name, num_rows in parts:
+        yield f"{name}.{kind}", fused[start : start + num_rows]
+        start += num_rows

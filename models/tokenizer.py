@@ -1,0 +1,114 @@
+"""Text to token ids and back."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import Decoder
+from tokenizers.normalizers import Normalizer
+
+from triode.models.chat import ChatTemplate, Message
+
+# Unicode's normal forms shorten UTF-8 by at most this factor: 3 for singletons such as U+212A, 3 for composition.
+_MAX_NFC_SHRINK = 9
+SPACE_MARK = "\u2581"
+
+
+class Tokenizer:
+    """A vocabulary with its rules, and the model's chat template.
+
+    Methods may be called from any thread.
+    """
+
+    def __init__(self, backend: Backend, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
+        """`special_tokens` are the names by which a template knows tokens, `bos_token` and the like."""
+        self.backend = backend
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._added_text = {token_id: token.content for token_id, token in added.items()}
+        self._absorbs_spaces = any(token.lstrip or token.rstrip for token in added.values())
+        self._template = None if chat_template is None else ChatTemplate(chat_template, special_tokens)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`; with special tokens as the model wants raw text to begin and end."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD. Ids beyond the vocabulary have no text."""
+        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, out of context; empty for an id beyond the vocabulary."""
+        if (text := self._added_text.get(token_id)) is not None:
+            return text.encode()
+        token = self.backend.id_to_token(token_id)
+        return b"" if token is None else self._piece_bytes(token)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be given instead of text."""
+        return self._template is not None
+
+    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The prompt for a conversation; encode it without special tokens, for it has its own.
+
+        Raises:
+            ValueError: the model has no template, or a message is malformed or refused by the template.
+        """
+        if self._template is None:
+            raise ValueError("this model has no chat template: give the prompt as text or token ids")
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    @cached_property
+    def max_token_bytes(self) -> int | None:
+        """The most UTF-8 bytes of text that one token can take, None if a token can take any number.
+
+        A text of b bytes has at least `b / max_token_bytes` tokens, which refuses hopeless prompts unencoded.
+        """
+        shrink = _SHRINK_OF_NORMALIZER.get(_kind(self.backend.normalizer))
+        if shrink is None or self._absorbs_spaces or not self._covers_all_bytes:
+            return None
+        return shrink * max(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size))
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return _kind(self.backend.decoder) == "ByteLevel"
+
+    @property
+    def _covers_all_bytes(self) -> bool:
+        """Whether no text is unknown to the vocabulary, so that none of it is fused into one unknown token."""
+        return self._is_byte_level or bool(getattr(self.backend.model, "byte_fallback", False))
+
+    def _piece_bytes(self, token: str) -> bytes:
+        if self._is_byte_level:
+            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes.fromhex(token[3:5])
+        return token.replace(SPACE_MARK, " ").encode()
+
+
+def _kind(component: Normalizer | Decoder | None) -> str | None:
+    """The type of a component of `tokenizers`, for a sequence the joined types of its parts."""
+    if component is None:
+        return None
+    # The state of a component is its part of tokenizer.json.
+    state = json.loads(str(component.__getstate__(), "utf-8"))
+    if state["type"] == "Sequence":
+        parts = state.get("normalizers") or state.get("decoders") or []
+        return "+".join(str(part["type"]) for part in parts)
+    return str(state["type"])
+
+
+_SHRINK_OF_NORMALIZER = {None: 1, "": 1, "NFC": _MAX_NFC_SHRINK, "Replace": 1, "Prepend+Replace": 1}
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes: printable Latin-1 is itself, the rest follows U+0100."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()
