@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from triode.cache.memory import free_memory_bytes
+from triode.cache.pool import free_memory_bytes
 from triode.errors import CorruptModel, InsufficientMemory, UnsupportedModel
 from triode.models.config import ModelConfig
 from triode.models.progress import Progress
