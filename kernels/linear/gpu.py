@@ -1,0 +1,157 @@
+"""Matrix products of few tokens on an NVIDIA GPU: K in order, never split, so that a token's bits are its own.
+
+The idea. A decode step reads every weight once, so its products run at the speed of memory whatever the tokens are. Here
+the weight's rows are the tensor core's M side ("swap AB") and the tokens its N side, padded to 16: little is wasted and
+every byte of weight feeds a product. One program owns `rows` weight rows and walks all of K in order: fp32 sums are
+taken in the same order for every number of tokens and every tile, and that order is also cuBLASLt's when it may not
+split K. Hence both may serve the same weight, and `proof.py` checks on the GPU at hand that they agree bit for bit.
+
+Before it waits for its predecessor, a program asks L2 for the head of its weights: the small kernels between two
+products (norm, rope, attention) leave the memory idle, and those bytes are then already on the chip.
+
+M tokens    K in features    N out features    F half of a gate-up weight's N
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from triode.kernels.device_code import dot_dtype, silu_times
+from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.linear.tiles import LinearTile
+
+
+@triton.jit
+def prefetch(weight_ptr, row, in_features, FEATURES: tl.constexpr):
+    """Ask L2 for the first `FEATURES` elements of some weight rows, a 128-byte line at a time."""
+    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    line = tl.arange(0, FEATURES // LINE) * LINE
+    at = weight_ptr + row[:, None] * in_features + tl.minimum(line, in_features - 1)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [at.to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def weight_tile(weight_ptr, row, k, in_features, WHOLE: tl.constexpr, DOT: tl.constexpr):
+    """Rows of the weight, features from k[0] on. Rows past the end repeat the last one; their product is not stored."""
+    at = weight_ptr + row[:, None] * in_features + k[None, :]
+    if WHOLE:
+        return tl.load(at).to(DOT)
+    return tl.load(at, mask=k[None, :] < in_features, other=0.0).to(DOT)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def linear_in_order(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    num_tokens,
+    in_features,
+    out_features,
+    x_stride,
+    out_stride,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    BIAS: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[m, n] = sum over k of weight[n, k] x[m, k], or with SWIGLU silu of the first half's times the second half's.
+
+    `out_features` counts columns of `out`. With SWIGLU the weight has twice as many rows: gates, then ups.
+    """
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    last_row = tl.minimum(row, out_features - 1)
+    up_row = last_row + out_features
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    real = token < num_tokens
+    feature = tl.arange(0, FEATURES)
+    if PDL:
+        gdc_launch_dependents()
+        if PREFETCH > 0:
+            prefetch(weight_ptr, last_row, in_features, PREFETCH)
+            if SWIGLU:
+                prefetch(weight_ptr, up_row, in_features, PREFETCH)
+        gdc_wait()
+    x_row = x_ptr + token.to(tl.int64)[None, :] * x_stride
+    acc = tl.zeros([ROWS, TOKENS], tl.float32)
+    up_acc = tl.zeros([ROWS, TOKENS], tl.float32)
+    for first in range(0, in_features, FEATURES):
+        k = first + feature
+        x_mask = real[None, :] if WHOLE else real[None, :] & (k[:, None] < in_features)
+        x = tl.load(x_row + k[:, None], mask=x_mask, other=0.0).to(DOT)
+        w = weight_tile(weight_ptr, last_row, k, in_features, WHOLE, DOT)
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+        if SWIGLU:
+            up = weight_tile(weight_ptr, up_row, k, in_features, WHOLE, DOT)
+            up_acc = tl.dot(up, x, up_acc, input_precision="ieee")
+    if BIAS:
+        acc += tl.load(bias_ptr + last_row).to(tl.float32)[:, None]
+        if SWIGLU:
+            up_acc += tl.load(bias_ptr + up_row).to(tl.float32)[:, None]
+    if SWIGLU:
+        acc = silu_times(acc, up_acc, x_ptr.dtype.element_ty)
+    out_at = out_ptr + token.to(tl.int64)[None, :] * out_stride + row[:, None]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=real[None, :] & (row[:, None] < out_features))
+
+
+def linear_sequential(
+    x_MK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    out_MN: torch.Tensor,
+    tile: LinearTile,
+    traits: GpuTraits,
+    *,
+    bias_N: torch.Tensor | None = None,
+    swiglu: bool = False,
+) -> None:
+    """Write `x @ weight.T (+ bias)` into `out_MN`; with `swiglu`, `silu(gate) * up` of its two halves into `out_MF`.
+
+    Any tile gives the same bits. Products are summed in float32 and rounded once, to the type of `out_MN`.
+
+    Raises:
+        ValueError: the tensors are not laid out as the kernel reads them.
+    """
+    num_tokens, in_features = x_MK.shape
+    out_features = weight_NK.shape[0] // 2 if swiglu else weight_NK.shape[0]
+    if not weight_NK.is_contiguous() or x_MK.stride(1) != 1 or out_MN.stride(1) != 1:
+        raise ValueError("the weight must be contiguous, and x and out along their last axis")
+    if out_MN.shape != (num_tokens, out_features) or weight_NK.shape[1] != in_features:
+        raise ValueError(f"out must be {(num_tokens, out_features)}, got {tuple(out_MN.shape)}")
+    linear_in_order[(triton.cdiv(out_features, tile.rows), triton.cdiv(num_tokens, tile.tokens))](
+        x_MK,
+        weight_NK,
+        weight_NK if bias_N is None else bias_N,
+        out_MN,
+        num_tokens,
+        in_features,
+        out_features,
+        x_MK.stride(0),
+        out_MN.stride(0),
+        ROWS=tile.rows,
+        TOKENS=tile.tokens,
+        FEATURES=tile.features,
+        PREFETCH=tile.prefetch_features,
+        WHOLE=in_features % tile.features == 0,
+        SWIGLU=swiglu,
+        BIAS=bias_N is not None,
+        DOT=dot_dtype(x_MK.dtype, traits),
+        PDL=traits.dependent_launch,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **traits.launch_options,
+    )

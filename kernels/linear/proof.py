@@ -1,0 +1,79 @@
+"""Do the Triton kernel and cuBLASLt without split-K give the same bits for this weight on this GPU? Ask both.
+
+They were equal for every shape and number of tokens tried on an H100, but that is a property of cuBLASLt's heuristics
+and of the GPU, not a law. So each weight shape is checked when a model is loaded; where they differ, the Triton kernel
+serves every number of tokens, which is slower above 32 tokens and keeps the promise.
+
+M tokens    K in features    N out features
+"""
+
+import contextlib
+import dataclasses
+import functools
+
+import torch
+
+from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.linear.blas import linear_blas, split_k_refused
+from triode.kernels.linear.gpu import linear_sequential
+from triode.kernels.linear.tiles import TRITON_TOKENS, linear_tile
+
+FEW_TOKENS = (1, 16)
+MANY_TOKENS = (TRITON_TOKENS + 1, 64, 100, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearProof:
+    """What was found for one weight."""
+
+    out_features: int
+    in_features: int
+    differing_tokens: tuple[int, ...]
+    """The numbers of tokens for which cuBLASLt's first rows differ from the Triton kernel's."""
+
+    @property
+    def triton_tokens(self) -> int | None:
+        """The Triton kernel serves up to this many tokens; None where it must serve any number."""
+        return None if self.differing_tokens else TRITON_TOKENS
+
+    def __str__(self) -> str:
+        shape = f"{self.out_features} × {self.in_features}"
+        if self.differing_tokens:
+            return f"{shape}: cuBLASLt differs at {self.differing_tokens} tokens; the Triton kernel serves every number"
+        return f"{shape}: cuBLASLt agrees; it serves more than {TRITON_TOKENS} tokens"
+
+
+def prove(
+    weight_NK: torch.Tensor,
+    traits: GpuTraits,
+    *,
+    bias_N: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    most_tokens: int = MANY_TOKENS[-1],
+    refuse_split_k: bool = True,
+) -> LinearProof:
+    """Compare both on one random input, with this weight's own values. Waits for the device.
+
+    Args:
+        out_dtype: the type of the product where it is not the weight's (float32 logits).
+        most_tokens: the largest step; larger products are not checked.
+        refuse_split_k: False shows that the check can fail.
+    """
+    out_features, in_features = weight_NK.shape
+    counts = [count for count in MANY_TOKENS if count <= most_tokens] or [MANY_TOKENS[0]]
+    x_MK = torch.randn(counts[-1], in_features, device=weight_NK.device).to(weight_NK.dtype)
+    new_empty = functools.partial(torch.empty, dtype=out_dtype or weight_NK.dtype, device=weight_NK.device)
+    few = []
+    for count in FEW_TOKENS:
+        out_MN = new_empty((count, out_features))
+        tile = linear_tile(out_features, in_features, count)
+        linear_sequential(x_MK[:count], weight_NK, out_MN, tile, traits, bias_N=bias_N)
+        few.append(out_MN)
+    many_MN = new_empty((counts[-1], out_features))
+    differing = []
+    with split_k_refused() if refuse_split_k else contextlib.nullcontext():
+        for count in counts:
+            linear_blas(x_MK[:count], weight_NK, many_MN[:count], bias_N)
+            if not all(torch.equal(out_MN, many_MN[: out_MN.shape[0]]) for out_MN in few):
+                differing.append(count)
+    return LinearProof(out_features, in_features, tuple(differing))
