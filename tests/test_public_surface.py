@@ -88,7 +88,7 @@ def parameters(function: object) -> str:
 
 
 def test_signatures_are_exactly_these() -> None:
-    assert parameters(triode.open_engine) == "(model, config=None, **overrides)"
+    assert parameters(triode.open_engine) == "(model, config=None, *, progress=None, **overrides)"
     assert parameters(triode.Engine.submit) == (
         "(self, prompt, params=None, *, priority=0, request_id=None, adapter=None, cache_salt=None, deadline_s=None)"
     )
