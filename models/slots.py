@@ -1,0 +1,90 @@
+"""The state of the batch: what each slot knows about the sequence that sits in it.
+
+The token histories and block tables of all slots are two arrays, so that a step gathers what it needs from them with
+one index operation each. They are as wide as the longest sequence may be; the system gives memory to the part that is
+written. Everything else about a slot is a `SlotState`.
+
+    S slots        C tokens of the longest sequence        X blocks of the longest table
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from triode.ids import SlotId, TokenId
+from triode.models.counts import TokenCounts
+from triode.models.sampling import SamplingParams
+from triode.models.step import Admission, TableChange
+
+IntArray = npt.NDArray[np.integer]
+
+
+class SlotState:
+    """One admitted sequence. `history` is the slot's row of `Slots.tokens_SC`."""
+
+    def __init__(self, admission: Admission, history: IntArray) -> None:
+        self.epoch = admission.epoch
+        self.params: SamplingParams = admission.params
+        self.seed = admission.seed
+        self.sample_index = admission.sample_index
+        self.stop_token_ids = admission.stop_token_ids
+        self.bad_word_ids = admission.bad_word_ids
+        self.num_prompt_tokens = admission.num_prompt_tokens
+        self.num_tokens = len(admission.token_ids)
+        self._history = history
+        history[: self.num_tokens] = admission.token_ids
+        self._counts: TokenCounts | None = None
+        self.draws: list[float] = []
+        """Random numbers for the tokens at positions `first_draw, ...` (`triode.models.draws`)."""
+        self.first_draw = 0
+
+    @property
+    def tokens(self) -> IntArray:
+        """Prompt and output so far; a view, valid until the slot's next admission."""
+        return self._history[: self.num_tokens]
+
+    @property
+    def num_generated(self) -> int:
+        """Output tokens so far."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def counts(self) -> TokenCounts:
+        """Which tokens occurred, and how often; kept up to date once it has been asked for."""
+        if self._counts is None:
+            self._counts = TokenCounts(self.tokens, self.num_prompt_tokens)
+        return self._counts
+
+    def append(self, token_id: TokenId) -> None:
+        """A sampled token becomes part of the sequence."""
+        self._history[self.num_tokens] = token_id
+        self.num_tokens += 1
+        if self._counts is not None:
+            self._counts.add(token_id)
+
+
+class Slots:
+    """All slots of the batch."""
+
+    def __init__(self, num_slots: int, max_context_tokens: int, block_size_tokens: int) -> None:
+        max_blocks = -(-max_context_tokens // block_size_tokens)
+        self.tokens_SC = np.zeros((num_slots, max_context_tokens), np.int32)
+        self.table_SX = np.zeros((num_slots, max_blocks), np.int32)
+        self._states: list[SlotState | None] = [None] * num_slots
+
+    def admit(self, admission: Admission) -> None:
+        """A sequence takes a slot; everything the slot knew before is forgotten."""
+        # Block 0 belongs to nobody, so an entry that the plan never fills cannot reach another sequence's memory.
+        self.table_SX[admission.slot] = 0
+        self._states[admission.slot] = SlotState(admission, self.tokens_SC[admission.slot])
+
+    def change_table(self, change: TableChange) -> None:
+        """Entries of a slot's block table."""
+        last_block = change.first_block + len(change.block_ids)
+        self.table_SX[change.slot, change.first_block : last_block] = change.block_ids
+
+    def state(self, slot: SlotId, epoch: int) -> SlotState:
+        """The sequence in a slot, which must be that of `epoch`."""
+        state = self._states[slot]
+        assert state is not None, f"slot {slot} is used before its first admission"
+        assert state.epoch == epoch, f"slot {slot} is at epoch {state.epoch}, the plan says {epoch}"
+        return state
