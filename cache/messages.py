@@ -33,7 +33,10 @@ class MatchRow(msgspec.Struct, frozen=True):
     use_cached: bool = True
     """False: match nothing (every position must be computed); the blocks are inserted all the same."""
     fork_of: SequenceId | None = None
-    """A sample of the same request whose prompt blocks this one shares, the partial last block included."""
+    """A sample of the same request whose prompt blocks this one shares, the partial last block included.
+
+    It must not be cancelled: what it was granted last may never have been launched.
+    """
 
 
 class Match(msgspec.Struct, frozen=True, tag=True):
