@@ -8,6 +8,7 @@ import math
 
 from triode.errors import CorruptModel, UnsupportedModel
 from triode.models.config import DtypeName, ModelConfig, RopeConfig
+from triode.models.fields import Fields
 from triode.models.gguf import GGUFFile
 from triode.models.gguf_tensors import read_vector
 from triode.models.registry import family
@@ -50,18 +51,21 @@ def read_config(file: GGUFFile) -> ModelConfig:
         CorruptModel: a needed key is missing or has a value of the wrong kind.
         UnsupportedModel: the architecture or a feature is not supported.
     """
-    keys = _Keys(file)
+    architecture = str(file.metadata.get("general.architecture"))
+    members = family(architecture, file.path)
+    _refuse_unknown_keys(file, architecture)
+    keys = Fields(str(file.path), file.metadata, f"{architecture}.")
     heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
     head_dim = keys.integer("attention.key_length", hidden // max(heads, 1))
     layers, context_tokens = keys.integer("block_count"), keys.integer("context_length")
     _refuse_unsupported(keys, head_dim)
     window = keys.integer("attention.sliding_window", 0) or None
-    rope = _read_rope(keys)
+    rope = _read_rope(file, keys)
     if (embedding := file.tensors.get("token_embd.weight")) is None:
         raise CorruptModel(f"{file.path}: tensor token_embd.weight is missing")
     try:
         return ModelConfig(
-            architecture=keys.architecture,
+            architecture=architecture,
             vocab_size=embedding.shape[0],
             hidden_size=hidden,
             intermediate_size=keys.integer("feed_forward_length"),
@@ -77,61 +81,35 @@ def read_config(file: GGUFFile) -> ModelConfig:
             qkv_bias="blk.0.attn_q.bias" in file.tensors,
             o_bias="blk.0.attn_output.bias" in file.tensors,
             mlp_bias="blk.0.ffn_down.bias" in file.tensors,
-            qk_norm=family(keys.architecture, file.path).qk_norm,
+            qk_norm=members.qk_norm,
             sliding_window_tokens=window,
             sliding_layers=(True,) * layers if window else (),
-            bos_token_id=keys.token_id("bos_token_id"),
-            eos_token_ids=tuple(dict.fromkeys(i for key in _EOS_KEYS if (i := keys.token_id(key)) is not None)),
+            bos_token_id=_token_id(file, "bos_token_id"),
+            eos_token_ids=tuple(dict.fromkeys(i for key in _EOS_KEYS if (i := _token_id(file, key)) is not None)),
             dtype=_DTYPES.get(embedding.quantization, "bfloat16"),
         )
     except ValueError as error:
         raise CorruptModel(f"{file.path}: {error}") from error
 
 
-class _Keys:
-    """Typed access to the metadata of one architecture."""
-
-    def __init__(self, file: GGUFFile) -> None:
-        self.file = file
-        architecture = file.metadata.get("general.architecture")
-        family(architecture, file.path)
-        self.architecture = str(architecture)
-        for key in file.metadata:
-            prefix, _, rest = key.partition(".")
-            if prefix == architecture and rest not in _KNOWN_KEYS:
-                raise UnsupportedModel(f"{file.path}: unsupported feature: {key} = {file.metadata[key]!r}")
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.file.metadata.get(f"{self.architecture}.{key}", default)
-        if type(value) is not int:
-            raise self.wrong(key, "an integer", value)
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.file.metadata.get(f"{self.architecture}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self.wrong(key, "a number", value)
-        return float(value)
-
-    def string(self, key: str, default: str) -> str:
-        value = self.file.metadata.get(f"{self.architecture}.{key}", default)
-        if not isinstance(value, str):
-            raise self.wrong(key, "a string", value)
-        return value
-
-    def token_id(self, key: str) -> int | None:
-        value = self.file.metadata.get(f"tokenizer.ggml.{key}")
-        return value if type(value) is int else None
-
-    def wrong(self, key: str, kind: str, value: object) -> CorruptModel | UnsupportedModel:
-        name = f"{self.file.path}: {self.architecture}.{key}"
+def _refuse_unknown_keys(file: GGUFFile, architecture: str) -> None:
+    for key, value in file.metadata.items():
+        prefix, _, rest = key.partition(".")
+        if prefix != architecture:
+            continue
+        if rest not in _KNOWN_KEYS:
+            raise UnsupportedModel(f"{file.path}: unsupported feature: {key} = {value!r:.80}")
         if isinstance(value, list):
-            return UnsupportedModel(f"{name} differs by layer, which is not supported: {value[:8]}")
-        return CorruptModel(f"{name} is missing" if value is None else f"{name} must be {kind}, got {value!r}")
+            raise UnsupportedModel(f"{file.path}: unsupported feature: {key} differs by layer")
 
 
-def _refuse_unsupported(keys: _Keys, head_dim: int) -> None:
-    path = keys.file.path
+def _token_id(file: GGUFFile, key: str) -> int | None:
+    value = file.metadata.get(f"tokenizer.ggml.{key}")
+    return value if type(value) is int else None
+
+
+def _refuse_unsupported(keys: Fields, head_dim: int) -> None:
+    path = keys.source
     if (experts := keys.integer("expert_count", 0)) > 0:
         raise UnsupportedModel(f"{path}: mixture of experts is not supported (expert_count = {experts})")
     if (value_length := keys.integer("attention.value_length", head_dim)) != head_dim:
@@ -142,14 +120,14 @@ def _refuse_unsupported(keys: _Keys, head_dim: int) -> None:
         raise UnsupportedModel(f"{path}: partial rotary is not supported ({rotary} of {head_dim} dimensions)")
 
 
-def _read_rope(keys: _Keys) -> RopeConfig:
+def _read_rope(file: GGUFFile, keys: Fields) -> RopeConfig:
     theta = keys.number("rope.freq_base", 10_000.0)
     kind = keys.string("rope.scaling.type", "none")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
-    if "rope_freqs.weight" in keys.file.tensors:
+    if "rope_freqs.weight" in file.tensors:
         if kind != "none":
-            raise UnsupportedModel(f"{keys.file.path}: rope scaling {kind!r} beside rope_freqs.weight is not supported")
-        return RopeConfig(theta=theta, kind="factors", short_factors=_factors(keys, "rope_freqs.weight"))
+            raise UnsupportedModel(f"{file.path}: rope scaling {kind!r} beside rope_freqs.weight is not supported")
+        return RopeConfig(theta=theta, kind="factors", short_factors=_factors(file, "rope_freqs.weight"))
     match kind:
         case "none" if factor == 1:
             return RopeConfig(theta=theta)
@@ -164,13 +142,13 @@ def _read_rope(keys: _Keys) -> RopeConfig:
                 factor=factor,
                 original_max_position=keys.integer("rope.scaling.original_context_length"),
                 attention_factor=keys.number("rope.scaling.attn_factor", 1.0),
-                short_factors=_factors(keys, "rope_factors_short.weight"),
-                long_factors=_factors(keys, "rope_factors_long.weight"),
+                short_factors=_factors(file, "rope_factors_short.weight"),
+                long_factors=_factors(file, "rope_factors_long.weight"),
             )
-    raise UnsupportedModel(f"{keys.file.path}: unsupported rope scaling {kind!r}")
+    raise UnsupportedModel(f"{file.path}: unsupported rope scaling {kind!r}")
 
 
-def _read_yarn(keys: _Keys, theta: float, factor: float) -> RopeConfig:
+def _read_yarn(keys: Fields, theta: float, factor: float) -> RopeConfig:
     # ggml multiplies the paper's attention factor by its own.
     scale = keys.number("rope.scaling.attn_factor", 1.0)
     return RopeConfig(
@@ -184,7 +162,7 @@ def _read_yarn(keys: _Keys, theta: float, factor: float) -> RopeConfig:
     )
 
 
-def _factors(keys: _Keys, name: str) -> tuple[float, ...]:
-    if (tensor := keys.file.tensors.get(name)) is None:
-        raise CorruptModel(f"{keys.file.path}: tensor {name} is missing")
-    return read_vector(keys.file, tensor)
+def _factors(file: GGUFFile, name: str) -> tuple[float, ...]:
+    if (tensor := file.tensors.get(name)) is None:
+        raise CorruptModel(f"{file.path}: tensor {name} is missing")
+    return read_vector(file, tensor)

@@ -7,12 +7,12 @@ themselves live in llama.cpp's src/llama-vocab.cpp and in the models' tokenizer.
 from enum import IntEnum
 from typing import cast
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from triode.errors import CorruptModel, UnsupportedModel
 from triode.models.gguf import GGUFFile, MetadataValue
-from triode.models.tokenizer import SPACE_MARK, Tokenizer
+from triode.models.tokenizer import SPACE_MARK, Tokenizer, enclose
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -73,18 +73,9 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
     _add_special_tokens(backend, metadata)
     bos = metadata.token("bos") if metadata.flag("add_bos_token", adds_bos) else None
     eos = metadata.token("eos") if metadata.flag("add_eos_token", False) else None
-    if (processor := enclose(backend, bos, eos)) is not None:
-        backend.post_processor = processor
+    enclose(backend, bos, eos)
     special_tokens = {f"{name}_token": token for name in _NAMED if (token := metadata.token(_NAMED[name])) is not None}
     return Tokenizer(backend, metadata.string("tokenizer.chat_template"), special_tokens)
-
-
-def enclose(backend: Backend, bos: str | None, eos: str | None) -> processors.TemplateProcessing | None:
-    """What puts `bos` before and `eos` after a text; None where there is neither."""
-    if not (ids := [(token, backend.token_to_id(token)) for token in (bos, eos) if token is not None]):
-        return None
-    single = [part for part in (bos, "$A", eos) if part is not None]
-    return processors.TemplateProcessing(single=single, special_tokens=ids)
 
 
 # A template's name for a token → GGUF's.

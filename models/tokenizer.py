@@ -7,6 +7,7 @@ from functools import cached_property
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import Decoder
 from tokenizers.normalizers import Normalizer
+from tokenizers.processors import TemplateProcessing
 
 from triode.models.byte_alphabet import BYTE_OF_CHARACTER
 from triode.models.chat import ChatTemplate, Message
@@ -30,7 +31,8 @@ class Tokenizer:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added_text = {token_id: token.content for token_id, token in added.items()}
         self._absorbs_spaces = any(token.lstrip or token.rstrip for token in added.values())
-        self._template = None if chat_template is None else ChatTemplate(chat_template, special_tokens)
+        self._chat_template = chat_template
+        self._special_tokens = special_tokens
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`; with special tokens as the model wants raw text to begin and end."""
@@ -50,7 +52,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether messages can be given instead of text."""
-        return self._template is not None
+        return self._chat_template is not None
 
     def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The prompt for a conversation; encode it without special tokens, for it has its own.
@@ -58,9 +60,14 @@ class Tokenizer:
         Raises:
             ValueError: the model has no template, or a message is malformed or refused by the template.
         """
-        if self._template is None:
-            raise ValueError("this model has no chat template: give the prompt as text or token ids")
         return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        # Compiled on first use, so that a model whose template is broken still completes text.
+        if self._chat_template is None:
+            raise ValueError("this model has no chat template: give the prompt as text or token ids")
+        return ChatTemplate(self._chat_template, self._special_tokens)
 
     @cached_property
     def max_token_bytes(self) -> int | None:
@@ -88,6 +95,13 @@ class Tokenizer:
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
         return token.replace(SPACE_MARK, " ").encode()
+
+
+def enclose(backend: Backend, bos: str | None, eos: str | None) -> None:
+    """Puts `bos` before and `eos` after each text that is encoded with special tokens, and nothing else."""
+    parts = [part for part in (bos, "$A", eos) if part is not None]
+    ids = [(token, backend.token_to_id(token)) for token in (bos, eos) if token is not None]
+    backend.post_processor = TemplateProcessing(single=parts, pair=[*parts, "$B"], special_tokens=ids)
 
 
 def _kind(component: Normalizer | Decoder | None) -> str | None:
