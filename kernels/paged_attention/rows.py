@@ -26,8 +26,3 @@ class AttentionRows:
     def num_tokens(self) -> int:
         """Query tokens of all rows."""
         return int(self.query_start_R1[-1])
-
-    @property
-    def num_query_R(self) -> npt.NDArray[np.int64]:
-        """Query tokens of each row."""
-        return np.diff(self.query_start_R1)

@@ -1,0 +1,19 @@
+"""y = x Wᵀ + b in plain torch. T tokens, D in features, E out features."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+PreparedLinear = Callable[[torch.Tensor], torch.Tensor]
+"""x_TD to y_TE for a weight that an implementation has laid out as it likes."""
+
+
+def linear(x_TD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None = None) -> torch.Tensor:
+    """The product as torch computes it: a row's last bits may depend on the number of rows."""
+    return torch.nn.functional.linear(x_TD, weight_ED, bias_E)
+
+
+def prepare_linear(weight_ED: torch.Tensor, bias_E: torch.Tensor | None = None) -> PreparedLinear:
+    """`linear` with a fixed weight."""
+    return partial(linear, weight_ED=weight_ED, bias_E=bias_E)

@@ -1,0 +1,254 @@
+"""Attention over a paged cache, in plain torch.
+
+The promise: a query's result depends on its own tokens alone. It is the same bit for bit whether the query is decoded
+or part of a prefill chunk, whatever the chunk, the neighbours, the block table and the number of threads. Therefore
+
+- keys and values are walked in tiles of 64 positions counted from position 0, never in a split that suits the batch;
+- the queries of a KV head's group are packed into the rows of one matrix product, padded to a multiple of 4, because
+  the matrix libraries choose another kernel, with another order of addition, for fewer rows;
+- scores and softmax see whole rows: what lies outside is -inf, and adding exact zeros changes nothing, so the length
+  to which a row is padded does not matter;
+- probabilities times values are summed within each tile, then over the 8 tiles of a segment as a balanced tree, then
+  over segments in order. A product over all positions at once would be blocked by a rule that knows the length.
+
+Everything is computed in float32, from keys and values as they are stored, the chunk's own included.
+
+To be quick the work is cut into groups of equal shape: all decode rows of similar length together, a prefill chunk in
+blocks of queries. The cut follows from the batch and is free to, because it changes no result. A position past the end
+of its row reads the row's last key again: its probability is zero, and nothing unwritten is ever multiplied.
+
+    T packed query tokens   N query heads   K KV heads   G = N / K   H head dim   P blocks   B block size
+    R rows of a group   Q queries a row   M = Q G rows of a product, padded   S positions of a tile   L = J S positions
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from triode.kernels.paged_attention.rows import AttentionRows
+
+TILE_TOKENS = 64
+SEGMENT_TILES = 8
+ROW_MULTIPLE = 4
+_MAX_QUERIES = 64
+# What one group touches should stay in the last-level cache: 600 K float32 scores and 2 M elements of keys.
+_MAX_SCORES = 600_000
+_MAX_KEYS = 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows that are computed together: R rows of Q queries over the positions of J tiles."""
+
+    token_RQ: torch.Tensor
+    """Where the queries are packed."""
+    key_index: torch.Tensor
+    """int64 [R K L] into the cache as a [P B K, H] matrix."""
+    value_index: torch.Tensor
+    """The same entries in the order [J, R, K, S]."""
+    mask_RQL: torch.Tensor
+    """0 where a query sees a position, -inf elsewhere, from column `mask_from` on."""
+    mask_from: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """One step's groups. It holds for every layer with the same window."""
+
+    groups: tuple[_Group, ...]
+
+
+def plan_attention(
+    rows: AttentionRows, *, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None, device: torch.device
+) -> AttentionPlan:
+    """Cut a step into groups and find their positions in the cache: once a step, not once a layer.
+
+    Args:
+        rows: which query tokens attend to which blocks.
+        num_heads: N.
+        num_kv_heads: K.
+        head_dim: H.
+        window: how many positions a query sees, its own included; None for all.
+        device: where queries and cache are.
+    """
+    planner = _Planner(rows, num_heads, num_kv_heads, head_dim, window, device)
+    return AttentionPlan(tuple(planner.group(row_R, first, last) for row_R, first, last in planner.cut()))
+
+
+class _Planner:
+    def __init__(
+        self,
+        rows: AttentionRows,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        device: torch.device,
+    ) -> None:
+        self.rows = rows
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.window = window
+        self.device = device
+
+    def cut(self) -> list[tuple[npt.NDArray[np.int64], int, int]]:
+        """Groups as (rows, first query, last query + 1), the queries counted within each row."""
+        num_query_R = np.diff(self.rows.query_start_R1)
+        by_size: dict[int, list[int]] = defaultdict(list)
+        groups = []
+        for row, num_query in enumerate(num_query_R.tolist()):
+            if num_query == 1:
+                # Rows share a group when the longer is at most twice the shorter (or both are short).
+                num_tiles = int(self.rows.start_R[row]) // TILE_TOKENS + 1
+                by_size[max(4, 1 << (num_tiles - 1).bit_length())].append(row)
+            else:
+                groups += self._cut_chunk(row, num_query)
+        for num_tiles, members in sorted(by_size.items()):
+            row_keys = num_tiles * TILE_TOKENS * self.num_kv_heads * self.head_dim
+            at_once = max(1, _MAX_KEYS // row_keys)
+            for at in range(0, len(members), at_once):
+                groups.append((np.array(members[at : at + at_once]), 0, 1))
+        return groups
+
+    def _cut_chunk(self, row: int, num_query: int) -> list[tuple[npt.NDArray[np.int64], int, int]]:
+        """Blocks of at most 64 queries; fewer where a query sees so much that the scores would be large."""
+        groups = []
+        first = 0
+        while first < num_query:
+            seen = int(self.rows.start_R[row]) + first + _MAX_QUERIES
+            fitting = _MAX_SCORES // (self.num_heads * seen)
+            size = min(_MAX_QUERIES, max(ROW_MULTIPLE, fitting // ROW_MULTIPLE * ROW_MULTIPLE))
+            last = min(first + size, num_query)
+            groups.append((np.array([row]), first, last))
+            first = last
+        return groups
+
+    def group(self, row_R: npt.NDArray[np.int64], first: int, last: int) -> _Group:
+        rows = self.rows
+        query_Q = np.arange(first, last)
+        position_RQ = rows.start_R[row_R][:, None] + query_Q
+        begin, end = self._span(position_RQ)
+        position_L = np.arange(begin, end)
+        # Positions past the row's end read its last key, which exists.
+        key_RL = np.minimum(position_L, position_RQ[:, -1:])
+        block_RL = rows.block_table_RC[row_R[:, None], key_RL // rows.block_size_tokens]
+        slot_RL = torch.from_numpy(block_RL * rows.block_size_tokens + key_RL % rows.block_size_tokens)
+        index_RKL = slot_RL[:, None, :] * self.num_kv_heads + torch.arange(self.num_kv_heads)[:, None]
+        index_JRKS = index_RKL.unflatten(2, (-1, TILE_TOKENS)).permute(2, 0, 1, 3)
+        mask_RQL, mask_from = self._mask(position_RQ, position_L)
+        return _Group(
+            token_RQ=torch.from_numpy(rows.query_start_R1[row_R][:, None] + query_Q).to(self.device),
+            key_index=index_RKL.reshape(-1).to(self.device),
+            value_index=index_JRKS.reshape(-1).to(self.device),
+            mask_RQL=mask_RQL.to(self.device),
+            mask_from=mask_from,
+        )
+
+    def _span(self, position_RQ: npt.NDArray[np.int64]) -> tuple[int, int]:
+        """The positions that some query sees: whole tiles, begun at a segment so that the sums pair the same tiles."""
+        begin = 0
+        if self.window is not None:
+            segment = TILE_TOKENS * SEGMENT_TILES
+            begin = max(0, int(position_RQ.min()) - self.window + 1) // segment * segment
+        end = (int(position_RQ.max()) // TILE_TOKENS + 1) * TILE_TOKENS
+        return begin, end
+
+    def _mask(self, position_RQ: npt.NDArray[np.int64], position_L: npt.NDArray[np.int64]) -> tuple[torch.Tensor, int]:
+        # Without a window every query sees all positions up to the group's lowest: those columns need no mask.
+        mask_from = 0
+        if self.window is None:
+            mask_from = (int(position_RQ.min()) + 1) // TILE_TOKENS * TILE_TOKENS
+        position_L = position_L[mask_from:]
+        hidden_RQL = position_L > position_RQ[:, :, None]
+        if self.window is not None:
+            hidden_RQL |= position_L <= position_RQ[:, :, None] - self.window
+        mask_RQL = torch.zeros(hidden_RQL.shape).masked_fill_(torch.from_numpy(hidden_RQL), -torch.inf)
+        return mask_RQL, mask_from
+
+
+def paged_attention(
+    q_TNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, plan: AttentionPlan, scale: float
+) -> torch.Tensor:
+    """Causal attention of each query over its row's cached positions, its own included.
+
+    Args:
+        q_TNH: queries, rotated; rows that the plan does not name (padding) are not read.
+        key_PBKH: keys; those of this step have been stored already.
+        value_PBKH: values.
+        plan: from `plan_attention` for this step.
+        scale: multiplies the scores.
+
+    Returns:
+        The outputs [T, N, H] in the dtype of `q_TNH`; zero for rows that the plan does not name.
+    """
+    out_TNH = torch.zeros_like(q_TNH, memory_format=torch.contiguous_format)
+    for group in plan.groups:
+        out_TNH[group.token_RQ] = _attend(q_TNH[group.token_RQ].float(), key_PBKH, value_PBKH, group, scale).to(
+            q_TNH.dtype
+        )
+    return out_TNH
+
+
+def _attend(
+    q_RQNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, group: _Group, scale: float
+) -> torch.Tensor:
+    R, Q, N, H = q_RQNH.shape
+    K = key_PBKH.shape[2]
+    rows = Q * N // K
+    M = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+    q_RKMH = q_RQNH.new_zeros(R, K, M, H)
+    packed_RKQGH = q_RKMH[:, :, :rows].unflatten(2, (Q, N // K))
+    torch.mul(q_RQNH.unflatten(2, (K, N // K)).transpose(1, 2), scale, out=packed_RKQGH)
+
+    keys = key_PBKH.view(-1, H).index_select(0, group.key_index).float().view(R * K, -1, H)
+    scores = torch.bmm(q_RKMH.view(R * K, M, H), keys.transpose(1, 2))
+    scores_RKQGL = scores.view(R, K, M, -1)[:, :, :rows].unflatten(2, (Q, N // K))
+    scores_RKQGL[..., group.mask_from :] += group.mask_RQL[:, None, :, None]
+    torch.softmax(scores, -1, out=scores)
+
+    values = value_PBKH.view(-1, H).index_select(0, group.value_index).float().view(-1, TILE_TOKENS, H)
+    probs_JMS = scores.unflatten(2, (-1, TILE_TOKENS)).permute(2, 0, 1, 3).reshape(-1, M, TILE_TOKENS)
+    partial_JRKMH = torch.bmm(probs_JMS, values).view(-1, R, K, M, H)
+    out_RKMH = _sum_tiles(partial_JRKMH)
+    return out_RKMH[:, :, :rows].unflatten(2, (Q, N // K)).transpose(1, 2).reshape(R, Q, N, H)
+
+
+def _sum_tiles(partial_J: torch.Tensor) -> torch.Tensor:
+    """Sum over the first axis, in place: a balanced tree within each segment, then segment after segment."""
+    stride = 1
+    while stride < SEGMENT_TILES:
+        right = partial_J[stride :: 2 * stride]
+        partial_J[:: 2 * stride][: len(right)] += right
+        stride *= 2
+    total, *segments = partial_J[::SEGMENT_TILES]
+    for segment in segments:
+        total += segment
+    return total
+
+
+def attention_float64(
+    q_TNH: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    rows: AttentionRows,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """The definition, over contiguous keys and values [length, K, H] a row: what tests compare with."""
+    out_TNH = torch.empty(q_TNH.shape, dtype=torch.float64)
+    group = q_TNH.shape[1] // keys[0].shape[1]
+    for row, (key, value) in enumerate(zip(keys, values, strict=True)):
+        first, last = rows.query_start_R1[row : row + 2].tolist()
+        for token in range(first, last):
+            position = int(rows.start_R[row]) + token - first
+            seen = slice(max(0, position - window + 1) if window else 0, position + 1)
+            key_NLH = key[seen].double().repeat_interleave(group, 1).transpose(0, 1)
+            value_NLH = value[seen].double().repeat_interleave(group, 1).transpose(0, 1)
+            probs_NL = (key_NLH @ q_TNH[token].double()[:, :, None])[..., 0].mul(scale).softmax(-1)
+            out_TNH[token] = (probs_NL[:, None] @ value_NLH)[:, 0]
+    return out_TNH

@@ -1,0 +1,75 @@
+"""Decoder: packed tokens in, hidden states out, for every family that `ModelConfig` describes.
+
+T packed tokens     R rows     D hidden     V vocab     P blocks     B block size     K KV heads     H head dim
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from triode.kernels.dispatch import Kernels
+from triode.models.batch import StepBatch
+from triode.models.config import ModelConfig
+from triode.models.layers import Layer, StepContext
+from triode.models.rope import rope_table
+from triode.models.weights import DecoderWeights
+
+
+class Decoder:
+    """The layers of a model, bound to their kernels.
+
+    Matrices may be laid out anew for the kernels, so that the weights can be dropped once the decoder exists. A step
+    is synchronous and belongs in `torch.inference_mode()`.
+    """
+
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, kernels: Kernels) -> None:
+        self.config = config
+        self.kernels = kernels
+        self.device = weights.embed_VD.device
+        self.dtype = weights.embed_VD.dtype
+        self.rope = rope_table(config, self.device)
+        self._embed_VD = weights.embed_VD
+        self._final_norm_D = weights.final_norm_D
+        self._layers = [Layer(config, index, layer, kernels) for index, layer in enumerate(weights.layers)]
+        self._head = kernels.prepare_linear(weights.head_VD, None)
+        self._windows = {config.window_tokens(index) for index in range(config.num_layers)}
+
+    def forward(
+        self, batch: StepBatch, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Compute one step and store its keys and values.
+
+        Args:
+            batch: the step's tokens; their number is a multiple of `Kernels.row_multiple`.
+            keys_PBKH: each layer's keys (`KVPool.keys`).
+            values_PBKH: each layer's values.
+
+        Returns:
+            The hidden states after the final norm, [T, D] without the padding.
+        """
+        context = self._context(batch)
+        residual_TD = torch.nn.functional.embedding(batch.token_ids_T, self._embed_VD)
+        x_TD = torch.zeros_like(residual_TD)
+        for layer, key_PBKH, value_PBKH in zip(self._layers, keys_PBKH, values_PBKH, strict=True):
+            x_TD = layer(x_TD, residual_TD, key_PBKH, value_PBKH, context)
+        hidden_TD = self.kernels.add_rms_norm(x_TD, residual_TD, self._final_norm_D, self.config.rms_norm_eps)
+        return hidden_TD[: batch.num_tokens]
+
+    def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """float32 logits [R, V] of the rows that need them."""
+        return self._head(hidden_RD).float()
+
+    def _context(self, batch: StepBatch) -> StepContext:
+        position_T = batch.positions_PT[0]
+        plans = {
+            window: self.kernels.plan_attention(
+                batch.rows,
+                num_heads=self.config.num_heads,
+                num_kv_heads=self.config.num_kv_heads,
+                head_dim=self.config.head_dim,
+                window=window,
+                device=self.device,
+            )
+            for window in self._windows
+        }
+        return StepContext(self.rope.cos_XU[position_T], self.rope.sin_XU[position_T], batch.slot_T, plans)

@@ -1,0 +1,97 @@
+"""One transformer layer, bound to its weights and kernels.
+
+T packed tokens     D hidden     N query heads     K KV heads     H head dim     U = H / 2
+P blocks     B block size     E = (N + 2 K) H     F intermediate
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from triode.kernels.dispatch import Kernels
+from triode.kernels.paged_attention.reference import AttentionPlan
+from triode.models.config import ModelConfig
+from triode.models.weights import LayerWeights
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What all layers of one step share."""
+
+    cos_TU: torch.Tensor
+    sin_TU: torch.Tensor
+    slot_T: torch.Tensor
+    plans: dict[int | None, AttentionPlan]
+    """Sliding window, or None, to its attention plan."""
+
+
+class Attention:
+    """Projections, rotation, cache and attention of one layer."""
+
+    def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._num_heads = config.num_heads
+        self._num_kv_heads = config.num_kv_heads
+        self._head_dim = config.head_dim
+        self._eps = config.rms_norm_eps
+        self._scale = config.head_dim**-0.5
+        self._window = config.window_tokens(layer)
+        self._q_norm_H = weights.q_norm_H
+        self._k_norm_H = weights.k_norm_H
+        self._qkv = kernels.prepare_linear(weights.qkv_ED, weights.qkv_bias_E)
+        self._o = kernels.prepare_linear(weights.o_DE, weights.o_bias_D)
+
+    def __call__(
+        self, x_TD: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, context: StepContext
+    ) -> torch.Tensor:
+        """Store the tokens' keys and values, then attend to the cache."""
+        kernels, N, K = self._kernels, self._num_heads, self._num_kv_heads
+        qkv_TJH = self._qkv(x_TD).unflatten(-1, (N + 2 * K, self._head_dim))
+        q_TNH, k_TKH, v_TKH = qkv_TJH.split((N, K, K), dim=1)
+        if self._q_norm_H is not None and self._k_norm_H is not None:
+            q_TNH.copy_(kernels.rms_norm(q_TNH, self._q_norm_H, self._eps))
+            k_TKH.copy_(kernels.rms_norm(k_TKH, self._k_norm_H, self._eps))
+        kernels.rotary(qkv_TJH[:, : N + K], context.cos_TU, context.sin_TU)
+        kernels.store_kv(k_TKH, v_TKH, key_PBKH, value_PBKH, context.slot_T)
+        plan = context.plans[self._window]
+        out_TNH = kernels.paged_attention(q_TNH, key_PBKH, value_PBKH, plan, self._scale)
+        return self._o(out_TNH.flatten(1))
+
+
+class Mlp:
+    """The gated feed-forward network of one layer."""
+
+    def __init__(self, weights: LayerWeights, kernels: Kernels) -> None:
+        self._swiglu = kernels.swiglu
+        self._gate_up = kernels.prepare_linear(weights.gate_up_FD, weights.gate_up_bias_F)
+        self._down = kernels.prepare_linear(weights.down_DF, weights.down_bias_D)
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """`down(silu(gate(x)) * up(x))`."""
+        return self._down(self._swiglu(self._gate_up(x_TD)))
+
+
+class Layer:
+    """Attention and feed-forward network, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights, kernels: Kernels) -> None:
+        self._add_rms_norm = kernels.add_rms_norm
+        self._eps = config.rms_norm_eps
+        self._input_norm_D = weights.input_norm_D
+        self._post_norm_D = weights.post_norm_D
+        self._attention = Attention(config, layer, weights, kernels)
+        self._mlp = Mlp(weights, kernels)
+
+    def __call__(
+        self,
+        x_TD: torch.Tensor,
+        residual_TD: torch.Tensor,
+        key_PBKH: torch.Tensor,
+        value_PBKH: torch.Tensor,
+        context: StepContext,
+    ) -> torch.Tensor:
+        """Add `x_TD`, the previous layer's output, to the residual in place; return this layer's output."""
+        x_TD = self._add_rms_norm(x_TD, residual_TD, self._input_norm_D, self._eps)
+        x_TD = self._attention(x_TD, key_PBKH, value_PBKH, context)
+        x_TD = self._add_rms_norm(x_TD, residual_TD, self._post_norm_D, self._eps)
+        return self._mlp(x_TD)

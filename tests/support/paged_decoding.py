@@ -1,0 +1,63 @@
+"""Drives a Decoder over a paged cache, without scheduler or runner: sequences with shuffled block tables, any chunks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from triode.models.batch import build_batch
+from triode.models.decoder import Decoder
+
+BLOCK_SIZE_TOKENS = 16
+
+
+@dataclass
+class PagedSequence:
+    """The tokens of one sequence, how many of them are in the cache, and where."""
+
+    token_ids: list[int]
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+
+
+class PagedDecoding:
+    """A pool full of NaN, and steps that mix prefill chunks and decodes in one batch."""
+
+    def __init__(self, decoder: Decoder, num_blocks: int, seed: int = 0) -> None:
+        config = decoder.config
+        shape = (num_blocks, BLOCK_SIZE_TOKENS, config.num_kv_heads, config.head_dim)
+        self.decoder = decoder
+        self.keys = [torch.full(shape, torch.nan, dtype=decoder.dtype) for _ in range(config.num_layers)]
+        self.values = [torch.full(shape, torch.nan, dtype=decoder.dtype) for _ in range(config.num_layers)]
+        self.free = np.random.default_rng(seed).permutation(np.arange(1, num_blocks)).tolist()
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[tuple[PagedSequence, int]]) -> list[torch.Tensor]:
+        """Compute so many more tokens of each sequence in one batch; their logits [num_tokens, V], a row each."""
+        for sequence, num_query in rows:
+            needed = -(-(sequence.num_computed + num_query) // BLOCK_SIZE_TOKENS)
+            while len(sequence.blocks) < needed:
+                sequence.blocks.append(self.free.pop())
+        table_RC = np.zeros((len(rows), max(len(sequence.blocks) for sequence, _ in rows)), np.int32)
+        for row, (sequence, _) in enumerate(rows):
+            table_RC[row, : len(sequence.blocks)] = sequence.blocks
+        batch = build_batch(
+            np.concatenate([s.token_ids[s.num_computed : s.num_computed + count] for s, count in rows]),
+            np.array([sequence.num_computed for sequence, _ in rows]),
+            np.array([count for _, count in rows]),
+            table_RC,
+            block_size_tokens=BLOCK_SIZE_TOKENS,
+            row_multiple=self.decoder.kernels.row_multiple,
+            device=torch.device("cpu"),
+        )
+        hidden_TD = self.decoder.forward(batch, self.keys, self.values)
+        for sequence, count in rows:
+            sequence.num_computed += count
+        return list(self.decoder.logits(hidden_TD).split([count for _, count in rows]))
+
+    def release(self, sequence: PagedSequence) -> None:
+        """Give the blocks back; what they hold stays as it is."""
+        self.free = sequence.blocks + self.free
+        sequence.blocks = []
+        sequence.num_computed = 0
