@@ -1,0 +1,117 @@
+import pytest
+
+from triode.models.chat import ChatTemplate, normalize
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+USER = {"role": "user", "content": "hi"}
+
+
+def render(source, messages=(USER,), **special_tokens):
+    return ChatTemplate(source, special_tokens).render(messages, add_generation_prompt=True)
+
+
+def test_a_template_renders_roles_and_contents():
+    messages = [{"role": "system", "content": "Be brief."}, USER]
+    text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert render(CHATML, messages) == text
+
+
+def test_the_generation_prompt_is_optional():
+    text = ChatTemplate(CHATML, {}).render([USER], add_generation_prompt=False)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert normalize([{"role": "user", "content": parts}]) == [{"role": "user", "content": "ab"}]
+
+
+def test_special_tokens_have_their_names_in_templates():
+    assert render("{{ bos_token }}{{ messages[0].content }}", bos_token="<s>") == "<s>hi"
+
+
+def test_blocks_leave_no_blank_lines_and_loops_can_be_left():
+    source = "{% for message in messages %}\n    {% if loop.index > 1 %}\n{% break %}\n    {% endif %}\nx\n{% endfor %}"
+    assert render(source, [USER, USER]) == "x\n"
+
+
+def test_tojson_escapes_no_html_and_no_unicode():
+    assert render("{{ {'a': '<b>', 'c': 'é'} | tojson }}") == '{"a": "<b>", "c": "é"}'
+    assert render("{{ [1] | tojson(indent=2) }}") == "[\n  1\n]"
+
+
+def test_a_generation_block_renders_what_is_inside():
+    assert render("{% generation %}{{ messages[0].content }}{% endgeneration %}!") == "hi!"
+
+
+def test_the_date_is_available():
+    assert render("{{ strftime_now('%Y') | length }}") == "4"
+
+
+def test_optional_inputs_are_none():
+    assert render("{{ tools is none and documents is none }}") == "True"
+
+
+def test_a_template_that_refuses_says_why():
+    with pytest.raises(ValueError, match="refuses these messages: roles must alternate"):
+        render("{{ raise_exception('roles must alternate') }}")
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ messages[7].content }}", "{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ nothing.more }}"]
+)
+def test_a_template_that_fails_is_a_value_error(source):
+    with pytest.raises(ValueError, match="chat template refuses these messages"):
+        render(source)
+
+
+def test_a_template_with_wrong_syntax_is_a_value_error():
+    with pytest.raises(ValueError, match="chat template is not valid"):
+        ChatTemplate("{% for x in %}", {})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'content': 'x'}) }}",
+        "{{ strftime_now.__globals__['os'] }}",
+    ],
+)
+def test_a_template_cannot_leave_the_sandbox(source):
+    with pytest.raises(ValueError, match="chat template refuses these messages"):
+        render(source)
+
+
+def test_an_assistant_message_may_have_tool_calls_instead_of_text():
+    message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    assert normalize([message]) == [message]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], r"messages must be a non-empty list of messages, got \[\]"),
+        ("hi", "messages must be a non-empty list of messages, got 'hi'"),
+        (USER, "messages must be a non-empty list of messages"),
+        (["hi"], r"messages\[0\] must be a mapping with role and content, got 'hi'"),
+        ([{"content": "x"}], r"messages\[0\].role must be one of system, .*, got None"),
+        ([{"role": "robot", "content": "x"}], r"messages\[0\].role must be one of .*, got 'robot'"),
+        ([{"role": ["user"], "content": "x"}], r"messages\[0\].role must be one of"),
+        ([USER, {"role": "user"}], r"messages\[1\].content must be text, got None"),
+        ([{"role": "user", "content": 7}], r"messages\[0\].content must be text or a list of parts, got 7"),
+        ([{"role": "user", "content": ["x"]}], r"messages\[0\].content\[0\] must be a part with a type, got 'x'"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            r"messages\[0\].content\[0\].type must be text, got 'image_url': other parts are not supported yet",
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], r"content\[0\].text must be a string, got 1"),
+    ],
+)
+def test_a_malformed_message_is_refused_by_its_place(messages, message):
+    with pytest.raises(ValueError, match=message):
+        normalize(messages)
