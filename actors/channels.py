@@ -19,25 +19,14 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Generic, TypeVar
 
-import msgspec
 import trio
+
+from triode.actors.statistics import InboxStatistics
 
 T = TypeVar("T")
 
 Put = Callable[[T], None]
 """The sending side of an inbox: synchronous, never waits."""
-
-
-class InboxStatistics(msgspec.Struct, frozen=True):
-    """One actor's load since the engine started."""
-
-    queue_depth: int
-    """Messages that wait now."""
-    peak_queue_depth: int
-    num_messages: int
-    num_wakeups: int
-    busy_s: float
-    """Time between taking messages and asking for the next, waits within a turn included."""
 
 
 class Inbox(Generic[T]):
