@@ -1,0 +1,109 @@
+"""`triode doctor`: what this machine offers, what Triode would use of it, and what is missing."""
+
+import argparse
+from importlib import import_module
+
+import msgspec
+
+from triode.engine.cli.machine import Gpu, Memory, Processor, read_gpus, read_memory, read_processor, read_versions
+from triode.engine.cli.progress import shown_progress, stage
+from triode.errors import ModelNotFound
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Everything the doctor found."""
+
+    versions: dict[str, str]
+    processor: Processor
+    memory: Memory
+    gpus: tuple[Gpu, ...]
+    device: str
+    """What `--device auto` takes."""
+    kernels: dict[str, dict[str, str]]
+    """By dtype: operation to implementation."""
+    num_threads: int
+    """Of one CPU operation, unless `--num-threads` says otherwise."""
+    models: dict[str, str]
+    """Built-in models: where they are, or how to get them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to print."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Look, and print."""
+    with shown_progress() as progress, stage(progress, "Importing torch"):
+        import_module("torch")
+    report = examine()
+    print(msgspec.json.encode(report).decode() if arguments.json else "\n".join(_lines(report)))
+    return 0
+
+
+def examine() -> Report:
+    """Look at the machine and at the installation."""
+    import torch
+
+    from triode.kernels.dispatch import choose_kernels
+    from triode.models.loader import resolve_device
+
+    device = resolve_device("auto")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return Report(
+        versions=read_versions(),
+        processor=read_processor(),
+        memory=read_memory(),
+        gpus=read_gpus(),
+        device=str(device),
+        kernels={str(dtype).removeprefix("torch."): choose_kernels(device, dtype).names for dtype in dtypes},
+        num_threads=torch.get_num_threads(),
+        models=_models(),
+    )
+
+
+def _models() -> dict[str, str]:
+    from triode.models.progress import NullProgress
+    from triode.models.source import ALIASES, locate
+
+    found: dict[str, str] = {}
+    for alias in ALIASES:
+        try:
+            found[alias] = str(locate(alias, NullProgress()))
+        except ModelNotFound as error:
+            found[alias] = str(error)
+    return found
+
+
+def _lines(report: Report) -> list[str]:
+    processor, memory = report.processor, report.memory
+    quota = "" if processor.quota_cores is None else f", limited to {processor.quota_cores:g} cores' time"
+    gpus = [
+        f"{gpu.name} (compute capability {gpu.compute_capability}), {_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} free"
+        for gpu in report.gpus
+    ]
+    rows = [
+        ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
+        ("CPU", f"{processor.name}, {processor.num_allowed_cores} of {processor.num_cores} cores allowed{quota}"),
+        ("CPU features", " ".join(processor.features) or "none that matter"),
+        ("threads", f"{report.num_threads} for one operation"),
+        ("memory", f"{_gib(memory.available_bytes)} available of {_gib(memory.total_bytes)}"),
+        ("GPU", "; ".join(gpus) or "none that torch can use"),
+        ("device", report.device),
+        *((f"kernels, {dtype}", _grouped(names)) for dtype, names in report.kernels.items()),
+        *((f"model {alias}", where) for alias, where in report.models.items()),
+    ]
+    width = max(len(label) for label, _ in rows)
+    return [f"{label:<{width}}  {value}" for label, value in rows]
+
+
+def _grouped(names: dict[str, str]) -> str:
+    """The implementations, each with the operations it serves."""
+    operations: dict[str, list[str]] = {}
+    for operation, implementation in names.items():
+        operations.setdefault(implementation, []).append(operation)
+    return "; ".join(f"{implementation}: {', '.join(served)}" for implementation, served in operations.items())
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"

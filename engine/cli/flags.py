@@ -1,0 +1,155 @@
+"""Command-line flags made from config structs: a field's name, type, default and docstring become its flag.
+
+A flag that is not given leaves no trace in the parsed arguments, so the struct's own default holds, and the struct
+checks the values that are given. Nothing about a parameter is written down twice.
+"""
+
+import argparse
+import ast
+import inspect
+import textwrap
+import types
+from collections.abc import Callable, Collection, Mapping
+from typing import Literal, NoReturn, TypeVar, Union, get_args, get_origin
+
+import msgspec
+
+Config = TypeVar("Config", bound=msgspec.Struct)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line, in the words of every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"triode: error: {message} (see {self.prog} --help)\n")
+
+
+def add_flags(parser: argparse._ActionsContainer, struct: type[msgspec.Struct], omit: Collection[str] = ()) -> None:
+    """Give `parser` a flag for every field of `struct` but those in `omit`; a field that is a struct gives its own."""
+    docs = field_docs(struct)
+    for field in msgspec.structs.fields(struct):
+        if field.name in omit:
+            continue
+        if part := _struct(field.type):
+            add_flags(parser, part, omit)
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        help_text = f"{docs.get(field.name, '')} {_default(field.default)}".replace("%", "%%")
+        kind = _without_none(field.type)
+        if kind is bool:
+            parser.add_argument(
+                flag, dest=field.name, help=help_text, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS
+            )
+        elif get_origin(kind) is tuple and get_args(kind)[0] is str:
+            # Strings may hold any separator, so each comes with a flag of its own.
+            parser.add_argument(
+                flag, dest=field.name, help=help_text, action="append", metavar="TEXT", default=argparse.SUPPRESS
+            )
+        else:
+            parser.add_argument(
+                flag,
+                dest=field.name,
+                help=help_text,
+                type=_reader(kind, field.type),
+                metavar=_metavar(kind),
+                default=argparse.SUPPRESS,
+            )
+
+
+def given(arguments: argparse.Namespace, struct: type[msgspec.Struct]) -> dict[str, object]:
+    """The fields of `struct`, and of the structs in it, that were set on the command line."""
+    values = vars(arguments)
+    found: dict[str, object] = {}
+    for field in msgspec.structs.fields(struct):
+        if part := _struct(field.type):
+            found |= given(arguments, part)
+        elif field.name in values:
+            found[field.name] = values[field.name]
+    return found
+
+
+def with_flags(arguments: argparse.Namespace, defaults: Config) -> Config:
+    """`defaults`, but for what was set on the command line.
+
+    Raises:
+        ValueError: if the struct refuses a value.
+    """
+    return msgspec.structs.replace(defaults, **given(arguments, type(defaults)))
+
+
+def words(values: Mapping[str, object]) -> list[str]:
+    """The command line that gives these values."""
+    line = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            line.append(f"--{flag}={value}")
+    return line
+
+
+def field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
+    """The string below each field of a struct's class body, on one line."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(struct))).body
+    docs: dict[str, str] = {}
+    name = ""
+    for statement in definition.body if isinstance(definition, ast.ClassDef) else ():
+        match statement:
+            case ast.AnnAssign(target=ast.Name(id=field)):
+                name = field
+            case ast.Expr(value=ast.Constant(value=str(text))) if name:
+                docs[name] = " ".join(text.split())
+            case _:
+                name = ""
+    return docs
+
+
+def _struct(annotation: object) -> type[msgspec.Struct] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct) else None
+
+
+def _default(default: object) -> str:
+    if default is None or default == ():
+        return ""
+    return f"[{default}]"
+
+
+def _without_none(annotation: object) -> object:
+    if get_origin(annotation) in (Union, types.UnionType):
+        (kind,) = (member for member in get_args(annotation) if member is not type(None))
+        return kind
+    return annotation
+
+
+def _metavar(kind: object) -> str:
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    if get_origin(kind) is tuple:
+        return "N,N,..."
+    if _is_mapping(kind):
+        return "ID=X,..."
+    return {int: "N", float: "X"}.get(kind, "TEXT") if isinstance(kind, type) else "TEXT"
+
+
+def _reader(kind: object, annotation: object) -> Callable[[str], object]:
+    """A function from a flag's text to the field's value."""
+
+    def read(text: str) -> object:
+        value: object = text
+        if get_origin(kind) is tuple:
+            value = text.split(",")
+        elif _is_mapping(kind):
+            value = dict(item.partition("=")[::2] for item in text.split(","))
+        try:
+            return msgspec.convert(value, annotation, strict=False)
+        except msgspec.ValidationError as error:
+            raise argparse.ArgumentTypeError(f"{error}, got {text!r}") from error
+
+    return read
+
+
+def _is_mapping(kind: object) -> bool:
+    origin = get_origin(kind)
+    return isinstance(origin, type) and issubclass(origin, Mapping)

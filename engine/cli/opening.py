@@ -1,0 +1,31 @@
+"""Opens the engine that a command line asks for, with everything slow about it shown."""
+
+import argparse
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+
+from triode.engine.cli.flags import add_flags, given
+from triode.engine.cli.progress import shown_progress
+from triode.engine.config import EngineConfig
+from triode.engine.engine import Engine, open_engine
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, and a flag for every field of `EngineConfig`."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder, a .gguf file, a Hugging Face id, a built-in model (smollm2-135m) or random:NAME",
+    )
+    add_flags(parser.add_argument_group("engine"), EngineConfig, omit={"model"})
+
+
+@asynccontextmanager
+async def opened_engine(arguments: argparse.Namespace, **overrides: object) -> AsyncIterator[Engine]:
+    """The engine that the command line asks for; `overrides` hold where it says nothing."""
+    with ExitStack() as shown:
+        progress = shown.enter_context(shown_progress())
+        config = EngineConfig().override(overrides | given(arguments, EngineConfig))
+        async with open_engine(arguments.model, config, progress=progress) as engine:
+            shown.close()
+            yield engine
