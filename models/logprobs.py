@@ -3,12 +3,15 @@
 R rows        V vocabulary
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from triode.ids import TokenId
 from triode.models.step import TokenLogprobs
+
+# Positions whose logits exist at once: a long prompt never materialises T × V of them.
+_TILE_POSITIONS = 32
 
 
 def score(logprobs_RV: torch.Tensor, token_ids: Sequence[int], num_alternatives: Sequence[int]) -> list[TokenLogprobs]:
@@ -35,6 +38,24 @@ def score(logprobs_RV: torch.Tensor, token_ids: Sequence[int], num_alternatives:
             token_ids, logprob_R1[:, 0].tolist(), ranks, pairs_RK, num_alternatives, strict=True
         )
     ]
+
+
+def score_positions(
+    hidden_TD: torch.Tensor,
+    next_ids: Sequence[int],
+    num_alternatives: int,
+    head: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[TokenLogprobs, ...]:
+    """The token that follows each of the first positions, for as many positions as there are tokens.
+
+    `head` makes logits of hidden states.
+    """
+    scores: list[TokenLogprobs] = []
+    for first in range(0, len(next_ids), _TILE_POSITIONS):
+        tile_ids = next_ids[first : first + _TILE_POSITIONS]
+        logprobs_TV = torch.log_softmax(head(hidden_TD[first : first + len(tile_ids)]), dim=-1)
+        scores += score(logprobs_TV, tile_ids, [num_alternatives] * len(tile_ids))
+    return tuple(scores)
 
 
 def _most_probable(logprobs_RV: torch.Tensor, num: int) -> list[list[tuple[float, int]]]:

@@ -35,7 +35,11 @@ class Output(enum.IntEnum):
     PROMPT_LOGPROBS_AND_SAMPLE = 3
     """Both: the last chunk of a prompt whose logprobs were asked for."""
     HIDDEN = 4
-    """The final hidden state, pooled over the query positions (embeddings)."""
+    """The final hidden states, pooled over all positions of the sequence (embeddings).
+
+    Every chunk of the prompt is such a row and the slot gathers them; the chunk that ends the known tokens returns the
+    result, bit for bit the same for any chunking. Nothing may be skipped by a prefix hit.
+    """
 
 
 class Admission(msgspec.Struct, frozen=True):
@@ -105,10 +109,13 @@ class StepResult(msgspec.Struct, frozen=True, tag=True):
     """The new tokens of all rows, flat: `sum(num_accepted)` of them."""
     logprobs: tuple[TokenLogprobs | None, ...] | None = None
     """Parallel to `token_ids`, an entry where the row asked for logprobs; None when no row asked."""
+    errors: tuple[str | None, ...] | None = None
+    """Per row, why it should have a token and has none: its request fails, alone. None when every row is well."""
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None
     """Per row, one entry a query position that has a known next token; None when no row asked."""
     embeddings: tuple[tuple[float, ...], ...] | None = None
-    """Per row with `Output.HIDDEN` the pooled hidden state, else an empty tuple; None when no row asked."""
+    """Per row with `Output.HIDDEN` that ends its known tokens the pooled hidden state, else an empty tuple; None when no
+    row asked."""
     forward_s: float = 0.0
     """Seconds from the start of the step to the logits."""
     sample_s: float = 0.0

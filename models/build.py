@@ -1,0 +1,100 @@
+"""From weights to a runner: choose the kernels, bind the decoder to them, size the KV pool from what is left."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from triode.cache.config import CacheConfig
+from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_blocks_for
+from triode.kernels.dispatch import choose_kernels
+from triode.models.config import ModelConfig
+from triode.models.decoder import Decoder
+from triode.models.eager import EagerRunner, cpu_threads
+from triode.models.pooling import Pooling
+from triode.models.progress import NullProgress, Progress
+from triode.models.runner import Runner
+from triode.models.weights import DecoderWeights, places
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltRunner:
+    """A runner, and what a start-up line says about it."""
+
+    runner: Runner
+    num_blocks: int
+    """Block 0, which absorbs padding, included."""
+    num_threads: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    kv_dtype: torch.dtype
+    kernels: str
+    """Each implementation in use, with its operations."""
+
+
+def build_runner(
+    config: ModelConfig,
+    weights: DecoderWeights,
+    *,
+    cache_config: CacheConfig,
+    max_running: int,
+    num_threads: int | None = None,
+    pooling: Pooling = Pooling.MEAN,
+    progress: Progress | None = None,
+) -> BuiltRunner:
+    """A runner for `max_running` sequences. Keys and values are kept in the dtype of the weights.
+
+    The decoder lays matrices out anew; a caller that keeps no reference to `weights` gives their memory to the cache.
+
+    Raises:
+        InsufficientMemory: the cache does not fit beside the weights.
+    """
+    progress = progress or NullProgress()
+    weights_bytes = sum(view.nbytes for _, view in places(config, weights))
+    progress.stage("Preparing kernels", None, "")
+    with torch.inference_mode(), cpu_threads(num_threads):
+        num_threads_used = torch.get_num_threads()
+        decoder = Decoder(config, weights, choose_kernels(weights.embed_VD.device, weights.embed_VD.dtype))
+    del weights
+    progress.done()
+    pool = _build_pool(config, cache_config, max_running, decoder)
+    runner = EagerRunner(decoder, pool, max_running=max_running, num_threads=num_threads, pooling=pooling)
+    return BuiltRunner(
+        runner=runner,
+        num_blocks=pool.num_blocks,
+        num_threads=num_threads_used,
+        weights_bytes=weights_bytes,
+        kv_cache_bytes=pool.num_bytes,
+        kv_dtype=decoder.dtype,
+        kernels=_describe(decoder.kernels.names),
+    )
+
+
+def _build_pool(config: ModelConfig, cache_config: CacheConfig, max_running: int, decoder: Decoder) -> KVPool:
+    block_bytes = bytes_per_block(
+        block_size_tokens=cache_config.block_size_tokens,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=decoder.dtype,
+    )
+    blocks_a_sequence = -(-config.max_context_tokens // cache_config.block_size_tokens)
+    num_blocks = num_blocks_for(
+        cache_config, block_bytes, free_memory_bytes(decoder.device), max_running * blocks_a_sequence
+    )
+    return KVPool(
+        num_blocks,
+        block_size_tokens=cache_config.block_size_tokens,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=decoder.dtype,
+        device=decoder.device,
+    )
+
+
+def _describe(names: dict[str, str]) -> str:
+    operations: dict[str, list[str]] = defaultdict(list)
+    for operation, implementation in names.items():
+        operations[implementation].append(operation)
+    return "; ".join(f"{implementation}: {', '.join(users)}" for implementation, users in operations.items())

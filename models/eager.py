@@ -1,0 +1,253 @@
+"""EagerRunner: one torch operation after the other. `launch` computes the whole step.
+
+The order of a step: admissions, table changes, block copies; pack the batch; decoder; head, on the rows that need
+logits; sample. While the same rows decode together, all that depends only on which rows they are is kept (`_RowSet`), so
+that a step packs token ids, positions and block tables and nothing else.
+
+A plan that contradicts the slots is a bug of ours: AssertionError.
+
+    T packed query tokens        R rows        D hidden        V vocabulary        C blocks in the longest table
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from triode.cache.pool import KVPool
+from triode.ids import SlotId, TokenId
+from triode.models.batch import StepBatch, build_batch
+from triode.models.decoder import Decoder
+from triode.models.logprobs import score_positions
+from triode.models.pooling import PooledHidden, Pooling
+from triode.models.runner import RunnerStatistics
+from triode.models.sampler import SampledRows, Samples, sample
+from triode.models.slots import IntArray, Slots
+from triode.models.step import Output, StepPlan, StepResult, TokenLogprobs
+
+_SAMPLING = frozenset({Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE})
+_SCORING = frozenset({Output.PROMPT_LOGPROBS, Output.PROMPT_LOGPROBS_AND_SAMPLE})
+
+
+class _RowSet:
+    """The rows of a plan, and what follows from which they are."""
+
+    def __init__(self, plan: StepPlan, slots: Slots, device: torch.device) -> None:
+        self.key = _row_key(plan)
+        self.states = [slots.state(slot, epoch) for slot, epoch in zip(plan.slots, plan.epochs, strict=True)]
+        self.slot_R = np.array(plan.slots)
+        self.sampled = [row for row, output in enumerate(plan.outputs) if output in _SAMPLING]
+        self.scored = [row for row, output in enumerate(plan.outputs) if output in _SCORING]
+        self.pooled = [row for row, output in enumerate(plan.outputs) if output is Output.HIDDEN]
+        self.sampling = SampledRows([self.states[row] for row in self.sampled], device) if self.sampled else None
+
+
+def _row_key(plan: StepPlan) -> tuple[tuple[SlotId, ...], tuple[int, ...], tuple[Output, ...]]:
+    return plan.slots, plan.epochs, plan.outputs
+
+
+class EagerRunner:
+    """Runs plans over one decoder and one pool."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: KVPool,
+        *,
+        max_running: int,
+        num_threads: int | None = None,
+        pooling: Pooling = Pooling.MEAN,
+    ) -> None:
+        self._decoder = decoder
+        self._pool = pool
+        self._slots = Slots(max_running, decoder.config.max_context_tokens, pool.block_size_tokens)
+        self._num_threads = num_threads
+        self._pooling = pooling
+        self._pooled: dict[SlotId, PooledHidden] = {}
+        self._rows: _RowSet | None = None
+        self._results: deque[StepResult] = deque()
+        self._statistics = RunnerStatistics()
+
+    def launch(self, plan: StepPlan) -> None:
+        """Compute the step."""
+        with torch.inference_mode(), cpu_threads(self._num_threads):
+            self._results.append(self._run(plan))
+
+    def collect(self) -> StepResult:
+        """The oldest result; it is there."""
+        return self._results.popleft()
+
+    def statistics(self) -> RunnerStatistics:
+        """A snapshot."""
+        return self._statistics
+
+    def close(self) -> None:
+        """Drop decoder and pool, and with them their memory."""
+        for part in ("_decoder", "_pool"):
+            self.__dict__.pop(part, None)
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        start_s = time.perf_counter()
+        rows, batch = self._prepare(plan)
+        prepared_s = time.perf_counter()
+        hidden_TD = self._decoder.forward(batch, self._pool.keys, self._pool.values)
+        logits_RV = self._logits(hidden_TD, batch, rows)
+        computed_s = time.perf_counter()
+        samples = None if logits_RV is None or rows.sampling is None else sample(logits_RV, rows.sampling)
+        prompt_logprobs = self._score_prompts(hidden_TD, batch, rows, plan)
+        embeddings = self._pool_hidden(hidden_TD, batch, rows, plan)
+        if samples is not None:
+            _append(samples, rows)
+        end_s = time.perf_counter()
+        self._count(plan, rows, prepared_s - start_s, computed_s - prepared_s, end_s - computed_s)
+        return _result(plan, rows, samples, prompt_logprobs, embeddings, computed_s - start_s, end_s - computed_s)
+
+    def _prepare(self, plan: StepPlan) -> tuple[_RowSet, StepBatch]:
+        for admission in plan.admissions:
+            self._slots.admit(admission)
+            self._pooled.pop(admission.slot, None)
+        for change in plan.table_changes:
+            self._slots.change_table(change)
+        self._pool.copy(plan.copies)
+        rows = self._rows
+        if rows is None or rows.key != _row_key(plan):
+            rows = self._rows = _RowSet(plan, self._slots, self._decoder.device)
+        return rows, self._pack(plan, rows)
+
+    def _pack(self, plan: StepPlan, rows: _RowSet) -> StepBatch:
+        start_R = np.array(plan.start_positions)
+        num_query_R = np.array(plan.num_query_tokens)
+        end_R = start_R + num_query_R
+        known_R = np.array([state.num_tokens for state in rows.states])
+        assert (end_R <= known_R).all(), f"step {plan.step_id} computes tokens that its slots do not have"
+        assert (end_R == known_R)[rows.sampled].all(), f"step {plan.step_id} samples before the end of a sequence"
+        num_blocks_R = (end_R - 1) // self._pool.block_size_tokens + 1
+        table_RC = self._slots.table_SX[rows.slot_R, : num_blocks_R.max()]
+        assert table_RC[np.arange(len(table_RC)), num_blocks_R - 1].all(), f"step {plan.step_id} lacks a block"
+        return build_batch(
+            self._token_ids(rows.slot_R, start_R, end_R),
+            start_R,
+            num_query_R,
+            table_RC,
+            block_size_tokens=self._pool.block_size_tokens,
+            row_multiple=self._decoder.kernels.row_multiple,
+            device=self._decoder.device,
+        )
+
+    def _token_ids(self, slot_R: IntArray, start_R: IntArray, end_R: IntArray) -> IntArray:
+        tokens_SC = self._slots.tokens_SC
+        if int((end_R - start_R).max()) == 1:
+            return tokens_SC[slot_R, start_R]
+        rows = zip(slot_R.tolist(), start_R.tolist(), end_R.tolist(), strict=True)
+        return np.concatenate([tokens_SC[slot, start:end] for slot, start, end in rows])
+
+    def _logits(self, hidden_TD: torch.Tensor, batch: StepBatch, rows: _RowSet) -> torch.Tensor | None:
+        if not rows.sampled:
+            return None
+        if len(rows.sampled) < len(hidden_TD):
+            last_T = torch.from_numpy(batch.rows.query_start_R1[1:] - 1)
+            hidden_TD = hidden_TD[last_T[rows.sampled].to(hidden_TD.device)]
+        return self._decoder.logits(hidden_TD)
+
+    def _score_prompts(
+        self, hidden_TD: torch.Tensor, batch: StepBatch, rows: _RowSet, plan: StepPlan
+    ) -> tuple[tuple[TokenLogprobs, ...], ...] | None:
+        if not rows.scored:
+            return None
+        scores: list[tuple[TokenLogprobs, ...]] = [()] * len(rows.states)
+        for row in rows.scored:
+            start, num_query = plan.start_positions[row], plan.num_query_tokens[row]
+            next_ids = rows.states[row].tokens[start + 1 : start + num_query + 1].tolist()
+            first = int(batch.rows.query_start_R1[row])
+            num_alternatives = rows.states[row].params.prompt_logprobs
+            assert num_alternatives is not None, "a row is scored that asked for no prompt_logprobs"
+            scores[row] = score_positions(hidden_TD[first:], next_ids, num_alternatives, self._decoder.logits)
+        return tuple(scores)
+
+    def _pool_hidden(
+        self, hidden_TD: torch.Tensor, batch: StepBatch, rows: _RowSet, plan: StepPlan
+    ) -> tuple[tuple[float, ...], ...] | None:
+        if not rows.pooled:
+            return None
+        embeddings: list[tuple[float, ...]] = [()] * len(rows.states)
+        for row in rows.pooled:
+            pooled = self._pooled.setdefault(plan.slots[row], PooledHidden(self._pooling))
+            assert pooled.num_positions == plan.start_positions[row], "pooled positions are consecutive"
+            first = int(batch.rows.query_start_R1[row])
+            pooled.add(hidden_TD[first : first + plan.num_query_tokens[row]])
+            if pooled.num_positions == rows.states[row].num_tokens:
+                embeddings[row] = pooled.result()
+        return tuple(embeddings)
+
+    def _count(self, plan: StepPlan, rows: _RowSet, prepare_s: float, forward_s: float, sample_s: float) -> None:
+        before = self._statistics
+        self._statistics = RunnerStatistics(
+            num_steps=before.num_steps + 1,
+            num_rows=before.num_rows + len(plan.slots),
+            num_query_tokens=before.num_query_tokens + sum(plan.num_query_tokens),
+            num_sampled_tokens=before.num_sampled_tokens + len(rows.sampled),
+            prepare_s=before.prepare_s + prepare_s,
+            forward_s=before.forward_s + forward_s,
+            sample_s=before.sample_s + sample_s,
+        )
+
+
+def _append(samples: Samples, rows: _RowSet) -> None:
+    for row, token_id in zip(rows.sampled, samples.token_ids, strict=True):
+        # A row without a token has failed. Any token takes its place, because a step that was planned before the
+        # scheduler knew goes on from there.
+        rows.states[row].append(TokenId(0) if token_id is None else token_id)
+
+
+def _result(
+    plan: StepPlan,
+    rows: _RowSet,
+    samples: Samples | None,
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None,
+    embeddings: tuple[tuple[float, ...], ...] | None,
+    forward_s: float,
+    sample_s: float,
+) -> StepResult:
+    num_accepted = [0] * len(plan.slots)
+    token_ids: list[TokenId] = []
+    logprobs: list[TokenLogprobs | None] = []
+    errors: list[str | None] = [None] * len(plan.slots)
+    if samples is not None:
+        for index, (row, token_id) in enumerate(zip(rows.sampled, samples.token_ids, strict=True)):
+            if token_id is not None:
+                num_accepted[row] = 1
+                token_ids.append(token_id)
+                if samples.logprobs is not None:
+                    logprobs.append(samples.logprobs[index])
+            elif samples.errors is not None:
+                errors[row] = samples.errors[index]
+    return StepResult(
+        step_id=plan.step_id,
+        slots=plan.slots,
+        epochs=plan.epochs,
+        num_accepted=tuple(num_accepted),
+        token_ids=tuple(token_ids),
+        logprobs=tuple(logprobs) if samples is not None and samples.logprobs is not None else None,
+        errors=tuple(errors) if samples is not None and samples.errors is not None else None,
+        prompt_logprobs=prompt_logprobs,
+        embeddings=embeddings,
+        forward_s=forward_s,
+        sample_s=sample_s,
+    )
+
+
+@contextmanager
+def cpu_threads(num_threads: int | None) -> Iterator[None]:
+    """Torch computes with so many threads inside the block, as before after it. None leaves the number alone."""
+    before = torch.get_num_threads()
+    if num_threads is None or num_threads == before:
+        yield
+        return
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

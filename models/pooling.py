@@ -1,0 +1,42 @@
+"""One vector for a whole sequence, gathered chunk by chunk.
+
+T query positions of a chunk        D hidden
+"""
+
+import enum
+
+import torch
+
+
+class Pooling(enum.StrEnum):
+    """How the final hidden states of a sequence become its embedding."""
+
+    MEAN = "mean"
+    LAST = "last"
+
+
+class PooledHidden:
+    """The embedding of the positions seen so far."""
+
+    def __init__(self, pooling: Pooling) -> None:
+        self._pooling = pooling
+        self._state_D: torch.Tensor | None = None
+        self.num_positions = 0
+
+    def add(self, hidden_TD: torch.Tensor) -> None:
+        """The hidden states of the next positions."""
+        self.num_positions += len(hidden_TD)
+        if self._pooling is Pooling.LAST:
+            self._state_D = hidden_TD[-1].double()
+            return
+        if self._state_D is None:
+            self._state_D = torch.zeros(hidden_TD.shape[1], dtype=torch.float64, device=hidden_TD.device)
+        # One position after the other: a sum over the chunk would add in an order that depends on the chunking.
+        for hidden_D in hidden_TD:
+            self._state_D += hidden_D
+
+    def result(self) -> tuple[float, ...]:
+        """The embedding, not normalised."""
+        assert self._state_D is not None, "a result needs at least one position"
+        divisor = self.num_positions if self._pooling is Pooling.MEAN else 1
+        return tuple((self._state_D / divisor).tolist())

@@ -1,0 +1,41 @@
+"""What the executor knows of a runner: plans go in, results come out in the same order.
+
+This file imports no torch, so that actors and statistics can name a runner without starting one.
+"""
+
+from typing import Protocol
+
+import msgspec
+
+from triode.models.step import StepPlan, StepResult
+
+
+class RunnerStatistics(msgspec.Struct, frozen=True):
+    """What a runner has done since it was made; all but the first are sums over steps."""
+
+    num_steps: int = 0
+    num_rows: int = 0
+    num_query_tokens: int = 0
+    num_sampled_tokens: int = 0
+    prepare_s: float = 0.0
+    """Applying plans and packing batches."""
+    forward_s: float = 0.0
+    """Decoder and head."""
+    sample_s: float = 0.0
+    """From logits to results."""
+
+
+class Runner(Protocol):
+    """Computes steps. `launch` and `collect` belong to one thread; `statistics` may be called from any."""
+
+    def launch(self, plan: StepPlan) -> None:
+        """Start a step; it may run on while the caller goes on."""
+
+    def collect(self) -> StepResult:
+        """The result of the oldest step not collected yet; blocks until it is there."""
+
+    def statistics(self) -> RunnerStatistics:
+        """A snapshot."""
+
+    def close(self) -> None:
+        """Give back weights and cache. Idempotent; no launch may follow."""
