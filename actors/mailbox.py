@@ -28,6 +28,9 @@ class Waker(Protocol):
     def flush(self) -> None:
         """All notifications of this step have been made."""
 
+    async def wait(self, mailbox: "Mailbox") -> None:
+        """Called by the reader: sleep until something is in `mailbox`, or return at once if something is."""
+
 
 class Mailbox:
     """One request's unread mail. Filled in the engine's thread, read in the caller's."""
@@ -61,12 +64,21 @@ class Mailbox:
                 pass
         self._items.append(item)
 
+    def refuse(self, error: Exception) -> None:
+        """The request could not even be submitted; its reader raises `error`."""
+        self.error = error
+        self.status = RequestStatus.FAILED
+        self.waker.notify(self)
+        self.waker.flush()
+
     def take(self) -> list[Mail]:
         """All unread items. Safe against a `put` in another thread: `popleft` and `append` are atomic."""
         return [self._items.popleft() for _ in range(len(self._items))]
 
-    def __len__(self) -> int:
-        return len(self._items)
+    @property
+    def has_news(self) -> bool:
+        """Whether a reader has no need to wait."""
+        return bool(self._items) or self.error is not None
 
 
 class TrioWaker:
@@ -81,10 +93,13 @@ class TrioWaker:
     def flush(self) -> None:
         """Nothing is left to do: a Trio task is woken at once."""
 
-    @staticmethod
-    async def wait(mailbox: Mailbox) -> None:
-        """Sleep until something is put into `mailbox`, or return at once if something is there."""
-        if len(mailbox) or mailbox.error is not None:
+    async def wait(self, mailbox: Mailbox) -> None:
+        """Sleep until something is in `mailbox`.
+
+        Raises:
+            BusyResourceError: if another task waits for it already.
+        """
+        if mailbox.has_news:
             await trio.lowlevel.checkpoint()
             return
         if mailbox.reader is not None:
@@ -167,13 +182,6 @@ class MailboxRegistry:
             self._close(mailbox)
         self.flush()
 
-    def refuse(self, mailbox: Mailbox, error: Exception) -> None:
-        """A request from another thread could not be submitted."""
-        mailbox.error = error
-        mailbox.status = RequestStatus.FAILED
-        mailbox.waker.notify(mailbox)
-        mailbox.waker.flush()
-
     def status(self, request_id: RequestId) -> RequestStatus:
         """Where a request is.
 
@@ -182,7 +190,9 @@ class MailboxRegistry:
         """
         if mailbox := self._open.get(request_id):
             return mailbox.status
-        return self._ended[request_id]
+        if (status := self._ended.get(request_id)) is None:
+            raise KeyError(f"no request has the id {request_id!r}, or it ended more than {NUM_REMEMBERED} requests ago")
+        return status
 
     def get(self, request_id: RequestId) -> Mailbox | None:
         """The mailbox of an unfinished request."""

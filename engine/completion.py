@@ -148,9 +148,7 @@ class Reply:
         self._num_unfinished = 0
         is_failed = ended.status is RequestStatus.FAILED
         for sample in self._samples:
-            sample.finish_reason = sample.finish_reason or (
-                FinishReason.ERROR if is_failed else FinishReason.CANCELLED
-            )
+            sample.finish_reason = sample.finish_reason or (FinishReason.ERROR if is_failed else FinishReason.CANCELLED)
         if is_failed:
             raise RequestFailed(f"request {self.request_id} failed: {ended.reason}")
 

@@ -7,7 +7,7 @@ import msgspec
 
 from triode.actors.scheduler.config import SchedulerConfig
 from triode.cache.config import CacheConfig
-from triode.models.options import ModelOptions
+from triode.models.config import ModelOptions
 
 ExecutorMode = Literal["auto", "inline", "thread"]
 
@@ -19,7 +19,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ValueError: at construction, for a value outside its limits.
     """
 
-    options: ModelOptions = ModelOptions()
+    options: ModelOptions = ModelOptions(model="smollm2-135m")
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     executor: ExecutorMode = "auto"
@@ -46,9 +46,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             mine = {name: left.pop(name) for name in current.__struct_fields__ if name in left}
             if mine:
                 changed[part] = msgspec.structs.replace(current, **mine)
-        for name in ("executor", "num_threads"):
-            if name in left:
-                changed[name] = left.pop(name)
+        changed.update((name, left.pop(name)) for name in OWN if name in left)
         if left:
             raise ValueError(
                 f"config keys must be among {', '.join(sorted(setting_names()))}, got {', '.join(sorted(left))}"
@@ -57,10 +55,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 PARTS = ("options", "cache", "scheduler")
+OWN = ("executor", "num_threads")
 
 
 def setting_names() -> tuple[str, ...]:
     """Every name that `open_engine` takes as an override."""
     defaults = EngineConfig()
     fields = [name for part in PARTS for name in getattr(defaults, part).__struct_fields__]
-    return (*fields, "executor", "num_threads")
+    return (*fields, *OWN)

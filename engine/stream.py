@@ -1,28 +1,32 @@
-"""RequestStream: one request's output as a Trio task reads it."""
+"""RequestStream: one request's output, read under Trio or asyncio alike: only the mailbox's waker knows how to wait."""
 
 import warnings
 from collections import deque
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any
 
-from triode.actors.mailbox import Mailbox, TrioWaker
+from triode.actors.mailbox import Mailbox
 from triode.actors.messages import Delta, RequestStatus
 from triode.engine.completion import Completion, Reply, Result, coalesce, only
-from triode.engine.hub import Hub, fresh
+from triode.engine.hub import fresh
 from triode.ids import RequestId
 
 
 class RequestStream:
-    """An async iterator of `Delta`s. Made by `Engine.submit`; read it from one task.
+    """An async iterator of `Delta`s. Made by `Engine.submit`; read by one task at a time.
 
     Leaving the `async with` cancels the request. A stream that is dropped unfinished is cancelled when it is collected,
     with a ResourceWarning.
     """
 
-    def __init__(self, mailbox: Mailbox, hub: Hub) -> None:
+    def __init__(
+        self, mailbox: Mailbox, cancel: Callable[[Mailbox], None], cancel_soon: Callable[[Mailbox], None]
+    ) -> None:
+        """`cancel` is called where the stream is read, `cancel_soon` wherever it is collected."""
         self._mailbox = mailbox
-        self._hub = hub
+        self._cancel = cancel
+        self._cancel_soon = cancel_soon
         self._reply = Reply(mailbox.request_id)
         self._deltas: deque[Delta] = deque()
         self._is_cancelled = False
@@ -55,7 +59,7 @@ class RequestStream:
         """End the request: no step launched from now on includes it. Idempotent; never waits, never raises."""
         if not self._is_cancelled:
             self._is_cancelled = True
-            self._hub.cancel(self._mailbox)
+            self._cancel(self._mailbox)
 
     def __aiter__(self) -> "RequestStream":
         return self
@@ -107,7 +111,7 @@ class RequestStream:
         return self
 
     async def _receive(self) -> None:
-        await TrioWaker.wait(self._mailbox)
+        await self._mailbox.waker.wait(self._mailbox)
         self._deltas.extend(self._reply.read(self._mailbox.take()))
         if self._mailbox.error is not None and not self._reply.is_complete:
             self._is_cancelled = True
@@ -124,7 +128,7 @@ class RequestStream:
     def __del__(self) -> None:
         # May run in any thread, at any point of another function: only a thread-safe post is allowed here.
         if not self._is_cancelled and not self._mailbox.status.is_final:
-            self._hub.cancel_soon(self._mailbox)
+            self._cancel_soon(self._mailbox)
             warnings.warn(
                 f"request {self.request_id} was dropped unfinished: read its stream to the end, or use async with",
                 ResourceWarning,
@@ -152,5 +156,3 @@ class Submission:
     ) -> None:
         if self._stream is not None:
             self._stream.cancel()
-
-

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
+from triode.models.runner import RunnerStatistics
+
 from triode.actors.channels import Inbox, Put
 from triode.actors.messages import StepPlan, StepResult
 
@@ -19,6 +21,9 @@ class Executor(Protocol):
 
     def launch(self, plan: StepPlan) -> None:
         """Take a step; its result follows through `results`, in launch order."""
+
+    def statistics(self) -> RunnerStatistics:
+        """Steps and where their time went."""
 
     async def close(self) -> None:
         """End the running step and free the runner's memory."""

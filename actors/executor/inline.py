@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
+from triode.models.runner import Runner, RunnerStatistics
+
 from triode.actors.channels import Put
-from triode.models.runner import Runner
 from triode.models.step import StepPlan, StepResult
 
 
@@ -23,6 +24,10 @@ class InlineExecutor:
         """Run the step and send its result."""
         self._runner.launch(plan)
         self._results(self._runner.collect())
+
+    def statistics(self) -> RunnerStatistics:
+        """Steps and where their time went."""
+        return self._runner.statistics()
 
     async def close(self) -> None:
         """Nothing runs between calls; the runner gives back its memory."""

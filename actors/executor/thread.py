@@ -10,10 +10,10 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 import trio
+from triode.models.runner import Runner, RunnerStatistics
 
 from triode.actors.channels import Put
 from triode.errors import EngineFault
-from triode.models.runner import Runner
 from triode.models.step import StepPlan, StepResult
 
 CLOSE_DEADLINE_S = 10.0
@@ -40,6 +40,10 @@ class ThreadExecutor:
     def launch(self, plan: StepPlan) -> None:
         """Queue a step."""
         self._plans.put(plan)
+
+    def statistics(self) -> RunnerStatistics:
+        """Steps and where their time went."""
+        return self._runner.statistics()
 
     async def close(self) -> None:
         """Let the running step end, and the runner give back its memory.

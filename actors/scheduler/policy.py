@@ -162,7 +162,7 @@ class Scheduler:
         if not self._candidates:
             return self._reserve((), now_s)
         self._is_asking = True
-        return Match(tuple(match_row(sequence) for sequence in self._candidates))
+        return Match(tuple(match_row(sequence) for sequence in self._candidates), now_s)
 
     def matched(self, matched: Matched, now_s: float) -> Reserve | None:
         """Candidates know their cached prefix: ask for the blocks of the whole step."""

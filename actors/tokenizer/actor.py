@@ -14,9 +14,7 @@ LONG_PROMPT_BYTES = 16_000
 Prepare = Callable[[Submit], Tokenized | Rejected]
 
 
-async def run_tokenizer(
-    prepare: Prepare, inbox: Inbox[Submit], scheduler: Put[Tokenized | Rejected]
-) -> NoReturn:
+async def run_tokenizer(prepare: Prepare, inbox: Inbox[Submit], scheduler: Put[Tokenized | Rejected]) -> NoReturn:
     """Encode prompts for ever. Long ones may be overtaken here; the scheduler queues by arrival."""
     # One at a time: a thread that encodes uses every core it can get.
     limiter = trio.CapacityLimiter(1)

@@ -6,7 +6,7 @@ import msgspec
 
 from triode.actors.messages import ChatMessages, Rejected, Submit, Tokenized
 from triode.ids import TokenId
-from triode.models.sampling import SamplingParams, check_vocabulary
+from triode.models.sampling import SamplingParams, check_token_ids
 from triode.models.tokenizer import Tokenizer
 
 
@@ -66,7 +66,7 @@ def encode(
         token_ids = _encode_text(text, tokenizer, limits, add_special_tokens=False)
     else:
         token_ids = cast("tuple[TokenId, ...]", prompt)
-        _check_ids(token_ids, limits.vocab_size)
+        check_token_ids("prompt", token_ids, limits.vocab_size)
     if not token_ids:
         raise ValueError("prompt must have at least one token, got none")
     if len(token_ids) >= limits.max_sequence_tokens:
@@ -89,19 +89,14 @@ def _encode_text(text: str, tokenizer: Tokenizer, limits: Limits, *, add_special
     return tuple(map(TokenId, tokenizer.encode(text, add_special_tokens=add_special_tokens)))
 
 
-def _check_ids(token_ids: tuple[TokenId, ...], vocab_size: int) -> None:
-    for token_id in token_ids:
-        if type(token_id) is not int or not 0 <= token_id < vocab_size:
-            raise ValueError(f"prompt must hold token ids >= 0 and < {vocab_size}, got {token_id!r}")
-
-
 def resolve(params: SamplingParams, num_prompt_tokens: int, limits: Limits, *, pool_hidden: bool) -> SamplingParams:
     """The parameters with `max_tokens` filled in.
 
     Raises:
         ValueError: if the request could never fit, or names tokens outside the vocabulary.
     """
-    check_vocabulary(params, limits.vocab_size)
+    check_token_ids("stop_token_ids", params.stop_token_ids, limits.vocab_size)
+    check_token_ids("logit_bias", params.logit_bias or (), limits.vocab_size)
     if pool_hidden:
         return msgspec.structs.replace(params, max_tokens=1, min_tokens=0)
     room = limits.max_sequence_tokens - num_prompt_tokens

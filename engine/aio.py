@@ -1,0 +1,193 @@
+"""Triode inside an asyncio program: the surface of `triode.engine.engine`, over an engine in a Trio thread.
+
+async with triode.aio.open_engine("smollm2-135m") as engine:
+    stream = await engine.submit("Why is the sky blue?")
+    async for delta in stream:
+        print(delta.text, end="")
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TypeVar
+
+from triode.actors.mailbox import Mailbox
+from triode.actors.messages import RequestStatus
+from triode.engine.completion import Result
+from triode.engine.config import EngineConfig
+from triode.engine.engine import Engine as TrioEngine
+from triode.engine.host import EngineThread
+from triode.engine.hub import Prompt, Request, freeze_prompt
+from triode.engine.parts import Report
+from triode.engine.statistics import EngineStatistics
+from triode.engine.stream import RequestStream, Submission
+from triode.ids import RequestId
+from triode.models.progress import Progress
+from triode.models.sampling import SamplingParams
+
+T = TypeVar("T")
+
+
+class AsyncioWaker:
+    """Wakes readers in one asyncio loop, all those of a step by a single call."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._notified: list[Mailbox] = []
+
+    def notify(self, mailbox: Mailbox) -> None:
+        """Called in the engine's thread."""
+        self._notified.append(mailbox)
+
+    def flush(self) -> None:
+        """Called in the engine's thread: one crossing for the whole step."""
+        notified, self._notified = self._notified, []
+        try:
+            self._loop.call_soon_threadsafe(self._wake, notified)
+        except RuntimeError:
+            # The loop is closed: nobody is left to read, and collecting the streams cancels their requests.
+            return
+
+    async def wait(self, mailbox: Mailbox) -> None:
+        """Called in the loop. Mail that comes after this look brings a wake-up that comes after `reader` is set."""
+        if mailbox.has_news:
+            return
+        if mailbox.reader is not None:
+            raise RuntimeError("another task is already reading this stream")
+        woken: asyncio.Future[None] = self._loop.create_future()
+        mailbox.reader = woken
+        try:
+            await woken
+        finally:
+            mailbox.reader = None
+
+    @staticmethod
+    def _wake(mailboxes: list[Mailbox]) -> None:
+        for mailbox in mailboxes:
+            if isinstance(woken := mailbox.reader, asyncio.Future) and not woken.done():
+                woken.set_result(None)
+
+
+@asynccontextmanager
+async def open_engine(
+    model: str, config: EngineConfig | None = None, *, progress: Progress | None = None, **overrides: object
+) -> AsyncIterator["Engine"]:
+    """As `triode.open_engine`, for asyncio. On a fault the streams raise EngineFault, and so does leaving the block."""
+    resolved = (config or EngineConfig()).override({**overrides, "model": model})
+    thread = EngineThread(resolved, progress)
+    thread.start()
+    try:
+        await asyncio.wrap_future(thread.opened)
+        yield Engine(thread)
+    finally:
+        thread.stop()
+        # The thread ends by a deadline of its own, and nothing of it may outlive the block.
+        await asyncio.shield(asyncio.wrap_future(thread.ended))
+
+
+class Engine:
+    """A running engine, as asyncio tasks see it. Made by `triode.aio.open_engine`."""
+
+    def __init__(self, thread: EngineThread) -> None:
+        self._thread = thread
+        self._hub = thread.hub
+        self._waker = AsyncioWaker(asyncio.get_running_loop())
+        self.cache = CacheControl(self._ask)
+        """Pin, unpin and clear cached prefixes."""
+
+    @property
+    def report(self) -> Report:
+        """What was loaded, and how large it is."""
+        return self._hub.parts.report
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        deadline_s: float | None = None,
+    ) -> Submission:
+        """As `triode.Engine.submit`."""
+        if adapter is not None:
+            raise ValueError(f"adapter must be None: adapters are not supported yet, got {adapter!r}")
+        request = Request(
+            prompt=freeze_prompt(prompt),
+            params=params or SamplingParams(),
+            priority=priority,
+            cache_salt=cache_salt,
+            deadline_s=deadline_s,
+        )
+        return Submission(self._open(request, request_id))
+
+    async def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> list[Result]:
+        """As `triode.Engine.generate`."""
+        return await self._ask(lambda engine: engine.generate(prompts, params, progress=progress))
+
+    async def embed(self, prompts: Sequence[Prompt]) -> list[tuple[float, ...]]:
+        """As `triode.Engine.embed`."""
+        return await self._ask(lambda engine: engine.embed(prompts))
+
+    def status(self, request_id: str) -> RequestStatus:
+        """As `triode.Engine.status`. Waits for the engine's thread, about a tenth of a millisecond."""
+        return self._thread.do(lambda engine: engine.status(request_id)).result()
+
+    def cancel(self, request_id: str) -> None:
+        """As `triode.Engine.cancel`."""
+        self._thread.do(lambda engine: engine.cancel(request_id))
+
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """As `triode.Engine.set_priority`."""
+        self._thread.do(lambda engine: engine.set_priority(request_id, priority)).result()
+
+    def statistics(self) -> EngineStatistics:
+        """As `triode.Engine.statistics`. Waits for the engine's thread, about a tenth of a millisecond."""
+        return self._thread.do(lambda engine: engine.statistics()).result()
+
+    async def _open(self, request: Request, request_id: str | None) -> RequestStream:
+        name = self._hub.new_request_id() if request_id is None else RequestId(request_id)
+        mailbox = Mailbox(name, request.params.n, self._waker)
+        self._hub.call_soon(partial(self._hub.submit_from_thread, mailbox, request), otherwise=mailbox.refuse)
+        return await RequestStream(mailbox, self._hub.cancel_soon, self._hub.cancel_soon).accepted()
+
+    async def _ask(self, call: Callable[[TrioEngine], Awaitable[T]]) -> T:
+        future, cancel = self._thread.call(call)
+        return await _awaited(future, cancel)
+
+
+async def _awaited(future: "Future[T]", cancel: Callable[[], None]) -> T:
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        cancel()
+        raise
+
+
+class CacheControl:
+    """As `triode.engine.engine.CacheControl`."""
+
+    def __init__(self, ask: Callable[[Callable[[TrioEngine], Awaitable[int]]], Awaitable[int]]) -> None:
+        self._ask = ask
+
+    async def pin(self, prompt: Prompt, *, cache_salt: str | None = None) -> int:
+        """Keep the cached full blocks of a prompt until `unpin`. Returns how many tokens they hold."""
+        return await self._ask(lambda engine: engine.cache.pin(prompt, cache_salt=cache_salt))
+
+    async def unpin(self, prompt: Prompt, *, cache_salt: str | None = None) -> int:
+        """Undo one `pin` of the same prompt. Returns how many tokens it held."""
+        return await self._ask(lambda engine: engine.cache.unpin(prompt, cache_salt=cache_salt))
+
+    async def clear(self) -> int:
+        """Forget what is cached, but for what is pinned or in use. Returns how many tokens that were."""
+        return await self._ask(lambda engine: engine.cache.clear())

@@ -1,0 +1,63 @@
+"""Offline batches: many prompts through one engine, in order, with a bounded number under way."""
+
+from collections.abc import Callable, Sequence
+
+import trio
+
+from triode.actors.scheduler.config import SchedulerConfig
+from triode.engine.completion import Result
+from triode.engine.hub import Prompt
+from triode.engine.stream import RequestStream, Submission
+from triode.models.progress import NullProgress, Progress
+from triode.models.sampling import SamplingParams
+
+Submitter = Callable[[Prompt, SamplingParams], Submission]
+
+
+def params_for_each(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> Sequence[SamplingParams]:
+    """One SamplingParams a prompt.
+
+    Raises:
+        ValueError: if the prompts are no list, or the params no match for it.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of prompts, got one text: {prompts[:40]!r}")
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * len(prompts)
+    if len(params) != len(prompts):
+        raise ValueError(f"params must be one, or one for each of the {len(prompts)} prompts, got {len(params)}")
+    return params
+
+
+async def run_batch(
+    submit: Submitter,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    limits: SchedulerConfig,
+    progress: Progress | None,
+) -> list[Result]:
+    """Results in the prompts' order. Twice as many requests as run are under way, so that a free slot never waits."""
+    each = params_for_each(prompts, params)
+    progress = progress or NullProgress()
+    progress.stage("Generating", len(prompts), "prompts")
+    room = trio.CapacityLimiter(min(2 * limits.max_running, limits.max_queued))
+    results: dict[int, Result] = {}
+
+    async def read(index: int, stream: RequestStream, ticket: object) -> None:
+        async with stream:
+            results[index] = await stream.result()
+        room.release_on_behalf_of(ticket)
+        progress.advance(1)
+
+    async with trio.open_nursery(strict_exception_groups=False) as nursery:
+        for index, prompt in enumerate(prompts):
+            ticket = object()
+            await room.acquire_on_behalf_of(ticket)
+            stream = await submit(prompt, each[index])
+            nursery.start_soon(read, index, stream, ticket)
+    progress.done()
+    return [results[index] for index in range(len(prompts))]

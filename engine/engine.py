@@ -1,0 +1,207 @@
+"""open_engine and Engine: Triode inside your own Trio program.
+
+async with triode.open_engine("smollm2-135m") as engine:
+    stream = await engine.submit("Why is the sky blue?")
+    async for delta in stream:
+        print(delta.text, end="")
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+
+from triode.actors.mailbox import Mailbox, TrioWaker
+from triode.actors.messages import Clear, Pin, RequestStatus, Unpin
+from triode.actors.scheduler.admission import namespace_of
+from triode.actors.tokenizer.prepare import encode
+from triode.engine.batch import Submitter, run_batch
+from triode.engine.completion import Result
+from triode.engine.config import EngineConfig
+from triode.engine.hub import Hub, Prompt, Request, freeze_prompt
+from triode.engine.lifetime import run_hub
+from triode.engine.loading import load
+from triode.engine.parts import EngineParts, Report
+from triode.engine.statistics import EngineStatistics
+from triode.engine.stream import RequestStream, Submission
+from triode.ids import RequestId, TokenId
+from triode.models.progress import Progress
+from triode.models.sampling import SamplingParams
+
+
+@asynccontextmanager
+async def open_engine(
+    model: str, config: EngineConfig | None = None, *, progress: Progress | None = None, **overrides: object
+) -> AsyncIterator["Engine"]:
+    """Load a model and serve it until the block is left.
+
+    Leaving the block cancels what is unfinished. Exceptions of the block leave it bare.
+
+    Args:
+        model: a folder, a `.gguf` file, a Hugging Face id, a built-in alias (`smollm2-135m`) or `random:NAME`.
+        config: settings; the defaults fit the machine.
+        progress: is told about long steps of loading.
+        overrides: single settings by name, e.g. `max_running=8`.
+
+    Raises:
+        ValueError: for a setting that does not exist or is outside its limits.
+        ModelError: if the model cannot be loaded.
+        InsufficientMemory: if it does not fit.
+        EngineFault: if a bug or a device fault ended the engine; its cause is attached.
+    """
+    resolved = (config or EngineConfig()).override({**overrides, "model": model})
+    parts = await load(resolved, progress)
+    async with serve(parts) as engine:
+        yield engine
+
+
+@asynccontextmanager
+async def serve(parts: EngineParts) -> AsyncIterator["Engine"]:
+    """Run an engine from loaded parts: `open_engine` without the loading."""
+    async with run_hub(parts) as hub:
+        yield Engine(hub)
+
+
+class Engine:
+    """A running engine, as its own event loop's tasks see it. Made by `open_engine`."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._waker = TrioWaker()
+        self.cache = CacheControl(hub)
+        """Pin, unpin and clear cached prefixes."""
+
+    @property
+    def report(self) -> Report:
+        """What was loaded, and how large it is."""
+        return self._hub.parts.report
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        deadline_s: float | None = None,
+    ) -> Submission:
+        """Queue a request. Await the result for its stream, or enter it with `async with`.
+
+        Args:
+            prompt: raw text, token ids, or chat messages in OpenAI's shape.
+            params: how to choose tokens and when to stop; the defaults sample at temperature 1 to the end.
+            priority: lower goes first; equals are served in order of arrival.
+            request_id: a name of your own, unique among unfinished requests.
+            adapter: not supported yet; anything but None is refused.
+            cache_salt: shares cached prefixes only with requests of the same salt.
+            deadline_s: cancels the request when so many seconds have passed.
+
+        Raises (from the await):
+            ValueError: if an argument is wrong or the request could never fit.
+            EngineBusy: if the queue is full.
+            EngineClosed: if the engine has ended.
+        """
+        if adapter is not None:
+            raise ValueError(f"adapter must be None: adapters are not supported yet, got {adapter!r}")
+        request = Request(
+            prompt=freeze_prompt(prompt),
+            params=params or SamplingParams(),
+            priority=priority,
+            cache_salt=cache_salt,
+            deadline_s=deadline_s,
+        )
+        return Submission(self._open(request, request_id))
+
+    async def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> list[Result]:
+        """Complete many prompts, in order; as many at a time as the engine runs well.
+
+        Args:
+            prompts: texts, token ids or conversations.
+            params: one for all, or one for each prompt.
+            progress: is told how many are done.
+
+        Raises:
+            ValueError: for the first prompt that is refused; the others are cancelled.
+        """
+        return await run_batch(self._submitter(), prompts, params, self._hub.parts.config.scheduler, progress)
+
+    async def embed(self, prompts: Sequence[Prompt]) -> list[tuple[float, ...]]:
+        """The mean of each prompt's final hidden states, scaled to length 1."""
+        vectors = []
+        for prompt in prompts:
+            request = Request(prompt=freeze_prompt(prompt), params=SamplingParams(max_tokens=1), pool_hidden=True)
+            stream = await self._open(request, None)
+            vectors.append(await stream.embedding())
+        return vectors
+
+    def status(self, request_id: str) -> RequestStatus:
+        """Where a request is; the last 4,096 that ended are remembered.
+
+        Raises:
+            KeyError: if the id is unknown.
+        """
+        return self._hub.status(RequestId(request_id))
+
+    def cancel(self, request_id: str) -> None:
+        """Cancel by id; a request that has ended, or is unknown, is left alone."""
+        if mailbox := self._hub.mailboxes.get(RequestId(request_id)):
+            self._hub.cancel(mailbox)
+
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """Move a request in the order of service. Lower goes first.
+
+        Raises:
+            KeyError: if no unfinished request has this id.
+        """
+        self._hub.set_priority(RequestId(request_id), priority)
+
+    def statistics(self) -> EngineStatistics:
+        """The load at this moment, actor by actor."""
+        return self._hub.statistics()
+
+    def _submitter(self) -> Submitter:
+        return lambda prompt, params: self.submit(prompt, params)
+
+    async def _open(self, request: Request, request_id: str | None) -> RequestStream:
+        name = self._hub.new_request_id() if request_id is None else RequestId(request_id)
+        mailbox = Mailbox(name, request.params.n, self._waker)
+        self._hub.submit(mailbox, request)
+        return await RequestStream(mailbox, self._hub.cancel, self._hub.cancel_soon).accepted()
+
+
+class CacheControl:
+    """What may be asked of the prefix cache."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    async def pin(self, prompt: Prompt, *, cache_salt: str | None = None) -> int:
+        """Keep the cached full blocks of a prompt until `unpin`. Returns how many tokens they hold."""
+        return await self._ask(Pin, prompt, cache_salt)
+
+    async def unpin(self, prompt: Prompt, *, cache_salt: str | None = None) -> int:
+        """Undo one `pin` of the same prompt. Returns how many tokens it held."""
+        return await self._ask(Unpin, prompt, cache_salt)
+
+    async def clear(self) -> int:
+        """Forget what is cached, but for what is pinned or in use. Returns how many tokens that were."""
+        return await self._answer(Clear)
+
+    async def _ask(self, make: type[Pin | Unpin], prompt: Prompt, cache_salt: str | None) -> int:
+        token_ids: tuple[TokenId, ...] = await trio.to_thread.run_sync(
+            encode, freeze_prompt(prompt), self._hub.parts.tokenizer, self._hub.parts.limits
+        )
+        return await self._answer(make, token_ids=token_ids, namespace=namespace_of(cache_salt))
+
+    async def _answer(self, make: type[Pin | Unpin | Clear], **fields: object) -> int:
+        send, receive = trio.open_memory_channel[int](1)
+        self._hub.ask_cache(make, send.send_nowait, **fields)
+        return await receive.receive()

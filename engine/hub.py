@@ -1,0 +1,296 @@
+"""The engine's middle: five inboxes, the mailboxes, and what a caller may ask of them.
+
+Everything here happens in the engine's Trio thread, and every method but `run` is synchronous: submitting puts a message
+into an inbox, cancelling puts another, and reading goes through a mailbox. Streams of other threads (asyncio, blocking)
+reach these methods with one `run_sync_soon` each.
+"""
+
+import itertools
+import secrets
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+import trio
+
+from triode.actors.cache.actor import run_cache
+from triode.actors.channels import Inbox
+from triode.actors.detokenizer.actor import run_detokenizer
+from triode.actors.detokenizer.batch import Detokenizer
+from triode.actors.detokenizer.incremental import DecoderFactory
+from triode.actors.executor.actor import run_executor
+from triode.actors.mailbox import Mailbox, MailboxRegistry
+from triode.actors.messages import (
+    CacheInbox,
+    Cancel,
+    ChatMessages,
+    Clear,
+    DetokenizerInbox,
+    Pin,
+    Pinned,
+    RequestStatus,
+    SchedulerInbox,
+    SetPriority,
+    StepPlan,
+    Submit,
+    Unpin,
+)
+from triode.actors.scheduler.actor import run_scheduler
+from triode.actors.scheduler.policy import Scheduler
+from triode.actors.tokenizer.actor import run_tokenizer
+from triode.actors.tokenizer.prepare import prepare
+from triode.engine.parts import EngineParts
+from triode.engine.statistics import ActorStatistics, EngineStatistics
+from triode.errors import EngineBusy, EngineClosed, EngineFault
+from triode.ids import RequestId, TokenId
+from triode.models.sampling import SamplingParams
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
+"""Raw text, token ids, or chat messages in OpenAI's shape (then the model's chat template applies)."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of one submit, checked as far as they can be without the tokenizer.
+
+    Raises:
+        ValueError: at construction, for an argument outside its limits.
+    """
+
+    prompt: str | tuple[TokenId, ...] | ChatMessages
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str | None = None
+    deadline_s: float | None = None
+    pool_hidden: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.priority) is not int:
+            raise ValueError(f"priority must be an integer, lower first, got {self.priority!r}")
+        if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
+            raise ValueError(f"cache_salt must be a non-empty string, got {self.cache_salt!r}")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ValueError(f"deadline_s must be > 0, got {self.deadline_s!r}")
+
+
+def freeze_prompt(prompt: Prompt) -> str | tuple[TokenId, ...] | ChatMessages:
+    """The prompt as it travels in a message.
+
+    Raises:
+        ValueError: if it is neither text, token ids nor chat messages.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+        raise ValueError(f"prompt must be text, token ids or chat messages, got {type(prompt).__name__}")
+    if all(isinstance(item, Mapping) for item in prompt):
+        return tuple(dict(item) for item in prompt if isinstance(item, Mapping))
+    if all(type(item) is int for item in prompt):
+        return tuple(TokenId(item) for item in prompt if isinstance(item, int))
+    kinds = sorted({type(item).__name__ for item in prompt})
+    raise ValueError(f"prompt must hold either token ids (int) or chat messages (dict), got {', '.join(kinds)}")
+
+
+class Hub:
+    """Joins the parts of one engine. `run` must be running for anything to happen."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.parts = parts
+        self.mailboxes = MailboxRegistry()
+        self.fault: EngineFault | None = None
+        self._is_closed = False
+        self._token = trio.lowlevel.current_trio_token()
+        self._scope = trio.CancelScope()
+        self._scheduler = Scheduler(parts.config.scheduler, max_in_flight=parts.executor.max_in_flight)
+        self._detokenizer = Detokenizer(DecoderFactory(parts.tokenizer.backend))
+        self._to_tokenizer: Inbox[Submit] = Inbox()
+        self._to_scheduler: Inbox[SchedulerInbox] = Inbox()
+        self._to_cache: Inbox[CacheInbox] = Inbox()
+        self._to_executor: Inbox[StepPlan | BaseException] = Inbox()
+        self._to_detokenizer: Inbox[DetokenizerInbox] = Inbox()
+        self._answers: dict[RequestId, Callable[[int], None]] = {}
+        self._ids = itertools.count()
+        self._num_submitted = 0
+
+    # What a caller may ask
+
+    def new_request_id(self) -> RequestId:
+        """An id that this engine has not made before. May be called from any thread."""
+        return RequestId(f"request-{next(self._ids)}")
+
+    def submit(self, mailbox: Mailbox, request: Request) -> None:
+        """Send a request on its way; everything else about it arrives in the mailbox.
+
+        Raises:
+            EngineBusy: if as many requests as the engine takes are unfinished.
+            EngineClosed: if the engine has ended.
+            ValueError: if an unfinished request has the same id.
+        """
+        self._check_open()
+        max_queued = self.parts.config.scheduler.max_queued
+        if len(self.mailboxes) >= max_queued:
+            raise EngineBusy(f"unfinished requests must be <= max_queued = {max_queued}; try again later")
+        self.mailboxes.add(mailbox)
+        mailbox.arrival = self._num_submitted
+        self._num_submitted += 1
+        seed = request.params.seed
+        deadline_s = request.deadline_s
+        self._to_tokenizer.put(
+            Submit(
+                request_id=mailbox.request_id,
+                arrival=mailbox.arrival,
+                prompt=request.prompt,
+                params=request.params,
+                seed=secrets.randbits(64) if seed is None else seed,
+                priority=request.priority,
+                cache_salt=request.cache_salt,
+                deadline_at_s=None if deadline_s is None else trio.current_time() + deadline_s,
+                pool_hidden=request.pool_hidden,
+            )
+        )
+
+    def submit_from_thread(self, mailbox: Mailbox, request: Request) -> None:
+        """The same for a mailbox whose reader lives in another thread: errors arrive in the mailbox, too."""
+        try:
+            self.submit(mailbox, request)
+        except (EngineBusy, EngineClosed, EngineFault, ValueError) as error:
+            mailbox.refuse(error)
+
+    def cancel(self, mailbox: Mailbox) -> None:
+        """End a request. Idempotent; neither waits nor raises, before, during and after the engine's life."""
+        if not self._is_closed and not mailbox.status.is_final and mailbox.arrival >= 0:
+            self._to_scheduler.put(Cancel(mailbox.request_id, mailbox.arrival))
+
+    def cancel_soon(self, mailbox: Mailbox) -> None:
+        """`cancel` from any thread, or from within a garbage collection."""
+        self.call_soon(partial(self.cancel, mailbox))
+
+    def call_soon(self, call: Callable[[], None], otherwise: Callable[[Exception], None] | None = None) -> None:
+        """Have something done in the engine's thread; if that has ended, `otherwise` is told here and now."""
+        try:
+            self._token.run_sync_soon(call)
+        except trio.RunFinishedError:
+            if otherwise is not None:
+                otherwise(EngineClosed("the engine has been closed; open another"))
+
+    def set_priority(self, request_id: RequestId, priority: int) -> None:
+        """Move a request in the order of service. Lower goes first.
+
+        Raises:
+            KeyError: if no unfinished request has this id.
+        """
+        self._check_open()
+        if self.mailboxes.get(request_id) is None:
+            raise KeyError(f"no unfinished request has the id {request_id!r}")
+        self._to_scheduler.put(SetPriority(request_id, priority))
+
+    def ask_cache(self, make: "type[Pin | Unpin | Clear]", answer: Callable[[int], None], **fields: object) -> None:
+        """Send a control message to the cache; `answer` is called with the number of tokens concerned."""
+        self._check_open()
+        request_id = self.new_request_id()
+        self._answers[request_id] = answer
+        self._to_cache.put(make(request_id=request_id, **fields))
+
+    def status(self, request_id: RequestId) -> RequestStatus:
+        """Where a request is.
+
+        Raises:
+            KeyError: if the id is unknown, or ended so long ago that it has been forgotten.
+        """
+        return self.mailboxes.status(request_id)
+
+    def statistics(self) -> EngineStatistics:
+        """The load at this moment."""
+        return EngineStatistics(
+            num_unfinished=len(self.mailboxes),
+            num_submitted=self._num_submitted,
+            actors=ActorStatistics(
+                tokenizer=self._to_tokenizer.statistics(),
+                scheduler=self._to_scheduler.statistics(),
+                cache=self._to_cache.statistics(),
+                executor=self._to_executor.statistics(),
+                detokenizer=self._to_detokenizer.statistics(),
+            ),
+            scheduler=self._scheduler.statistics(),
+            cache=self.parts.cache.statistics(),
+            runner=self.parts.executor.statistics(),
+        )
+
+    # The engine's life
+
+    async def run(self) -> None:
+        """Run the five actors until `close`, or until one of them fails; then `fault` tells why."""
+        parts = self.parts
+        parts.executor.start(self._to_scheduler.put, self._to_executor.put)
+        actors: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+            "tokenizer": partial(
+                run_tokenizer,
+                partial(prepare, tokenizer=parts.tokenizer, limits=parts.limits),
+                self._to_tokenizer,
+                self._to_scheduler.put,
+            ),
+            "scheduler": partial(
+                run_scheduler,
+                self._scheduler,
+                self._to_scheduler,
+                self._to_cache.put,
+                self._to_executor.put,
+                self._to_detokenizer.put,
+            ),
+            "cache": partial(run_cache, parts.cache, self._to_cache, self._to_scheduler.put, self._answer),
+            "executor": partial(run_executor, parts.executor, self._to_executor),
+            "detokenizer": partial(
+                run_detokenizer, self._detokenizer, self._to_detokenizer, self._to_scheduler.put, self.mailboxes
+            ),
+        }
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    for name, actor in actors.items():
+                        nursery.start_soon(self._guard, name, actor, name=f"triode {name}")
+        finally:
+            self.close()
+            await self._close_executor()
+
+    def close(self) -> None:
+        """Take no more requests, cancel those that are unfinished, and stop the actors. Idempotent."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.mailboxes.end_all("the engine was closed")
+            self._scope.cancel()
+
+    async def _guard(self, name: str, actor: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """A fault of one actor ends the engine. Every waiting caller learns it before anything is torn down."""
+        try:
+            await actor()
+        except trio.Cancelled:
+            raise
+        except BaseException as error:
+            if self.fault is None:
+                self.fault = EngineFault(f"the {name} failed: {type(error).__name__}: {error}")
+                self.fault.__cause__ = error
+                self.mailboxes.fail_all(self.fault)
+            self._scope.cancel()
+
+    async def _close_executor(self) -> None:
+        try:
+            await self.parts.executor.close()
+        except EngineFault as fault:
+            # What failed first is the cause to report.
+            self.fault = self.fault or fault
+
+    def _answer(self, pinned: Pinned) -> None:
+        self._answers.pop(pinned.request_id)(pinned.num_tokens)
+
+    def _check_open(self) -> None:
+        if self.fault is not None:
+            raise fresh(self.fault)
+        if self._is_closed:
+            raise EngineClosed("the engine has been closed; open another")
+
+
+def fresh(error: Exception) -> Exception:
+    """A new exception that says the same, so that several readers do not share one traceback."""
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy
