@@ -331,7 +331,7 @@ class CacheManager:
 
     def _candidates(self, row: ReserveRow, index: int, step: _Step) -> Iterable[CachedSequence]:
         """Who may lose blocks to a row: matches held for later rows, the last first, then the allowed victims."""
-        for later in reversed(step.reserve.rows[index + 1 :]):
+        for later in reversed(step.reserve.rows[index + 1 :] if self._held else ()):
             held = self._held.get(later.sequence_id)
             if held is not None and held.table:
                 yield held

@@ -228,7 +228,7 @@ def test_every_writer_but_the_last_owner_copies_a_partial_block() -> None:
     driver.match(2, tokens(40), fork_of=1)
     driver.match(3, tokens(40), fork_of=1)
     reserved = driver.step({1: 41, 2: 40, 3: 40})
-    assert len(reserved.copies) == 2
+    assert [copy.target for copy in reserved.copies] == [driver.tables[1][2], driver.tables[2][2]]
     assert len({driver.tables[sequence_id][2] for sequence_id in (1, 2, 3)}) == 3
 
 
