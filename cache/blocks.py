@@ -113,7 +113,7 @@ class Forecast:
     def drop(self, table: Sequence[BlockId]) -> int:
         """The gain from this table, after those that were asked about before."""
         gain = 0
-        for block_id in reversed(table):
+        for block_id in table:
             node = self._store.tree.node_of(block_id)
             if node is not None:
                 gain += PrefixTree.unlock_gain(node, self._locks)

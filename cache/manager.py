@@ -343,8 +343,8 @@ class CacheManager:
                 yield victim
 
     def _drop_table(self, sequence: CachedSequence) -> None:
-        """Take everything from a sequence but its hashed tokens. The end of its chain becomes evictable first."""
-        for block_id in reversed(sequence.table):
+        """Take everything from a sequence but its hashed tokens."""
+        for block_id in sequence.table:
             self._store.drop(block_id)
         sequence.table.clear()
         sequence.is_held = sequence.is_admitted = False
