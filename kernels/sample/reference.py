@@ -154,11 +154,11 @@ def _keep_among(
 
 
 def _weights(probs_RV: torch.Tensor) -> torch.Tensor:
-    """Integer weights, zero in the padding that fills the last block."""
+    """Integer weights, zero in the padding that fills the last block. The probabilities are overwritten."""
     num_rows, vocab_size = probs_RV.shape
     num_blocks = -(-vocab_size // _BLOCK_TOKENS)
     weights_RW = torch.empty(num_rows, num_blocks * _BLOCK_TOKENS, dtype=torch.int64, device=probs_RV.device)
-    weights_RW[:, :vocab_size] = probs_RV * _WEIGHT_SCALE
+    weights_RW[:, :vocab_size] = probs_RV.mul_(_WEIGHT_SCALE)
     weights_RW[:, vocab_size:] = 0
     return weights_RW
 
