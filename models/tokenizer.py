@@ -69,25 +69,39 @@ class Tokenizer:
             raise ValueError("this model has no chat template: give the prompt as text or token ids")
         return ChatTemplate(self._chat_template, self._special_tokens)
 
-    @cached_property
-    def max_token_bytes(self) -> int | None:
-        """The most UTF-8 bytes of text that one token can take, None if a token can take any number.
+    def min_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, found without encoding it; 0 where nothing is certain."""
+        if self._shrink is None:
+            return 0
+        num_bytes = len(text.encode().translate(None, self._dropped_bytes))
+        return -(-num_bytes // (self._shrink * self.max_token_bytes))
 
-        A text of b bytes has at least `b / max_token_bytes` tokens, which refuses hopeless prompts unencoded.
-        """
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """The most bytes that one token stands for."""
+        return max(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size))
+
+    @cached_property
+    def _shrink(self) -> int | None:
+        """The most by which normalisation shortens a text; None if tokens can take any number of bytes."""
         shrink = _SHRINK_OF_NORMALIZER.get(_kind(self.backend.normalizer))
-        if shrink is None or self._absorbs_spaces or not self._covers_all_bytes:
+        # What is dropped is known before normalisation only if normalisation leaves it alone.
+        if self._absorbs_spaces or (shrink != 1 and self._dropped_bytes):
             return None
-        return shrink * max(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size))
+        return shrink
+
+    @cached_property
+    def _dropped_bytes(self) -> bytes:
+        """The bytes that encoding leaves out, or fuses into one unknown token, as it has no tokens for them."""
+        if self._is_byte_level:
+            tokens = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
+        else:
+            tokens = {byte: f"<0x{byte:02X}>" for byte in range(256)}
+        return bytes(byte for byte, token in tokens.items() if self.backend.token_to_id(token) is None)
 
     @cached_property
     def _is_byte_level(self) -> bool:
         return _kind(self.backend.decoder) == "ByteLevel"
-
-    @property
-    def _covers_all_bytes(self) -> bool:
-        """Whether no text is unknown to the vocabulary, so that none of it is fused into one unknown token."""
-        return self._is_byte_level or bool(getattr(self.backend.model, "byte_fallback", False))
 
     def _piece_bytes(self, token: str) -> bytes:
         if self._is_byte_level:
