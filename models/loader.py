@@ -62,19 +62,21 @@ def resolve_device(choice: DeviceChoice) -> torch.device:
     return torch.device(choice)
 
 
-def resolve_dtype(choice: DtypeChoice, config: ModelConfig, device: torch.device) -> torch.dtype:
+def resolve_dtype(
+    choice: DtypeChoice, config: ModelConfig, device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")
+) -> torch.dtype:
     """The dtype to compute in: auto takes bfloat16 where the device multiplies it, else what it does best."""
     if choice != "auto":
         return _DTYPES[choice]
     if device.type == "cuda":
         return torch.float16 if config.dtype == "float16" else torch.bfloat16
-    return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
+    return torch.bfloat16 if _multiplies_bfloat16(cpuinfo) else torch.float32
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _cpu_multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def _multiplies_bfloat16(cpuinfo: Path) -> bool:
     if not cpuinfo.exists():
         return False
     flags = next((line.split() for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), [])
@@ -110,10 +112,9 @@ def _open_folder(path: Path) -> Checkpoint:
 
 
 def _open_random(options: ModelOptions, progress: Progress) -> Checkpoint:
-    from triode.models.random_model import RandomTensors, random_config
-
     from triode.models.gguf import GGUFFile
     from triode.models.gguf_tokenizer import read_tokenizer
+    from triode.models.random_model import RandomTensors, random_config
     from triode.models.source import ALIASES
 
     config = random_config(options.model.removeprefix(RANDOM_PREFIX))
