@@ -1,6 +1,9 @@
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
-from triode.models.chat import ChatTemplate, normalize
+from triode.models.chat import ChatTemplate, Message, normalize
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -9,53 +12,53 @@ CHATML = (
 USER = {"role": "user", "content": "hi"}
 
 
-def render(source, messages=(USER,), **special_tokens):
+def render(source: str, messages: Sequence[Message] = (USER,), **special_tokens: str) -> str:
     return ChatTemplate(source, special_tokens).render(messages, add_generation_prompt=True)
 
 
-def test_a_template_renders_roles_and_contents():
+def test_a_template_renders_roles_and_contents() -> None:
     messages = [{"role": "system", "content": "Be brief."}, USER]
     text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert render(CHATML, messages) == text
 
 
-def test_the_generation_prompt_is_optional():
+def test_the_generation_prompt_is_optional() -> None:
     text = ChatTemplate(CHATML, {}).render([USER], add_generation_prompt=False)
     assert text == "<|im_start|>user\nhi<|im_end|>\n"
 
 
-def test_text_parts_are_joined():
+def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert normalize([{"role": "user", "content": parts}]) == [{"role": "user", "content": "ab"}]
 
 
-def test_special_tokens_have_their_names_in_templates():
+def test_special_tokens_have_their_names_in_templates() -> None:
     assert render("{{ bos_token }}{{ messages[0].content }}", bos_token="<s>") == "<s>hi"
 
 
-def test_blocks_leave_no_blank_lines_and_loops_can_be_left():
+def test_blocks_leave_no_blank_lines_and_loops_can_be_left() -> None:
     source = "{% for message in messages %}\n    {% if loop.index > 1 %}\n{% break %}\n    {% endif %}\nx\n{% endfor %}"
     assert render(source, [USER, USER]) == "x\n"
 
 
-def test_tojson_escapes_no_html_and_no_unicode():
+def test_tojson_escapes_no_html_and_no_unicode() -> None:
     assert render("{{ {'a': '<b>', 'c': 'é'} | tojson }}") == '{"a": "<b>", "c": "é"}'
     assert render("{{ [1] | tojson(indent=2) }}") == "[\n  1\n]"
 
 
-def test_a_generation_block_renders_what_is_inside():
+def test_a_generation_block_renders_what_is_inside() -> None:
     assert render("{% generation %}{{ messages[0].content }}{% endgeneration %}!") == "hi!"
 
 
-def test_the_date_is_available():
+def test_the_date_is_available() -> None:
     assert render("{{ strftime_now('%Y') | length }}") == "4"
 
 
-def test_optional_inputs_are_none():
+def test_optional_inputs_are_none() -> None:
     assert render("{{ tools is none and documents is none }}") == "True"
 
 
-def test_a_template_that_refuses_says_why():
+def test_a_template_that_refuses_says_why() -> None:
     with pytest.raises(ValueError, match="refuses these messages: roles must alternate"):
         render("{{ raise_exception('roles must alternate') }}")
 
@@ -63,12 +66,12 @@ def test_a_template_that_refuses_says_why():
 @pytest.mark.parametrize(
     "source", ["{{ messages[7].content }}", "{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ nothing.more }}"]
 )
-def test_a_template_that_fails_is_a_value_error(source):
+def test_a_template_that_fails_is_a_value_error(source: str) -> None:
     with pytest.raises(ValueError, match="chat template refuses these messages"):
         render(source)
 
 
-def test_a_template_with_wrong_syntax_is_a_value_error():
+def test_a_template_with_wrong_syntax_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="chat template is not valid"):
         ChatTemplate("{% for x in %}", {})
 
@@ -82,12 +85,12 @@ def test_a_template_with_wrong_syntax_is_a_value_error():
         "{{ strftime_now.__globals__['os'] }}",
     ],
 )
-def test_a_template_cannot_leave_the_sandbox(source):
+def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
     with pytest.raises(ValueError, match="chat template refuses these messages"):
         render(source)
 
 
-def test_an_assistant_message_may_have_tool_calls_instead_of_text():
+def test_an_assistant_message_may_have_tool_calls_instead_of_text() -> None:
     message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     assert normalize([message]) == [message]
 
@@ -112,6 +115,6 @@ def test_an_assistant_message_may_have_tool_calls_instead_of_text():
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], r"content\[0\].text must be a string, got 1"),
     ],
 )
-def test_a_malformed_message_is_refused_by_its_place(messages, message):
+def test_a_malformed_message_is_refused_by_its_place(messages: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         normalize(messages)

@@ -1,8 +1,11 @@
+from pathlib import Path
+from typing import Any
+
 import msgspec
 import pytest
 
 from triode.errors import CorruptModel, ModelNotFound, UnsupportedModel
-from triode.models.config import ModelOptions
+from triode.models.config import ModelConfig, ModelOptions
 from triode.models.hf_config import parse_config, read_config
 
 LLAMA_2_7B = {
@@ -119,23 +122,23 @@ QWEN_3_0_6B = {
 }
 
 
-def parse(values, generation=None, **changes):
+def parse(values: dict[str, object], generation: dict[str, object] | None = None, **changes: object) -> ModelConfig:
     return parse_config("config.json", {**values, **changes}, generation or {})
 
 
-def test_llama_2_has_as_many_kv_heads_as_heads_and_float16_weights():
+def test_llama_2_has_as_many_kv_heads_as_heads_and_float16_weights() -> None:
     config = parse(LLAMA_2_7B)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (32, 32, 128)
     assert (config.rope.theta, config.rope.kind, config.dtype) == (10_000.0, "default", "float16")
     assert (config.bos_token_id, config.eos_token_ids, config.max_context_tokens) == (1, (2,), 4096)
 
 
-def test_heads_without_a_kv_count_are_their_own_kv_heads():
+def test_heads_without_a_kv_count_are_their_own_kv_heads() -> None:
     values = {key: value for key, value in LLAMA_2_7B.items() if key != "num_key_value_heads"}
     assert parse(values).num_kv_heads == 32
 
 
-def test_llama_3_1_has_its_own_rope_scaling_and_three_ends():
+def test_llama_3_1_has_its_own_rope_scaling_and_three_ends() -> None:
     config = parse(LLAMA_3_1_8B)
     assert config.rope.kind == "llama3"
     assert (config.rope.factor, config.rope.low_freq_factor, config.rope.high_freq_factor) == (8.0, 1.0, 4.0)
@@ -144,42 +147,42 @@ def test_llama_3_1_has_its_own_rope_scaling_and_three_ends():
     assert config.eos_token_ids == (128001, 128008, 128009)
 
 
-def test_mistral_slides_in_every_layer_if_it_has_a_window():
+def test_mistral_slides_in_every_layer_if_it_has_a_window() -> None:
     config = parse(MISTRAL_7B_V01)
     assert [config.window_tokens(layer) for layer in (0, 31)] == [4096, 4096]
     assert parse(MISTRAL_7B_V01, sliding_window=None).window_tokens(0) is None
 
 
-def test_qwen2_has_qkv_biases_and_an_unused_window():
+def test_qwen2_has_qkv_biases_and_an_unused_window() -> None:
     config = parse(QWEN_2_5_7B)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm) == (True, False, False, False)
     assert config.sliding_window_tokens is None
 
 
-def test_qwen2_slides_from_max_window_layers_on():
+def test_qwen2_slides_from_max_window_layers_on() -> None:
     config = parse(QWEN_2_5_7B, use_sliding_window=True, max_window_layers=20)
     assert config.sliding_layers == (False,) * 20 + (True,) * 8
     assert [config.window_tokens(layer) for layer in (19, 20)] == [None, 131_072]
 
 
-def test_layer_types_override_max_window_layers():
+def test_layer_types_override_max_window_layers() -> None:
     types = ["full_attention", "sliding_attention"] * 14
     config = parse(QWEN_2_5_7B, use_sliding_window=True, layer_types=types)
     assert config.sliding_layers == (False, True) * 14
 
 
-def test_qwen3_normalises_heads_of_their_own_size():
+def test_qwen3_normalises_heads_of_their_own_size() -> None:
     config = parse(QWEN_3_0_6B)
     assert (config.qk_norm, config.head_dim, config.q_size, config.kv_size) == (True, 128, 2048, 1024)
     assert config.tie_word_embeddings
 
 
-def test_biases_are_switched_by_the_config_where_the_family_allows_it():
+def test_biases_are_switched_by_the_config_where_the_family_allows_it() -> None:
     config = parse(LLAMA_2_7B, attention_bias=True, mlp_bias=True)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, True, True)
 
 
-def test_the_generation_config_adds_its_ends():
+def test_the_generation_config_adds_its_ends() -> None:
     config = parse(QWEN_2_5_7B, generation={"eos_token_id": [151645, 151643]})
     assert config.eos_token_ids == (151645, 151643)
 
@@ -210,7 +213,9 @@ ROPE_FACTORS = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
         ),
     ],
 )
-def test_every_rope_scaling_reads_the_same_from_both_shapes(scaling, expected):
+def test_every_rope_scaling_reads_the_same_from_both_shapes(
+    scaling: dict[str, object], expected: dict[str, object]
+) -> None:
     old = parse(LLAMA_2_7B, rope_theta=5e5, rope_scaling=scaling).rope
     new = parse(LLAMA_2_7B, rope_parameters={**scaling, "rope_theta": 5e5}).rope
     assert old == new
@@ -218,7 +223,7 @@ def test_every_rope_scaling_reads_the_same_from_both_shapes(scaling, expected):
     assert {name: getattr(old, name) for name in expected} == expected
 
 
-def test_yarn_stretches_the_context_and_dynamic_only_its_limit():
+def test_yarn_stretches_the_context_and_dynamic_only_its_limit() -> None:
     yarn = parse(LLAMA_2_7B, rope_scaling={"type": "yarn", "factor": 4.0})
     assert (yarn.max_context_tokens, yarn.context_limit_tokens) == (16_384, 16_384)
     dynamic = parse(LLAMA_2_7B, rope_scaling={"type": "dynamic", "factor": 4.0})
@@ -243,7 +248,7 @@ def test_yarn_stretches_the_context_and_dynamic_only_its_limit():
         ({"layer_types": ["full_attention", "linear_attention"]}, "unsupported feature: layer type 'linear_attention'"),
     ],
 )
-def test_an_unsupported_feature_is_refused_by_name(changes, message):
+def test_an_unsupported_feature_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModel, match=message):
         parse(LLAMA_2_7B, **changes)
 
@@ -272,22 +277,22 @@ def test_an_unsupported_feature_is_refused_by_name(changes, message):
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
     ],
 )
-def test_a_corrupt_value_is_refused_by_name(changes, message):
+def test_a_corrupt_value_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CorruptModel, match=message):
         parse(LLAMA_2_7B, **changes)
 
 
-def test_layer_types_must_cover_the_layers():
+def test_layer_types_must_cover_the_layers() -> None:
     with pytest.raises(CorruptModel, match="sliding_layers must have 28 entries, got 1"):
         parse(QWEN_2_5_7B, use_sliding_window=True, layer_types=["sliding_attention"])
 
 
-def test_a_folder_without_config_is_not_a_model(tmp_path):
+def test_a_folder_without_config_is_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"it has no config\.json"):
         read_config(tmp_path)
 
 
-def test_a_config_that_is_not_json_is_corrupt(tmp_path):
+def test_a_config_that_is_not_json_is_corrupt(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(CorruptModel, match=r"config\.json is not a JSON object"):
         read_config(tmp_path)
@@ -303,17 +308,17 @@ def test_a_config_that_is_not_json_is_corrupt(tmp_path):
         ({"weights_seed": -1}, "weights_seed must be an integer >= 0"),
     ],
 )
-def test_wrong_options_are_refused(options, message):
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelOptions(**{"model": "smollm2-135m", **options})
 
 
-def test_an_unknown_option_is_refused():
+def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError, match="unknown field `quant`"):
         msgspec.convert({"model": "x", "quant": "int8"}, ModelOptions)
 
 
-def test_the_context_can_be_lowered_but_not_raised_past_the_limit():
+def test_the_context_can_be_lowered_but_not_raised_past_the_limit() -> None:
     config = parse(LLAMA_2_7B)
     assert msgspec.structs.replace(config, max_context_tokens=100).max_context_tokens == 100
     with pytest.raises(ValueError, match="max_context_tokens must be <= 4096 for this model, got 5000"):

@@ -1,4 +1,6 @@
 import struct
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -9,12 +11,18 @@ from triode.models.gguf import GGUFFile
 U32, STRING, ARRAY = 4, 8, 9
 
 
-def text(value):
+def text(value: str | bytes) -> bytes:
     raw = value if isinstance(value, bytes) else value.encode()
     return struct.pack("<Q", len(raw)) + raw
 
 
-def header(*entries, tensors=(), version=3, num_entries=None, num_tensors=None):
+def header(
+    *entries: bytes,
+    tensors: Sequence[bytes] = (),
+    version: int = 3,
+    num_entries: int | None = None,
+    num_tensors: int | None = None,
+) -> bytes:
     counts = (
         len(tensors) if num_tensors is None else num_tensors,
         len(entries) if num_entries is None else num_entries,
@@ -22,25 +30,25 @@ def header(*entries, tensors=(), version=3, num_entries=None, num_tensors=None):
     return b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join(entries) + b"".join(tensors)
 
 
-def number(key, value):
+def number(key: str | bytes, value: int) -> bytes:
     return text(key) + struct.pack("<II", U32, value)
 
 
-def tensor(name, shape, kind=0, offset=0):
+def tensor(name: str, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
     return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
 
-def read(tmp_path, content):
+def read(tmp_path: Path, content: bytes) -> GGUFFile:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     return GGUFFile(path)
 
 
-def padded(content, num_bytes):
+def padded(content: bytes, num_bytes: int) -> bytes:
     return content.ljust(-(-len(content) // 32) * 32, b"\0") + bytes(num_bytes)
 
 
-def test_values_of_every_type_are_read(tmp_path):
+def test_values_of_every_type_are_read(tmp_path: Path) -> None:
     values = [
         (0, "B", 200), (1, "b", -3), (2, "H", 65535), (3, "h", -300), (4, "I", 2**32 - 1), (5, "i", -(2**31)),
         (6, "f", 0.5), (7, "?", True), (10, "Q", 2**64 - 1), (11, "q", -(2**63)), (12, "d", 0.1),
@@ -57,7 +65,7 @@ def test_values_of_every_type_are_read(tmp_path):
     }
 
 
-def test_tensors_are_found_behind_the_padding(tmp_path):
+def test_tensors_are_found_behind_the_padding(tmp_path: Path) -> None:
     content = header(tensors=[tensor("a", (4, 2), offset=0), tensor("b", (32,), kind=8, offset=32)])
     file = read(tmp_path, padded(content, 32) + bytes(range(34)))
     assert (file.tensors["a"].shape, file.tensors["a"].num_bytes) == ((2, 4), 32)
@@ -66,14 +74,14 @@ def test_tensors_are_found_behind_the_padding(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_every_shorter_file_is_refused(tmp_path, architecture):
+def test_every_shorter_file_is_refused(tmp_path: Path, architecture: str) -> None:
     content = write_tiny_gguf(tmp_path / "whole.gguf", architecture).read_bytes()
     for size in [*range(200), *range(200, len(content), 997)]:
         with pytest.raises(CorruptModel):
             read(tmp_path, content[:size])
 
 
-def test_an_empty_file_is_refused(tmp_path):
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptModel, match=r"model\.gguf is empty"):
         read(tmp_path, b"")
 
@@ -116,11 +124,11 @@ HUGE = 2**62
         (header(tensors=[tensor("a", (33, 2), kind=8)]), CorruptModel, "rows of 33 elements, which Q8_0 cannot hold"),
     ],
 )
-def test_a_corrupt_header_is_refused(tmp_path, content, error, message):
+def test_a_corrupt_header_is_refused(tmp_path: Path, content: bytes, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         read(tmp_path, content)
 
 
-def test_a_tensor_that_occurs_twice_is_refused(tmp_path):
+def test_a_tensor_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptModel, match="tensor a occurs twice"):
         read(tmp_path, padded(header(tensors=[tensor("a", (4,)), tensor("a", (4,))]), 16))

@@ -1,38 +1,42 @@
 import re
+from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from model_files import byte_vocabulary, layer_tensors, shape_metadata, write_gguf, write_tiny_gguf
 from triode.errors import CorruptModel, UnsupportedModel
-from triode.models.config import ModelOptions
+from triode.models.config import ModelConfig, ModelOptions
 from triode.models.gguf import GGUFFile
 from triode.models.gguf_config import read_config
 from triode.models.gguf_tensors import GGUFTensors
 from triode.models.loader import open_checkpoint
 from triode.models.progress import NullProgress
 from triode.models.source import locate
+from triode.models.weights import DecoderWeights
 
 CPU = torch.device("cpu")
 
 
-def load(path, dtype=torch.float32):
+def load(path: Path, dtype: torch.dtype = torch.float32) -> DecoderWeights:
     return open_checkpoint(ModelOptions(model=str(path))).load_weights(dtype, CPU)
 
 
-def config_of(path):
+def config_of(path: Path) -> ModelConfig:
     return read_config(GGUFFile(path))
 
 
-def deinterleaved(rows, head_dim=16):
+def deinterleaved(rows: npt.NDArray[np.float32], head_dim: int = 16) -> npt.NDArray[np.float32]:
     """Stored row (head, i, half) as row (head, half, i): the definition, one head at a time."""
     heads = [np.concatenate([head[0::2], head[1::2]]) for head in np.split(rows, len(rows) // head_dim)]
     return np.concatenate(heads)
 
 
-def test_smollm2_has_the_known_config():
+def test_smollm2_has_the_known_config() -> None:
     config = config_of(locate("smollm2-135m", NullProgress()))
     assert (config.architecture, config.num_layers, config.hidden_size, config.intermediate_size) == (
         "llama",
@@ -45,7 +49,7 @@ def test_smollm2_has_the_known_config():
     assert (config.bos_token_id, config.eos_token_ids, config.tie_word_embeddings) == (1, (2,), True)
 
 
-def test_smollm2_tensors_are_those_that_gguf_dequantises():
+def test_smollm2_tensors_are_those_that_gguf_dequantises() -> None:
     file = GGUFFile(locate("smollm2-135m", NullProgress()))
     reader = GGUFTensors(file, read_config(file))
     for own_name, name in (
@@ -62,7 +66,7 @@ def test_smollm2_tensors_are_those_that_gguf_dequantises():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_every_tensor_arrives_in_its_place(tmp_path, architecture):
+def test_every_tensor_arrives_in_its_place(tmp_path: Path, architecture: str) -> None:
     weights = load(write_tiny_gguf(tmp_path / "m.gguf", architecture))
     stored = layer_tensors(architecture, len(weights.embed_VD))
     arrange = deinterleaved if architecture == "llama" else np.asarray
@@ -76,10 +80,12 @@ def test_every_tensor_arrives_in_its_place(tmp_path, architecture):
         assert torch.equal(layer.down_DF, torch.from_numpy(part["ffn_down.weight"]))
         if architecture == "qwen2":
             biases = [part[f"attn_{kind}.bias"] for kind in "qkv"]
+            assert layer.qkv_bias_E is not None
             assert torch.equal(layer.qkv_bias_E, torch.from_numpy(np.concatenate(biases)))
         else:
             assert layer.qkv_bias_E is None
         if architecture == "qwen3":
+            assert layer.k_norm_H is not None
             assert torch.equal(layer.k_norm_H, torch.from_numpy(part["attn_k_norm.weight"]))
     assert weights.head_VD is weights.embed_VD
     assert torch.equal(weights.embed_VD, torch.from_numpy(stored["token_embd.weight"]))
@@ -88,7 +94,7 @@ def test_every_tensor_arrives_in_its_place(tmp_path, architecture):
 # Q4_K and its like need rows of 256 elements; their decoding is gguf's and is shared by all.
 @pytest.mark.parametrize("quantization", ["F16", "BF16", "Q4_0", "Q5_1", "Q8_0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_quantised_tensors_are_converted_to_the_dtype(tmp_path, quantization, dtype):
+def test_quantised_tensors_are_converted_to_the_dtype(tmp_path: Path, quantization: str, dtype: torch.dtype) -> None:
     weights = load(write_tiny_gguf(tmp_path / "m.gguf", "qwen2", quantization), dtype)
     down = layer_tensors("qwen2", len(weights.embed_VD))["blk.1.ffn_down.weight"]
     kind = gguf.GGMLQuantizationType[quantization]
@@ -98,7 +104,7 @@ def test_quantised_tensors_are_converted_to_the_dtype(tmp_path, quantization, dt
 
 
 @pytest.mark.parametrize("kind", list(gguf.quants._type_traits), ids=lambda kind: kind.name)
-def test_every_type_that_gguf_dequantises_is_read(tmp_path, kind):
+def test_every_type_that_gguf_dequantises_is_read(tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:
     block_elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     num_blocks = 256 // block_elements
     # Bytes below 0x3B keep the float16 scales among them finite.
@@ -114,7 +120,7 @@ def test_every_type_that_gguf_dequantises_is_read(tmp_path, kind):
     assert np.array_equal(read.numpy(), gguf.dequantize(stored[:64], kind))
 
 
-def test_a_type_that_gguf_cannot_dequantise_is_refused_by_name(tmp_path):
+def test_a_type_that_gguf_cannot_dequantise_is_refused_by_name(tmp_path: Path) -> None:
     metadata = shape_metadata("qwen2") | byte_vocabulary()
     raw = {
         "blk.0.ffn_down.weight": (
@@ -127,7 +133,7 @@ def test_a_type_that_gguf_cannot_dequantise_is_refused_by_name(tmp_path):
         load(path)
 
 
-def test_weights_beyond_the_range_of_float16_are_refused(tmp_path):
+def test_weights_beyond_the_range_of_float16_are_refused(tmp_path: Path) -> None:
     tensors = layer_tensors("qwen2", 262)
     tensors["blk.1.attn_v.weight"][3, 5] = 1e5
     path = write_gguf(tmp_path / "m.gguf", "qwen2", shape_metadata("qwen2") | byte_vocabulary(), tensors)
@@ -135,7 +141,7 @@ def test_weights_beyond_the_range_of_float16_are_refused(tmp_path):
         load(path, torch.float16)
 
 
-def test_a_head_of_its_own_is_read(tmp_path):
+def test_a_head_of_its_own_is_read(tmp_path: Path) -> None:
     metadata = shape_metadata("qwen2") | byte_vocabulary()
     tensors = layer_tensors("qwen2", 262)
     tensors["output.weight"] = tensors["token_embd.weight"][::-1].copy()
@@ -143,7 +149,7 @@ def test_a_head_of_its_own_is_read(tmp_path):
     assert torch.equal(weights.head_VD, weights.embed_VD.flip(0))
 
 
-def test_llama_3_factors_are_read_from_their_tensor(tmp_path):
+def test_llama_3_factors_are_read_from_their_tensor(tmp_path: Path) -> None:
     metadata = shape_metadata("llama") | byte_vocabulary()
     tensors = layer_tensors("llama", 262) | {"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}
     path = write_gguf(tmp_path / "m.gguf", "llama", metadata, tensors)
@@ -171,12 +177,14 @@ def test_llama_3_factors_are_read_from_their_tensor(tmp_path):
         ),
     ],
 )
-def test_rope_scalings_are_read_from_the_metadata(tmp_path, changes, expected):
+def test_rope_scalings_are_read_from_the_metadata(
+    tmp_path: Path, changes: dict[str, Any], expected: dict[str, object]
+) -> None:
     rope = config_of(write_tiny_gguf(tmp_path / "m.gguf", "qwen2", **changes)).rope
     assert {name: getattr(rope, name) for name in expected} == expected
 
 
-def test_a_sliding_window_holds_for_all_layers(tmp_path):
+def test_a_sliding_window_holds_for_all_layers(tmp_path: Path) -> None:
     config = config_of(write_tiny_gguf(tmp_path / "m.gguf", "llama", llama__attention__sliding_window=64))
     assert [config.window_tokens(layer) for layer in range(2)] == [64, 64]
 
@@ -198,13 +206,15 @@ def test_a_sliding_window_holds_for_all_layers(tmp_path):
         ("qwen2", {"tokenizer__ggml__model": "bert"}, r"unsupported tokenizer\.ggml\.model 'bert'"),
     ],
 )
-def test_an_unsupported_feature_is_refused_by_name(tmp_path, architecture, changes, message):
+def test_an_unsupported_feature_is_refused_by_name(
+    tmp_path: Path, architecture: str, changes: dict[str, Any], message: str
+) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf", architecture, **changes)
     with pytest.raises(UnsupportedModel, match=message):
         open_checkpoint(ModelOptions(model=str(path)))
 
 
-def test_an_unknown_architecture_is_refused_by_name(tmp_path):
+def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", "mamba", {}, {})
     with pytest.raises(UnsupportedModel, match="unsupported architecture 'mamba'"):
         open_checkpoint(ModelOptions(model=str(path)))
@@ -229,13 +239,13 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path):
         ({"llama__block_count": 3}, r"tensor blk\.2\.attn_norm\.weight is missing"),
     ],
 )
-def test_a_corrupt_model_is_refused_by_name(tmp_path, changes, message):
+def test_a_corrupt_model_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf", "llama", **changes)
     with pytest.raises(CorruptModel, match=message):
         load(path)
 
 
-def test_a_tensor_too_many_is_refused_by_name(tmp_path):
+def test_a_tensor_too_many_is_refused_by_name(tmp_path: Path) -> None:
     tensors = layer_tensors("llama", 262) | {"blk.0.ffn_gate_inp.weight": np.ones((4, 64), np.float32)}
     path = write_gguf(tmp_path / "m.gguf", "llama", shape_metadata("llama") | byte_vocabulary(), tensors)
     message = re.escape(f"{path}: tensor blk.0.ffn_gate_inp.weight is unexpected")
