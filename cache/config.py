@@ -17,21 +17,21 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_size_tokens: BlockSize = 16
     """16 wastes least: half a block a sequence on average, and prefixes are shared to within 15 tokens. Larger blocks
     make tables and hash chains shorter, which pays for contexts of many ten thousand tokens."""
-    memory_bytes: int | None = None
-    """Memory for keys and values; None takes `memory_fraction` of what is free."""
-    memory_fraction: float = 0.8
-    """Of the memory that is free once the weights are loaded; unused when `memory_bytes` is set."""
+    kv_cache_bytes: int | None = None
+    """Memory for keys and values; None takes `kv_cache_fraction` of what is free."""
+    kv_cache_fraction: float = 0.8
+    """Of the memory that is free once the weights are loaded; unused when `kv_cache_bytes` is set."""
     prefix_cache: bool = True
     """Whether a request may reuse the blocks that other requests have computed for the same tokens."""
-    ttl_s: float | None = None
+    prefix_cache_ttl_s: float | None = None
     """Cached blocks unused for this long are forgotten; None keeps them until their room is needed."""
 
     def __post_init__(self) -> None:
         if self.block_size_tokens not in get_args(BlockSize):
             raise ValueError(f"block_size_tokens must be 16, 32, 64 or 128, got {self.block_size_tokens!r}")
-        if self.memory_bytes is not None and self.memory_bytes < 1:
-            raise ValueError(f"memory_bytes must be >= 1, got {self.memory_bytes}")
-        if not 0 < self.memory_fraction <= 1:
-            raise ValueError(f"memory_fraction must be in (0, 1], got {self.memory_fraction}")
-        if self.ttl_s is not None and not 0 < self.ttl_s < math.inf:
-            raise ValueError(f"ttl_s must be > 0 and finite, got {self.ttl_s}")
+        if self.kv_cache_bytes is not None and self.kv_cache_bytes < 1:
+            raise ValueError(f"kv_cache_bytes must be >= 1, got {self.kv_cache_bytes}")
+        if not 0 < self.kv_cache_fraction <= 1:
+            raise ValueError(f"kv_cache_fraction must be in (0, 1], got {self.kv_cache_fraction}")
+        if self.prefix_cache_ttl_s is not None and not 0 < self.prefix_cache_ttl_s < math.inf:
+            raise ValueError(f"prefix_cache_ttl_s must be > 0 and finite, got {self.prefix_cache_ttl_s}")

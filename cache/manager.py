@@ -63,7 +63,7 @@ class CacheManager:
         """`num_blocks` counts block 0, which nobody gets."""
         self._block_size = config.block_size_tokens
         self._remembers = config.prefix_cache
-        self._store = BlockStore(num_blocks, config.ttl_s)
+        self._store = BlockStore(num_blocks, config.prefix_cache_ttl_s)
         self._pins = Pins(self._store)
         self._sequences: dict[SequenceId, CachedSequence] = {}
         self._held: dict[SequenceId, CachedSequence] = {}

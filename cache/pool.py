@@ -65,29 +65,29 @@ def bytes_per_block(
 def num_blocks_for(config: CacheConfig, bytes_per_block: int, free_bytes: int, useful_blocks: int) -> int:
     """How many blocks the pool gets, block 0 (for padding) included.
 
-    `memory_bytes` is taken as it stands. Without it the pool takes `memory_fraction` of `free_bytes`, and no more than
+    `kv_cache_bytes` is taken as it stands. Without it the pool takes `kv_cache_fraction` of `free_bytes`, and no more than
     `useful_blocks`, which is what the engine's limits let requests fill.
 
-    Raises InsufficientMemory when `memory_bytes` is more than is free, or when not even one block of tokens fits.
+    Raises InsufficientMemory when `kv_cache_bytes` is more than is free, or when not even one block of tokens fits.
     """
-    if config.memory_bytes is None:
-        budget_bytes = int(free_bytes * config.memory_fraction)
+    if config.kv_cache_bytes is None:
+        budget_bytes = int(free_bytes * config.kv_cache_fraction)
         num_blocks = min(budget_bytes // bytes_per_block, useful_blocks + 1)
-        origin = f"{config.memory_fraction:g} (memory_fraction) of the {_gib(free_bytes)} that are free"
+        origin = f"{config.kv_cache_fraction:g} (kv_cache_fraction) of the {_gib(free_bytes)} that are free"
     else:
-        budget_bytes = config.memory_bytes
+        budget_bytes = config.kv_cache_bytes
         num_blocks = budget_bytes // bytes_per_block
-        origin = "memory_bytes"
+        origin = "kv_cache_bytes"
     if budget_bytes > free_bytes:
         raise InsufficientMemory(
-            f"the KV cache wants {_gib(budget_bytes)} (memory_bytes), but {_gib(free_bytes)} are free: "
-            "lower memory_bytes, or close what else holds memory (another engine?)"
+            f"the KV cache wants {_gib(budget_bytes)} (kv_cache_bytes), but {_gib(free_bytes)} are free: "
+            "lower kv_cache_bytes, or close what else holds memory (another engine?)"
         )
     if num_blocks < 2:
         raise InsufficientMemory(
             f"the KV cache gets {_gib(budget_bytes)} ({origin}), but needs {_gib(2 * bytes_per_block)} for a block of "
-            f"{config.block_size_tokens} tokens and one for padding: lower block_size_tokens, raise memory_bytes or "
-            "memory_fraction, or take a smaller model or dtype"
+            f"{config.block_size_tokens} tokens and one for padding: lower block_size_tokens, raise kv_cache_bytes or "
+            "kv_cache_fraction, or take a smaller model or dtype"
         )
     return num_blocks
 

@@ -199,7 +199,8 @@ class CacheControl:
         token_ids: tuple[TokenId, ...] = await trio.to_thread.run_sync(
             encode, freeze_prompt(prompt), self._hub.parts.tokenizer, self._hub.parts.limits
         )
-        return await self._answer(make, token_ids=token_ids, namespace=namespace_of(cache_salt))
+        namespace = namespace_of(cache_salt)
+        return await self._answer(make, token_ids=token_ids, namespace=namespace, now_s=trio.current_time())
 
     async def _answer(self, make: type[Pin | Unpin | Clear], **fields: object) -> int:
         send, receive = trio.open_memory_channel[int](1)

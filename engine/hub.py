@@ -263,12 +263,13 @@ class Hub:
         """A fault of one actor ends the engine. Every waiting caller learns it before anything is torn down."""
         try:
             await actor()
-        except trio.Cancelled:
-            raise
         except BaseException as error:
+            cause = _without_cancelled(error)
+            if cause is None:
+                raise
             if self.fault is None:
-                self.fault = EngineFault(f"the {name} failed: {type(error).__name__}: {error}")
-                self.fault.__cause__ = error
+                self.fault = EngineFault(f"the {name} failed: {type(cause).__name__}: {cause}")
+                self.fault.__cause__ = cause
                 self.mailboxes.fail_all(self.fault)
             self._scope.cancel()
 
@@ -287,6 +288,16 @@ class Hub:
             raise fresh(self.fault)
         if self._is_closed:
             raise EngineClosed("the engine has been closed; open another")
+
+
+def _without_cancelled(error: BaseException) -> BaseException | None:
+    """What an actor failed of; None if it was only cancelled. An actor with a nursery raises groups."""
+    if isinstance(error, trio.Cancelled):
+        return None
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    _, rest = error.split(trio.Cancelled)
+    return rest.exceptions[0] if rest is not None and len(rest.exceptions) == 1 else rest
 
 
 def fresh(error: Exception) -> Exception:

@@ -30,25 +30,23 @@ def build(config: EngineConfig, progress: Progress) -> EngineParts:
     start_s = time.perf_counter()
     progress.stage("Starting torch", None, "")
     # Imported here, in the worker thread: torch takes seconds to import, and the event loop must go on.
-    from triode.models.runner import build_runner
-
     from triode.actors.executor.inline import InlineExecutor
     from triode.actors.executor.thread import ThreadExecutor
     from triode.actors.tokenizer.prepare import Limits
     from triode.cache.manager import CacheManager
+    from triode.models.build import build_runner
     from triode.models.loader import open_checkpoint, resolve_device, resolve_dtype
 
     progress.done()
     checkpoint = open_checkpoint(config.options, progress)
     device = resolve_device(config.options.device)
     dtype = resolve_dtype(config.options.dtype, checkpoint.config, device)
-    weights = checkpoint.load_weights(dtype, device, progress)
     built = build_runner(
         checkpoint.config,
-        weights,
+        # Not kept here: the decoder lays matrices out anew, and what it no longer needs becomes room for the cache.
+        checkpoint.load_weights(dtype, device, progress),
         cache_config=config.cache,
         max_running=config.scheduler.max_running,
-        max_step_tokens=config.scheduler.max_step_tokens,
         num_threads=config.num_threads,
         progress=progress,
     )

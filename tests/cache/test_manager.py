@@ -348,7 +348,7 @@ def test_a_held_match_that_the_next_reserve_does_not_name_is_dropped() -> None:
 
 
 def test_an_expired_prefix_is_not_found_although_nothing_else_has_happened() -> None:
-    driver = Driver(config=CacheConfig(ttl_s=10.0))
+    driver = Driver(config=CacheConfig(prefix_cache_ttl_s=10.0))
     driver.remember(tokens(32))
     driver.now_s = 9.0
     assert driver.cached(tokens(32)) == 32
@@ -361,7 +361,7 @@ def test_an_expired_prefix_is_not_found_although_nothing_else_has_happened() -> 
 
 
 def test_blocks_in_a_table_do_not_expire() -> None:
-    driver = Driver(config=CacheConfig(ttl_s=10.0))
+    driver = Driver(config=CacheConfig(prefix_cache_ttl_s=10.0))
     driver.remember(tokens(32))
     driver.run(1, tokens(40))
     driver.now_s = 100.0
@@ -369,7 +369,7 @@ def test_blocks_in_a_table_do_not_expire() -> None:
 
 
 def test_a_pinned_prefix_outlasts_expiry_clear_and_pressure() -> None:
-    driver = Driver(capacity_blocks=4, config=CacheConfig(ttl_s=10.0))
+    driver = Driver(capacity_blocks=4, config=CacheConfig(prefix_cache_ttl_s=10.0))
     driver.remember(tokens(32))
     assert driver.manager.pin(Pin(NOBODY, tokens(40), b"", 0.0)).num_tokens == 32
     driver.now_s = 100.0

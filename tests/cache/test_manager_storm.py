@@ -19,7 +19,7 @@ class ManagerMachine(RuleBasedStateMachine):
         prefix_cache=st.sampled_from([True, True, True, False]),
     )
     def start(self, seed: int, capacity_blocks: int, ttl_s: float | None, prefix_cache: bool) -> None:
-        self.world = World(capacity_blocks, CacheConfig(ttl_s=ttl_s, prefix_cache=prefix_cache), Random(seed))
+        self.world = World(capacity_blocks, CacheConfig(prefix_cache_ttl_s=ttl_s, prefix_cache=prefix_cache), Random(seed))
 
     @precondition(lambda self: len(self.world.samples) < MAX_SAMPLES)
     @rule(times=st.integers(1, 3))
@@ -54,7 +54,7 @@ TestManager.settings = settings(max_examples=60, stateful_step_count=30, deadlin
 def storm(seed: int, num_actions: int) -> None:
     """A long run in one small pool, with everything that can happen."""
     rng = Random(seed)
-    config = CacheConfig(ttl_s=rng.choice([None, 4.0]), prefix_cache=seed % 5 != 0)
+    config = CacheConfig(prefix_cache_ttl_s=rng.choice([None, 4.0]), prefix_cache=seed % 5 != 0)
     world = World(rng.choice([6, 12, 24, 48]), config, rng)
     others = [world.match_in_vain, world.finish, world.retire, world.pin, world.unpin, world.clear, world.wait]
     weights = [4, 20, 10, 3, 3, 1, 4]

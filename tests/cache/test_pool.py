@@ -67,29 +67,29 @@ def test_no_copies_change_nothing() -> None:
 
 
 def test_a_share_of_the_free_memory_is_taken_but_no_more_than_is_useful() -> None:
-    config = CacheConfig(memory_fraction=0.5)
+    config = CacheConfig(kv_cache_fraction=0.5)
     assert num_blocks_for(config, 1000, free_bytes=20_000, useful_blocks=100) == 10
     assert num_blocks_for(config, 1000, free_bytes=20_000, useful_blocks=4) == 5
 
 
 def test_memory_in_bytes_is_taken_as_it_stands() -> None:
-    config = CacheConfig(memory_bytes=7_999)
+    config = CacheConfig(kv_cache_bytes=7_999)
     assert num_blocks_for(config, 1000, free_bytes=20_000, useful_blocks=4) == 7
 
 
 def test_a_budget_beyond_what_is_free_is_refused_and_says_what_to_lower() -> None:
-    with pytest.raises(InsufficientMemory, match=r"wants 2 GiB .* but 1 GiB are free: lower memory_bytes"):
-        num_blocks_for(CacheConfig(memory_bytes=2 * GIB), 1000, free_bytes=GIB, useful_blocks=4)
+    with pytest.raises(InsufficientMemory, match=r"wants 2 GiB .* but 1 GiB are free: lower kv_cache_bytes"):
+        num_blocks_for(CacheConfig(kv_cache_bytes=2 * GIB), 1000, free_bytes=GIB, useful_blocks=4)
 
 
 def test_no_space_for_a_single_block_is_refused_and_says_what_to_change() -> None:
     message = (
-        r"gets 0.5 GiB \(0.5 \(memory_fraction\) of the 1 GiB that are free\), but needs 2 GiB .* lower block_size"
+        r"gets 0.5 GiB \(0.5 \(kv_cache_fraction\) of the 1 GiB that are free\), but needs 2 GiB .* lower block_size"
     )
     with pytest.raises(InsufficientMemory, match=message):
-        num_blocks_for(CacheConfig(memory_fraction=0.5), GIB, free_bytes=GIB, useful_blocks=4)
-    with pytest.raises(InsufficientMemory, match="memory_bytes"):
-        num_blocks_for(CacheConfig(memory_bytes=1999), 1000, free_bytes=GIB, useful_blocks=4)
+        num_blocks_for(CacheConfig(kv_cache_fraction=0.5), GIB, free_bytes=GIB, useful_blocks=4)
+    with pytest.raises(InsufficientMemory, match="kv_cache_bytes"):
+        num_blocks_for(CacheConfig(kv_cache_bytes=1999), 1000, free_bytes=GIB, useful_blocks=4)
 
 
 def test_this_machine_has_memory() -> None:

@@ -322,7 +322,7 @@ def test_closing_twice_gives_the_pool_back_once() -> None:
 
 def test_a_built_runner_reports_what_it_takes() -> None:
     config = tiny_config()
-    cache_config = CacheConfig(memory_bytes=10 * 8192)
+    cache_config = CacheConfig(kv_cache_bytes=10 * 8192)
     built = build_runner(config, tiny_weights(), cache_config=cache_config, max_running=4)
     # 2 layers of keys and values, 16 tokens of 2 heads of 16 float32 numbers.
     assert (built.num_blocks, built.kv_cache_bytes, built.kv_dtype) == (10, 10 * 8192, torch.float32)
@@ -338,8 +338,8 @@ def test_a_pool_is_no_larger_than_its_sequences_can_fill() -> None:
 
 
 def test_a_cache_that_holds_no_block_is_refused() -> None:
-    with pytest.raises(InsufficientMemory, match="raise memory_bytes"):
-        build_runner(tiny_config(), tiny_weights(), cache_config=CacheConfig(memory_bytes=100), max_running=4)
+    with pytest.raises(InsufficientMemory, match="raise kv_cache_bytes"):
+        build_runner(tiny_config(), tiny_weights(), cache_config=CacheConfig(kv_cache_bytes=100), max_running=4)
 
 
 def test_the_number_of_threads_holds_inside_a_step_only() -> None:
