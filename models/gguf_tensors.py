@@ -15,8 +15,9 @@ from triode.errors import UnsupportedModel
 from triode.models.config import ModelConfig
 from triode.models.gguf import GGUFFile, GGUFTensor
 
-# Small enough for the intermediate arrays of a dequantisation to stay in the L2 cache.
-_CHUNK_ELEMENTS = 2**18
+# Small enough for a dequantisation to stay in the L2 cache, and for torch to copy the piece without waking its threads:
+# where other processes hold the cores, thousands of such meetings cost more than the whole load.
+_PIECE_ELEMENTS = 2**15
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -65,22 +66,27 @@ class GGUFTensors:
 
     def read_into(self, name: str, destination: torch.Tensor) -> None:
         """Dequantises the tensor into `destination`."""
+        tensor = self._tensors[name]
         if self._interleaved and _INTERLEAVED.fullmatch(name):
-            # Stored row (head, i, half) belongs to row (head, half, i).
-            pairs, columns = self._head_dim // 2, destination.shape[1:]
-            heads = destination.view(-1, 2, pairs, *columns).transpose(1, 2)
-            for start, rows in _chunks(self._file, self._tensors[name], self._head_dim):
-                first = start // self._head_dim
-                interleaved = rows.reshape(-1, pairs, 2, *columns)
-                heads[first : first + interleaved.shape[0]].copy_(interleaved)
-        else:
-            for start, rows in _chunks(self._file, self._tensors[name], 1):
-                destination[start : start + rows.shape[0]].copy_(rows)
+            self._read_interleaved(tensor, destination)
+            return
+        for start, rows in _pieces(self._file, tensor, 0, tensor.shape[0]):
+            destination[start : start + rows.shape[0]].copy_(rows)
+
+    def _read_interleaved(self, tensor: GGUFTensor, destination: torch.Tensor) -> None:
+        """Stored row (head, i, half) belongs to row (head, half, i)."""
+        columns = destination.shape[1:]
+        for first in range(0, tensor.shape[0], self._head_dim):
+            head = destination[first : first + self._head_dim].view(2, -1, *columns).transpose(0, 1)
+            for start, rows in _pieces(self._file, tensor, first, first + self._head_dim):
+                pairs = rows.reshape(-1, 2, *columns)
+                pair = (start - first) // 2
+                head[pair : pair + pairs.shape[0]].copy_(pairs)
 
 
 def read_vector(file: GGUFFile, tensor: GGUFTensor) -> tuple[float, ...]:
     """A one-dimensional tensor as numbers."""
-    return tuple(float(value) for _, rows in _chunks(file, tensor, 1) for value in rows.flatten().tolist())
+    return tuple(float(value) for _, rows in _pieces(file, tensor, 0, tensor.shape[0]) for value in rows.tolist())
 
 
 def hf_name(name: str) -> str:
@@ -102,15 +108,19 @@ def _own_names(name: str) -> Iterator[str]:
             yield f"blk.{match[1]}.{own}.{match[2]}"
 
 
-def _chunks(file: GGUFFile, tensor: GGUFTensor, row_multiple: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Pieces of a tensor with the row each begins at; a vector's elements are its rows."""
+def _pieces(file: GGUFFile, tensor: GGUFTensor, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Rows `start` to `stop` in pieces of an even number of rows, with the row each begins at.
+
+    The elements of a vector are its rows.
+    """
     if len(tensor.shape) == 1:
-        yield 0, _decode(file, tensor, 0, 1).flatten()
+        yield start, _decode(file, tensor, 0, 1).flatten()[start:stop]
         return
-    num_rows, row_elements = tensor.shape[0], tensor.shape[-1]
-    step = max(1, _CHUNK_ELEMENTS // (row_elements * row_multiple)) * row_multiple
-    for start in range(0, num_rows, step):
-        yield start, _decode(file, tensor, start, min(start + step, num_rows))
+    is_plain = tensor.quantization in _PLAIN
+    step = stop - start if is_plain else max(2, _PIECE_ELEMENTS // tensor.shape[-1] // 2 * 2)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        yield first, _decode(file, tensor, first, last)
 
 
 def _decode(file: GGUFFile, tensor: GGUFTensor, start: int, stop: int) -> torch.Tensor:
