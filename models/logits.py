@@ -62,16 +62,12 @@ class BadWords:
         self._rows = [(row, state) for row, state in enumerate(states) if state.bad_word_ids]
 
     def __call__(self, logits_RV: torch.Tensor) -> None:
-        """Forbid the last token of each word whose other tokens are the sequence's last."""
+        """Forbid the last token of each word whose other tokens end the sequence."""
         entries: list[tuple[int, int]] = []
         for row, state in self._rows:
             longest = max(map(len, state.bad_word_ids))
             tail = tuple(state.tokens[-longest:].tolist())
-            entries += [
-                (row, word[-1])
-                for word in state.bad_word_ids
-                if len(word) <= len(tail) + 1 and tail[len(tail) - len(word) + 1 :] == word[:-1]
-            ]
+            entries += [(row, word[-1]) for word in state.bad_word_ids if (*tail, word[-1])[-len(word) :] == word]
         _forbid(logits_RV, [row for row, _ in entries], [token_id for _, token_id in entries])
 
 

@@ -9,6 +9,8 @@ import torch
 
 from sampled_rows import rows_of, sequence
 from triode.ids import TokenId
+from triode.kernels.philox.reference import uniform
+from triode.models.draws import uniform_draws
 from triode.models.logits import passes_for
 from triode.models.sampler import ALL_FORBIDDEN, NOT_FINITE, SampledRows, sample
 from triode.models.sampling import SamplingParams, pack
@@ -213,6 +215,16 @@ def test_seed_and_sample_index_decide_the_draws_and_positions_differ() -> None:
     ]
     for other in others:
         assert sum(a == b for a, b in zip(first, other, strict=True)) < 10
+
+
+def test_a_draw_is_keyed_by_the_index_of_the_token_it_draws() -> None:
+    fresh, long = sequence(SamplingParams(), [1] * 3, seed=11), sequence(SamplingParams(), [1] * 90, seed=2**64 - 2)
+    for _ in range(200):
+        seed, index = torch.tensor([11, -2]), torch.tensor([0, 0])
+        expected = uniform(seed, index, torch.tensor([fresh.num_tokens, long.num_tokens]))
+        assert uniform_draws([fresh, long]).tolist() == expected.tolist()
+        fresh.append(TokenId(0))
+        long.append(TokenId(0))
 
 
 def test_a_sequence_admitted_again_with_its_output_goes_on_with_the_same_draws() -> None:
