@@ -181,7 +181,7 @@ class Ended(Message, frozen=True):
 # ─ detokenizer → the request's mailbox
 
 
-class Delta(Message, frozen=True):
+class Delta(Message, frozen=True, gc=False):
     """What one step added to one sample: text that is safe to show, and the tokens it was read from.
 
     How the output is cut into deltas is not defined, only their concatenation. Text may lag behind the tokens: half a

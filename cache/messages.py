@@ -10,7 +10,7 @@ import msgspec
 from triode.ids import BlockId, RequestId, SequenceId, StepId, TokenId
 
 
-class BlockCopy(msgspec.Struct, frozen=True):
+class BlockCopy(msgspec.Struct, frozen=True, gc=False):
     """Copy-on-write: all layers of block `source` are copied to `target` before the step computes.
 
     The target of one copy may be the source of an earlier one: read all sources first, or copy in order.
@@ -20,7 +20,7 @@ class BlockCopy(msgspec.Struct, frozen=True):
     target: BlockId
 
 
-class MatchRow(msgspec.Struct, frozen=True):
+class MatchRow(msgspec.Struct, frozen=True, gc=False):
     """A sequence about to be admitted."""
 
     sequence_id: SequenceId
@@ -53,7 +53,7 @@ class Matched(msgspec.Struct, frozen=True, tag=True):
     num_cached_tokens: tuple[int, ...]
 
 
-class ReserveRow(msgspec.Struct, frozen=True):
+class ReserveRow(msgspec.Struct, frozen=True, gc=False):
     """A row that wants to compute."""
 
     sequence_id: SequenceId
@@ -78,7 +78,7 @@ class Reserve(msgspec.Struct, frozen=True, tag=True):
     """For TTL and LRU order."""
 
 
-class SequenceTable(msgspec.Struct, frozen=True):
+class SequenceTable(msgspec.Struct, frozen=True, gc=False):
     """Entries `first_block, ...` of a sequence's table are now `block_ids`."""
 
     sequence_id: SequenceId
@@ -97,7 +97,7 @@ class Reserved(msgspec.Struct, frozen=True, tag=True):
     copies: tuple[BlockCopy, ...]
 
 
-class ReleaseRow(msgspec.Struct, frozen=True):
+class ReleaseRow(msgspec.Struct, frozen=True, gc=False):
     """A sequence that has ended. Full blocks of `token_ids` enter the prefix tree; the others become free."""
 
     sequence_id: SequenceId

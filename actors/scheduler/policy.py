@@ -51,7 +51,7 @@ from triode.actors.scheduler.request import Request, Sequence
 from triode.actors.scheduler.results import read_step
 from triode.actors.scheduler.slots import SlotPool
 from triode.actors.scheduler.statistics import SchedulerStatistics
-from triode.actors.scheduler.wants import Want, build_reserve, share_budget
+from triode.actors.scheduler.wants import Ready, Want, build_reserve, count_ready, prompt_budget, share_budget
 from triode.cache.messages import ReleaseRow
 from triode.ids import RequestId, SequenceId, StepId
 
@@ -158,16 +158,17 @@ class Scheduler:
         """The next question to the cache manager; None while an answer is awaited or nothing can be launched."""
         if self._is_asking or self._is_stalled or len(self._launched) >= self._max_in_flight:
             return None
-        self._candidates = [] if self._is_blocked else self._pick()
+        ready = count_ready(self._running)
+        self._candidates = [] if self._is_blocked else self._pick(ready)
         if not self._candidates:
-            return self._reserve((), now_s)
+            return self._reserve(ready, (), now_s)
         self._is_asking = True
         return Match(tuple(match_row(sequence) for sequence in self._candidates), now_s)
 
     def matched(self, matched: Matched, now_s: float) -> Reserve | None:
         """Candidates know their cached prefix: ask for the blocks of the whole step."""
         self._is_asking = False
-        return self._reserve(matched.num_cached_tokens, now_s)
+        return self._reserve(count_ready(self._running), matched.num_cached_tokens, now_s)
 
     def plan(self, reserved: Reserved) -> StepPlan | None:
         """The step that the granted rows make; None when nothing is left to compute."""
@@ -225,21 +226,21 @@ class Scheduler:
         self._requests[request.request_id] = request
         return request
 
-    def _pick(self) -> list[Sequence]:
-        budget = self._config.max_step_tokens - sum(sequence.num_ready == 1 for sequence in self._running)
+    def _pick(self, running: list[Ready]) -> list[Sequence]:
+        budget = prompt_budget(running, self._config.max_step_tokens)
         return pick_candidates(self._waiting, self._slots.num_free, budget)
 
-    def _reserve(self, num_cached_tokens: tuple[int, ...], now_s: float) -> Reserve | None:
+    def _reserve(self, running: list[Ready], num_cached_tokens: tuple[int, ...], now_s: float) -> Reserve | None:
         candidates = [
             (sequence, num_cached)
             for sequence, num_cached in zip(self._candidates, num_cached_tokens, strict=True)
             if sequence.is_active
         ]
-        self._wants = share_budget(self._running, candidates, self._config.max_step_tokens)
+        self._wants = share_budget(running, candidates, self._config.max_step_tokens)
         if not self._wants:
             return None
         self._is_asking = True
-        return build_reserve(StepId(self._next_step), self._wants, self._running, now_s)
+        return build_reserve(StepId(self._next_step), self._wants, running, now_s)
 
     def _launch(self, rows: list[Want], reserved: Reserved) -> StepPlan:
         admitted = [want.sequence for want in rows if want.sequence.slot is None]

@@ -82,9 +82,8 @@ class Sequence:
     @property
     def num_ready(self) -> int:
         """Tokens that the next step could compute; 0 once all tokens the request may have are on their way."""
-        if self.num_total >= self.request.max_total_tokens:
-            return 0
-        return self.num_total - self.num_computed
+        num_total = len(self.token_ids) + self.num_pending
+        return num_total - self.num_computed if num_total < self.request.max_total_tokens else 0
 
     @property
     def is_active(self) -> bool:
@@ -129,20 +128,15 @@ class Request:
     """The status last told to the caller."""
     is_forked: bool = False
     """Whether samples 1 to n-1 have joined the queue."""
+    num_prompt_tokens: int = field(init=False)
+    max_total_tokens: int = field(init=False)
+    """Prompt and output at their longest; an embedding request computes its prompt and samples nothing."""
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.tokenized.token_ids)
-
-    @property
-    def max_total_tokens(self) -> int:
-        """Prompt and output at their longest; an embedding request computes its prompt and samples nothing."""
-        if self.tokenized.pool_hidden:
-            return self.num_prompt_tokens + 1
-        max_tokens = self.tokenized.params.max_tokens
+    def __post_init__(self) -> None:
+        max_tokens = 1 if self.tokenized.pool_hidden else self.tokenized.params.max_tokens
         assert max_tokens is not None, "the tokenizer resolves max_tokens"
-        return self.num_prompt_tokens + max_tokens
+        self.num_prompt_tokens = len(self.tokenized.token_ids)
+        self.max_total_tokens = self.num_prompt_tokens + max_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -18,19 +18,35 @@ class Want(NamedTuple):
     output: Output
 
 
-def share_budget(running: list[Sequence], candidates: list[tuple[Sequence, int]], budget_tokens: int) -> list[Want]:
+class Ready(NamedTuple):
+    """A running sequence and how many tokens it could compute: looked at several times a step, counted once."""
+
+    sequence: Sequence
+    num_tokens: int
+
+
+def count_ready(running: list[Sequence]) -> list[Ready]:
+    """Each running sequence's ready tokens, in order of service."""
+    return [Ready(sequence, sequence.num_ready) for sequence in running]
+
+
+def prompt_budget(running: list[Ready], budget_tokens: int) -> int:
+    """What single tokens of running sequences leave of the budget."""
+    return budget_tokens - sum(ready.num_tokens == 1 for ready in running)
+
+
+def share_budget(running: list[Ready], candidates: list[tuple[Sequence, int]], budget_tokens: int) -> list[Want]:
     """Rows in order of service. Single tokens of running sequences come out of the budget first, then prompts.
 
     `running` is in order of service; `candidates` are (sequence, cached tokens).
     """
-    left = budget_tokens - sum(sequence.num_ready == 1 for sequence in running)
+    left = prompt_budget(running, budget_tokens)
     wants: list[Want] = []
-    for sequence in running:
-        ready = sequence.num_ready
-        if ready == 1:
+    for sequence, num_ready in running:
+        if num_ready == 1:
             wants.append(_want(sequence, sequence.num_computed, 1))
-        elif ready and left > 0:
-            want = _want(sequence, sequence.num_computed, min(ready, left))
+        elif num_ready and left > 0:
+            want = _want(sequence, sequence.num_computed, min(num_ready, left))
             left -= want.num_tokens
             wants.append(want)
     for sequence, num_cached in candidates:
@@ -46,10 +62,12 @@ def share_budget(running: list[Sequence], candidates: list[tuple[Sequence, int]]
 
 def _want(sequence: Sequence, start: int, num_tokens: int) -> Want:
     request = sequence.request
-    ends = start + num_tokens == sequence.num_total
+    ends = start + num_tokens == len(sequence.token_ids) + sequence.num_pending
+    if start >= request.num_prompt_tokens:
+        return Want(sequence, start, num_tokens, Output.SAMPLE if ends else Output.NONE)
     if request.tokenized.pool_hidden:
         return Want(sequence, start, num_tokens, Output.HIDDEN)
-    if request.wants_prompt_logprobs and sequence.sample_index == 0 and start < request.num_prompt_tokens:
+    if request.wants_prompt_logprobs and sequence.sample_index == 0:
         if start < request.num_scored:
             # Recomputed after a preemption: these positions have been delivered.
             return Want(sequence, start, min(num_tokens, request.num_scored - start), Output.NONE)
@@ -57,30 +75,25 @@ def _want(sequence: Sequence, start: int, num_tokens: int) -> Want:
     return Want(sequence, start, num_tokens, Output.SAMPLE if ends else Output.NONE)
 
 
-def build_reserve(step_id: StepId, wants: list[Want], running: list[Sequence], now_s: float) -> Reserve:
+def build_reserve(step_id: StepId, wants: list[Want], running: list[Ready], now_s: float) -> Reserve:
     """The wants as a message, with the running sequences as victims, the last in order of service first.
 
     A sequence whose every token is on its way is no victim: it leaves by itself when its steps retire.
     """
     victims: list[SequenceId] = []
     num_behind: dict[SequenceId, int] = {}
-    for sequence in reversed(running):
+    for sequence, num_ready in reversed(running):
         num_behind[sequence.sequence_id] = len(victims)
-        if sequence.num_ready:
+        if num_ready:
             victims.append(sequence.sequence_id)
-    priorities = [sequence.request.priority for sequence in running if sequence.num_ready]
-    rows = tuple(
-        ReserveRow(
-            sequence_id=sequence.sequence_id,
-            num_computed_tokens=start,
-            num_tokens=start + num_tokens,
-            num_table_tokens=start + num_tokens if sequence.slot is not None else len(sequence.token_ids),
-            max_victims=(
-                num_behind[sequence.sequence_id]
-                if sequence.slot is not None
-                else len(priorities) - bisect_right(priorities, sequence.request.priority)
-            ),
-        )
-        for sequence, start, num_tokens, _ in wants
-    )
-    return Reserve(step_id, rows, tuple(victims), now_s)
+    priorities = [sequence.request.priority for sequence, num_ready in running if num_ready]
+    rows = []
+    for sequence, start, num_tokens, _ in wants:
+        if sequence.slot is not None:
+            num_table_tokens = start + num_tokens
+            max_victims = num_behind[sequence.sequence_id]
+        else:
+            num_table_tokens = len(sequence.token_ids)
+            max_victims = len(priorities) - bisect_right(priorities, sequence.request.priority)
+        rows.append(ReserveRow(sequence.sequence_id, start, start + num_tokens, num_table_tokens, max_victims))
+    return Reserve(step_id, tuple(rows), tuple(victims), now_s)
