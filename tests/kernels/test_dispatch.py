@@ -1,0 +1,15 @@
+import pytest
+import torch
+
+from triode.kernels.dispatch import choose_kernels
+
+
+def test_every_operation_names_its_implementation() -> None:
+    names = choose_kernels(torch.device("cpu"), torch.float32).names
+    assert names["linear"] == "cpu"
+    assert set(names) == {"linear", "rms_norm", "rotary", "store_kv", "swiglu", "paged_attention"}
+
+
+def test_a_dtype_without_kernels_is_refused() -> None:
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got"):
+        choose_kernels(torch.device("cpu"), torch.float64)

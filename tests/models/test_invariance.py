@@ -1,0 +1,105 @@
+"""A token's logits do not depend on its neighbours, on chunking, on a prefix hit or on the threads: bit for bit."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from paged_decoding import BLOCK_SIZE_TOKENS, PagedDecoding, PagedSequence
+from tiny_decoders import tiny_config, tiny_decoder
+from triode.models.decoder import Decoder
+
+NUM_TOKENS = 150
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def restored_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=[*DTYPES, "window"], ids=str)
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    if request.param == "window":
+        return tiny_decoder(tiny_config(sliding_window_tokens=40, sliding_layers=(True, False), qk_norm=True))
+    return tiny_decoder(tiny_config(qkv_bias=True), request.param)
+
+
+def tokens(seed: int, count: int = NUM_TOKENS) -> list[int]:
+    return random.Random(seed).choices(range(128), k=count)
+
+
+def logits_alone(decoder: Decoder, chunks: list[int]) -> torch.Tensor:
+    decoding = PagedDecoding(decoder, num_blocks=20, seed=len(chunks))
+    sequence = PagedSequence(tokens(0))
+    return torch.cat([decoding.step([(sequence, count)])[0] for count in chunks])
+
+
+@pytest.fixture(scope="module")
+def expected(decoder: Decoder) -> torch.Tensor:
+    return logits_alone(decoder, [NUM_TOKENS])
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [[75, 75], [1, 149], [149, 1], [64, 64, 22], [7] * 21 + [3], [100] + [1] * 50, [3, 66, 2, 79]],
+    ids=lambda chunks: f"{len(chunks)} from {chunks[0]}",
+)
+def test_chunks_do_not_change_logits(decoder: Decoder, expected: torch.Tensor, chunks: list[int]) -> None:
+    assert torch.equal(logits_alone(decoder, chunks), expected)
+
+
+@pytest.mark.parametrize("num_neighbours", [1, 3, 32])
+def test_neighbours_do_not_change_logits(decoder: Decoder, expected: torch.Tensor, num_neighbours: int) -> None:
+    rng = random.Random(num_neighbours)
+    decoding = PagedDecoding(decoder, num_blocks=800)
+    ours = PagedSequence(tokens(0))
+    neighbours = [PagedSequence(tokens(seed, rng.randrange(20, 300))) for seed in range(1, num_neighbours + 1)]
+    outputs = []
+    while ours.num_computed < NUM_TOKENS:
+        rows = [(ours, min(rng.choice((1, 5, 30)), NUM_TOKENS - ours.num_computed))]
+        for neighbour in neighbours:
+            if left := len(neighbour.token_ids) - neighbour.num_computed:
+                rows.insert(rng.randrange(len(rows) + 1), (neighbour, min(left, rng.choice((1, 1, 1, 40)))))
+        place = next(row for row, (sequence, _) in enumerate(rows) if sequence is ours)
+        outputs.append(decoding.step(rows)[place])
+    assert torch.equal(torch.cat(outputs), expected)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_threads_do_not_change_logits(decoder: Decoder, expected: torch.Tensor, num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    assert torch.equal(logits_alone(decoder, [97, 53]), expected)
+
+
+def test_a_prefix_hit_does_not_change_logits(decoder: Decoder, expected: torch.Tensor) -> None:
+    """Another sequence computed the first blocks, one token at a time; ours begins after them."""
+    decoding = PagedDecoding(decoder, num_blocks=30)
+    first = PagedSequence(tokens(0)[: 4 * BLOCK_SIZE_TOKENS] + tokens(5, 30))
+    for _ in first.token_ids:
+        decoding.step([(first, 1)])
+    ours = PagedSequence(tokens(0), blocks=first.blocks[:4], num_computed=4 * BLOCK_SIZE_TOKENS)
+    output = decoding.step([(ours, NUM_TOKENS - ours.num_computed)])[0]
+    assert torch.equal(output, expected[4 * BLOCK_SIZE_TOKENS :])
+
+
+def test_recomputing_into_used_blocks_does_not_change_logits(decoder: Decoder, expected: torch.Tensor) -> None:
+    decoding = PagedDecoding(decoder, num_blocks=12)
+    for seed in (3, 0):
+        sequence = PagedSequence(tokens(seed))
+        output = decoding.step([(sequence, NUM_TOKENS)])[0]
+        decoding.release(sequence)
+    assert torch.equal(output, expected)
+
+
+def test_the_check_would_see_a_neighbour() -> None:
+    """Logits by torch's own `linear`, which is free to choose a kernel by the number of rows, do differ here."""
+    if not torch.backends.mkl.is_available():
+        pytest.skip("only MKL is known to differ")
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 576), torch.randn(960, 576)
+    expected = torch.nn.functional.linear(x, weight)
+    assert any(not torch.equal(torch.nn.functional.linear(x[:rows], weight), expected[:rows]) for rows in (1, 2, 3, 5))
