@@ -268,6 +268,14 @@ def test_a_broken_tokenizer_is_corrupt(tmp_path: Path) -> None:
         read_folder(tmp_path)
 
 
+@pytest.mark.slow
+def test_transformers_reads_what_has_no_tokenizer_json(tmp_path: Path) -> None:
+    backend = byte_level_bpe()
+    backend.model.save(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "</s>"}')
+    assert read_folder(tmp_path).encode("hello 你好") == backend.encode("hello 你好").ids
+
+
 def test_without_transformers_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
