@@ -16,8 +16,10 @@ help:
 	@echo "make clean      remove .venv and everything else that make has made"
 	@echo "PYTHON=python3.12 make ... chooses the Python of a new .venv"
 
+# Without a system message the model's own template adds one, under which this small model answers in French.
 demo: $(VENV)/.model
-	$(BIN)/triode run smollm2-135m -p "What is the capital of France? Explain briefly." --temperature 0
+	$(BIN)/triode run smollm2-135m -p "What is the capital of France? Explain briefly." --temperature 0 \
+		--system "You are a concise assistant. Answer in one sentence."
 
 test: $(VENV)/.tools
 	$(BIN)/pytest
