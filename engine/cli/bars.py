@@ -37,14 +37,14 @@ class _Amount(ProgressColumn):
 class Bars:
     """One bar a stage. All vanish when the block ends, so that only the command's output stays."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
         self._progress = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
             _Amount(),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
         )
         self._task: TaskID | None = None

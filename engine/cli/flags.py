@@ -10,6 +10,7 @@ import inspect
 import textwrap
 import types
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import msgspec
@@ -34,27 +35,25 @@ def add_flags(parser: argparse._ActionsContainer, struct: type[msgspec.Struct], 
         if part := _struct(field.type):
             add_flags(parser, part, omit)
             continue
-        flag = f"--{field.name.replace('_', '-')}"
-        help_text = f"{docs.get(field.name, '')} {_default(field.default)}".replace("%", "%%")
-        kind = _without_none(field.type)
-        if kind is bool:
-            parser.add_argument(
-                flag, dest=field.name, help=help_text, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS
-            )
-        elif get_origin(kind) is tuple and get_args(kind)[0] is str:
-            # Strings may hold any separator, so each comes with a flag of its own.
-            parser.add_argument(
-                flag, dest=field.name, help=help_text, action="append", metavar="TEXT", default=argparse.SUPPRESS
-            )
-        else:
-            parser.add_argument(
-                flag,
-                dest=field.name,
-                help=help_text,
-                type=_reader(kind, field.type),
-                metavar=_metavar(kind),
-                default=argparse.SUPPRESS,
-            )
+        _add_flag(parser, field, docs.get(field.name, ""))
+
+
+def _add_flag(parser: argparse._ActionsContainer, field: msgspec.structs.FieldInfo, doc: str) -> None:
+    kind = _without_none(field.type)
+    add = partial(
+        parser.add_argument,
+        f"--{field.name.replace('_', '-')}",
+        dest=field.name,
+        help=f"{doc} {_default(field.default)}".replace("%", "%%"),
+        default=argparse.SUPPRESS,
+    )
+    if kind is bool:
+        add(action=argparse.BooleanOptionalAction)
+    elif get_origin(kind) is tuple and get_args(kind)[0] is str:
+        # A text may hold any separator, so each comes with a flag of its own.
+        add(action="append", metavar="TEXT")
+    else:
+        add(type=_reader(kind, field.type), metavar=_metavar(kind))
 
 
 def given(arguments: argparse.Namespace, struct: type[msgspec.Struct]) -> dict[str, object]:
@@ -144,10 +143,20 @@ def _reader(kind: object, annotation: object) -> Callable[[str], object]:
             value = dict(item.partition("=")[::2] for item in text.split(","))
         try:
             return msgspec.convert(value, annotation, strict=False)
-        except msgspec.ValidationError as error:
-            raise argparse.ArgumentTypeError(f"{error}, got {text!r}") from error
+        except msgspec.ValidationError:
+            raise argparse.ArgumentTypeError(f"must be {_expected(kind)}, got {text!r}") from None
 
     return read
+
+
+def _expected(kind: object) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "integers with commas between"
+    if _is_mapping(kind):
+        return "token ids and numbers, as in 12=-5,7=2.5"
+    return "an integer" if kind is int else "a number"
 
 
 def _is_mapping(kind: object) -> bool:

@@ -12,6 +12,8 @@ from triode.engine.engine import Engine, open_engine
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and a flag for every field of `EngineConfig`."""
+    # The list of all flags is below; nobody reads it twice.
+    parser.usage = f"{parser.prog} MODEL [flags]"
     parser.add_argument(
         "model",
         metavar="MODEL",

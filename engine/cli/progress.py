@@ -20,9 +20,11 @@ def shown_progress() -> Iterator[Progress]:
             lines.close()
         return
     # Imported here: commands that show nothing do without it.
+    from rich.console import Console
+
     from triode.engine.cli.bars import Bars
 
-    with Bars() as bars:
+    with Bars(Console(stderr=True)) as bars:
         yield bars
 
 

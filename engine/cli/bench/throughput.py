@@ -20,6 +20,13 @@ class ThroughputSizes(Sizes, frozen=True, kw_only=True):
     max_tokens_each: int = 128
     """The longest prompt and output."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_tokens_each > self.max_tokens_each:
+            raise ValueError(
+                f"min-tokens-each must be <= max-tokens-each = {self.max_tokens_each}, got {self.min_tokens_each}"
+            )
+
 
 SMALL = ThroughputSizes()
 FULL = ThroughputSizes(requests=256, min_tokens_each=100, max_tokens_each=1024)
