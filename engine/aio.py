@@ -19,8 +19,8 @@ from triode.engine.completion import Result
 from triode.engine.config import EngineConfig
 from triode.engine.engine import Engine as TrioEngine
 from triode.engine.host import EngineThread
-from triode.engine.hub import Prompt, Request, freeze_prompt
 from triode.engine.parts import Report
+from triode.engine.request import Prompt, Request, freeze_prompt
 from triode.engine.statistics import EngineStatistics
 from triode.engine.stream import RequestStream, Submission
 from triode.ids import RequestId

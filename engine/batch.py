@@ -6,7 +6,7 @@ import trio
 
 from triode.actors.scheduler.config import SchedulerConfig
 from triode.engine.completion import Result
-from triode.engine.hub import Prompt
+from triode.engine.request import Prompt
 from triode.engine.stream import RequestStream, Submission
 from triode.models.progress import NullProgress, Progress
 from triode.models.sampling import SamplingParams

@@ -18,8 +18,8 @@ from triode.actors.messages import Delta
 from triode.engine.completion import Result
 from triode.engine.config import EngineConfig
 from triode.engine.host import EngineThread
-from triode.engine.hub import Prompt, Request, freeze_prompt
 from triode.engine.parts import Report
+from triode.engine.request import Prompt, Request, freeze_prompt
 from triode.engine.statistics import EngineStatistics
 from triode.engine.stream import RequestStream
 from triode.models.progress import Progress

@@ -6,7 +6,7 @@ async with triode.open_engine("smollm2-135m") as engine:
         print(delta.text, end="")
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -18,10 +18,11 @@ from triode.actors.tokenizer.prepare import encode
 from triode.engine.batch import Submitter, run_batch
 from triode.engine.completion import Result
 from triode.engine.config import EngineConfig
-from triode.engine.hub import Hub, Prompt, Request, freeze_prompt
+from triode.engine.hub import Hub
 from triode.engine.lifetime import run_hub
 from triode.engine.loading import load
 from triode.engine.parts import EngineParts, Report
+from triode.engine.request import Prompt, Request, freeze_prompt
 from triode.engine.statistics import EngineStatistics
 from triode.engine.stream import RequestStream, Submission
 from triode.ids import RequestId, TokenId
@@ -134,7 +135,7 @@ class Engine:
         return await run_batch(self._submitter(), prompts, params, self._hub.parts.config.scheduler, progress)
 
     async def embed(self, prompts: Sequence[Prompt]) -> list[tuple[float, ...]]:
-        """The mean of each prompt's final hidden states, scaled to length 1."""
+        """The mean of each prompt's final hidden states, as the model gives them: not scaled to length 1."""
         vectors = []
         for prompt in prompts:
             request = Request(prompt=freeze_prompt(prompt), params=SamplingParams(max_tokens=1), pool_hidden=True)
@@ -185,24 +186,26 @@ class CacheControl:
 
     async def pin(self, prompt: Prompt, *, cache_salt: str | None = None) -> int:
         """Keep the cached full blocks of a prompt until `unpin`. Returns how many tokens they hold."""
-        return await self._ask(Pin, prompt, cache_salt)
+        token_ids, namespace = await self._encode(prompt), namespace_of(cache_salt)
+        return await self._ask(lambda name: Pin(name, token_ids, namespace, trio.current_time()))
 
     async def unpin(self, prompt: Prompt, *, cache_salt: str | None = None) -> int:
         """Undo one `pin` of the same prompt. Returns how many tokens it held."""
-        return await self._ask(Unpin, prompt, cache_salt)
+        token_ids, namespace = await self._encode(prompt), namespace_of(cache_salt)
+        return await self._ask(lambda name: Unpin(name, token_ids, namespace, trio.current_time()))
 
     async def clear(self) -> int:
         """Forget what is cached, but for what is pinned or in use. Returns how many tokens that were."""
-        return await self._answer(Clear)
+        return await self._ask(Clear)
 
-    async def _ask(self, make: type[Pin | Unpin], prompt: Prompt, cache_salt: str | None) -> int:
-        token_ids: tuple[TokenId, ...] = await trio.to_thread.run_sync(
-            encode, freeze_prompt(prompt), self._hub.parts.tokenizer, self._hub.parts.limits
-        )
-        namespace = namespace_of(cache_salt)
-        return await self._answer(make, token_ids=token_ids, namespace=namespace, now_s=trio.current_time())
+    async def _encode(self, prompt: Prompt) -> tuple[TokenId, ...]:
+        parts = self._hub.parts
+        return await trio.to_thread.run_sync(encode, freeze_prompt(prompt), parts.tokenizer, parts.limits)
 
-    async def _answer(self, make: type[Pin | Unpin | Clear], **fields: object) -> int:
-        send, receive = trio.open_memory_channel[int](1)
-        self._hub.ask_cache(make, send.send_nowait, **fields)
-        return await receive.receive()
+    async def _ask(self, question: Callable[[RequestId], Pin | Unpin | Clear]) -> int:
+        send, receive = trio.open_memory_channel[int | Exception](1)
+        self._hub.ask_cache(question, send.send_nowait)
+        answer = await receive.receive()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer

@@ -7,11 +7,10 @@ reach these methods with one `run_sync_soon` each.
 
 import itertools
 import secrets
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-import msgspec
 import trio
 
 from triode.actors.cache.actor import run_cache
@@ -24,7 +23,6 @@ from triode.actors.mailbox import Mailbox, MailboxRegistry
 from triode.actors.messages import (
     CacheInbox,
     Cancel,
-    ChatMessages,
     Clear,
     DetokenizerInbox,
     Pin,
@@ -41,54 +39,10 @@ from triode.actors.scheduler.policy import Scheduler
 from triode.actors.tokenizer.actor import run_tokenizer
 from triode.actors.tokenizer.prepare import prepare
 from triode.engine.parts import EngineParts
+from triode.engine.request import Request
 from triode.engine.statistics import ActorStatistics, EngineStatistics
 from triode.errors import EngineBusy, EngineClosed, EngineFault
-from triode.ids import RequestId, TokenId
-from triode.models.sampling import SamplingParams
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
-"""Raw text, token ids, or chat messages in OpenAI's shape (then the model's chat template applies)."""
-
-
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """The arguments of one submit, checked as far as they can be without the tokenizer.
-
-    Raises:
-        ValueError: at construction, for an argument outside its limits.
-    """
-
-    prompt: str | tuple[TokenId, ...] | ChatMessages
-    params: SamplingParams
-    priority: int = 0
-    cache_salt: str | None = None
-    deadline_s: float | None = None
-    pool_hidden: bool = False
-
-    def __post_init__(self) -> None:
-        if type(self.priority) is not int:
-            raise ValueError(f"priority must be an integer, lower first, got {self.priority!r}")
-        if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
-            raise ValueError(f"cache_salt must be a non-empty string, got {self.cache_salt!r}")
-        if self.deadline_s is not None and not self.deadline_s > 0:
-            raise ValueError(f"deadline_s must be > 0, got {self.deadline_s!r}")
-
-
-def freeze_prompt(prompt: Prompt) -> str | tuple[TokenId, ...] | ChatMessages:
-    """The prompt as it travels in a message.
-
-    Raises:
-        ValueError: if it is neither text, token ids nor chat messages.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
-        raise ValueError(f"prompt must be text, token ids or chat messages, got {type(prompt).__name__}")
-    if all(isinstance(item, Mapping) for item in prompt):
-        return tuple(dict(item) for item in prompt if isinstance(item, Mapping))
-    if all(type(item) is int for item in prompt):
-        return tuple(TokenId(item) for item in prompt if isinstance(item, int))
-    kinds = sorted({type(item).__name__ for item in prompt})
-    raise ValueError(f"prompt must hold either token ids (int) or chat messages (dict), got {', '.join(kinds)}")
+from triode.ids import RequestId
 
 
 class Hub:
@@ -108,7 +62,7 @@ class Hub:
         self._to_cache: Inbox[CacheInbox] = Inbox()
         self._to_executor: Inbox[StepPlan | BaseException] = Inbox()
         self._to_detokenizer: Inbox[DetokenizerInbox] = Inbox()
-        self._answers: dict[RequestId, Callable[[int], None]] = {}
+        self._answers: dict[RequestId, Callable[[int | Exception], None]] = {}
         self._ids = itertools.count()
         self._num_submitted = 0
 
@@ -184,12 +138,14 @@ class Hub:
             raise KeyError(f"no unfinished request has the id {request_id!r}")
         self._to_scheduler.put(SetPriority(request_id, priority))
 
-    def ask_cache(self, make: "type[Pin | Unpin | Clear]", answer: Callable[[int], None], **fields: object) -> None:
-        """Send a control message to the cache; `answer` is called with the number of tokens concerned."""
+    def ask_cache(
+        self, question: Callable[[RequestId], Pin | Unpin | Clear], answer: Callable[[int | Exception], None]
+    ) -> None:
+        """Send a control message to the cache. `answer` gets the number of tokens concerned, or why there is none."""
         self._check_open()
         request_id = self.new_request_id()
         self._answers[request_id] = answer
-        self._to_cache.put(make(request_id=request_id, **fields))
+        self._to_cache.put(question(request_id))
 
     def status(self, request_id: RequestId) -> RequestStatus:
         """Where a request is.
@@ -257,6 +213,7 @@ class Hub:
         if not self._is_closed:
             self._is_closed = True
             self.mailboxes.end_all("the engine was closed")
+            self._refuse_answers(self.fault or EngineClosed("the engine was closed before it answered"))
             self._scope.cancel()
 
     async def _guard(self, name: str, actor: Callable[[], Coroutine[Any, Any, Any]]) -> None:
@@ -271,6 +228,7 @@ class Hub:
                 self.fault = EngineFault(f"the {name} failed: {type(cause).__name__}: {cause}")
                 self.fault.__cause__ = cause
                 self.mailboxes.fail_all(self.fault)
+                self._refuse_answers(self.fault)
             self._scope.cancel()
 
     async def _close_executor(self) -> None:
@@ -282,6 +240,11 @@ class Hub:
 
     def _answer(self, pinned: Pinned) -> None:
         self._answers.pop(pinned.request_id)(pinned.num_tokens)
+
+    def _refuse_answers(self, error: Exception) -> None:
+        answers, self._answers = self._answers, {}
+        for answer in answers.values():
+            answer(fresh(error))
 
     def _check_open(self) -> None:
         if self.fault is not None:

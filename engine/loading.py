@@ -8,6 +8,7 @@ import trio
 
 from triode.engine.config import EngineConfig
 from triode.engine.parts import EngineParts, Report
+from triode.ids import TokenId
 from triode.models.progress import NullProgress, Progress
 
 _LOG = logging.getLogger("triode")
@@ -62,7 +63,7 @@ def build(config: EngineConfig, progress: Progress) -> EngineParts:
             pool_tokens=(built.num_blocks - 1) * config.cache.block_size_tokens,
             block_size_tokens=config.cache.block_size_tokens,
             vocab_size=model.vocab_size,
-            eos_token_ids=model.eos_token_ids,
+            eos_token_ids=tuple(map(TokenId, model.eos_token_ids)),
         ),
         report=Report(
             model=config.options.model,

@@ -192,8 +192,11 @@ class Scheduler:
         launch = self._launched.popleft()
         assert launch.step_id == result.step_id, f"step {launch.step_id} retires, but the result is of {result.step_id}"
         self._is_stalled = False
-        for sequence in read_step(launch, result, self.outbox):
+        reading = read_step(launch, result, self.outbox)
+        for sequence in reading.ended:
             self._leave(sequence, RequestStatus.FINISHED)
+        for request, reason in reading.failed.items():
+            self._end(request, RequestStatus.FAILED, reason)
         self._retire([row.sequence for row in launch.rows])
 
     def statistics(self) -> SchedulerStatistics:

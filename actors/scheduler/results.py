@@ -1,5 +1,7 @@
 """Reading a retired step: which tokens belong to whom, and which of them are a sequence's last."""
 
+from typing import NamedTuple
+
 from triode.actors.messages import Embedded, FinishReason, PromptScored, RequestStatus, Sampled
 from triode.actors.scheduler.launch import SAMPLING, Launch, LaunchedRow
 from triode.actors.scheduler.outbox import Outbox
@@ -29,13 +31,21 @@ class _Columns:
         )
 
 
-def read_step(launch: Launch, result: StepResult, outbox: Outbox) -> list[Sequence]:
-    """Append the step's tokens to their sequences and tell the detokenizer. Returns the sequences that ended.
+class Reading(NamedTuple):
+    """What a retired step brought to an end."""
+
+    ended: list[Sequence]
+    failed: dict[Request, str]
+    """Requests with a row that should have a token and has none, and why."""
+
+
+def read_step(launch: Launch, result: StepResult, outbox: Outbox) -> Reading:
+    """Append the step's tokens to their sequences and tell the detokenizer.
 
     A row is stale, and its tokens are dropped, when its sequence has ended or lost its slot since the launch.
     """
     columns = _Columns()
-    ended: list[Sequence] = []
+    reading = Reading([], {})
     first = 0
     for index, row in enumerate(launch.rows):
         num_accepted = result.num_accepted[index]
@@ -43,13 +53,15 @@ def read_step(launch: Launch, result: StepResult, outbox: Outbox) -> list[Sequen
         if row.sequence.slot is not None and row.sequence.epoch == row.epoch:
             _score_prompt(row, index, result, outbox)
             if row.output is Output.HIDDEN:
-                _read_embedding(row, index, result, outbox, ended)
+                _read_embedding(row, index, result, outbox, reading.ended)
+            elif result.errors is not None and (error := result.errors[index]) is not None:
+                reading.failed[row.sequence.request] = error
             elif row.output in SAMPLING and _read_tokens(row, first, num_accepted, result, columns, outbox):
-                ended.append(row.sequence)
+                reading.ended.append(row.sequence)
         first += num_accepted
     if columns.request_ids:
         outbox.to_detokenizer(columns.message(result))
-    return ended
+    return reading
 
 
 def _read_tokens(

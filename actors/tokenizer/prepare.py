@@ -62,7 +62,7 @@ def encode(
     if isinstance(prompt, str):
         token_ids = _encode_text(prompt, tokenizer, limits, add_special_tokens=True)
     elif prompt and isinstance(prompt[0], dict):
-        text = tokenizer.apply_chat_template(cast(ChatMessages, prompt))
+        text = tokenizer.apply_chat_template(prompt)
         token_ids = _encode_text(text, tokenizer, limits, add_special_tokens=False)
     else:
         token_ids = cast("tuple[TokenId, ...]", prompt)

@@ -70,6 +70,8 @@ class CheckingRunner:
         self.max_running = max_running
         self.slots: dict[SlotId, Slot] = {}
         self.blocks: dict[BlockId, dict[int, tuple[int, TokenId]]] = {}
+        self.impossible_step: int | None = None
+        """In this step no row has a possible token."""
 
     def run(self, plan: StepPlan) -> StepResult:
         for admission in plan.admissions:
@@ -85,12 +87,14 @@ class CheckingRunner:
         for row in range(len(plan.slots)):
             self._write(plan, row)
         tokens = [self._compute(plan, row) for row in range(len(plan.slots))]
+        is_impossible = plan.step_id == self.impossible_step
         return StepResult(
             step_id=plan.step_id,
             slots=plan.slots,
             epochs=plan.epochs,
-            num_accepted=tuple(int(output in SAMPLING) for output in plan.outputs),
-            token_ids=tuple(token for token in tokens if token is not None),
+            num_accepted=tuple(int(output in SAMPLING and not is_impossible) for output in plan.outputs),
+            token_ids=() if is_impossible else tuple(token for token in tokens if token is not None),
+            errors=("nothing is possible",) * len(tokens) if is_impossible else None,
             prompt_logprobs=tuple(self._scores(plan, row) for row in range(len(plan.slots))),
             embeddings=tuple((1.0,) if output is Output.HIDDEN else () for output in plan.outputs),
         )

@@ -299,6 +299,20 @@ def test_a_request_that_pins_leave_no_room_for_fails_alone() -> None:
     w.check_at_rest()
 
 
+def test_a_row_without_a_possible_token_fails_alone() -> None:
+    w = world()
+    w.runner.impossible_step = 2
+    failing = w.submit(range(5), params(9, n=2))
+    w.run_to_the_end()
+    ended = w.seen[failing].ended
+    assert ended is not None
+    assert (ended.status, ended.reason) == (RequestStatus.FAILED, "nothing is possible")
+    fine = w.submit(range(5), params(9))
+    w.run_to_the_end()
+    assert w.seen[fine].ended is None
+    w.check_at_rest()
+
+
 @pytest.mark.parametrize("name", ["max_running", "max_queued", "max_step_tokens"])
 def test_a_limit_below_one_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got 0"):
