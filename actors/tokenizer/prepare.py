@@ -78,13 +78,11 @@ def encode(
 
 
 def _encode_text(text: str, tokenizer: Tokenizer, limits: Limits, *, add_special_tokens: bool) -> tuple[TokenId, ...]:
-    # A token stands for so many bytes at most, so a text this long is refused before the work of encoding it.
-    most_bytes = limits.max_sequence_tokens * tokenizer.max_token_bytes
-    num_bytes = len(text.encode())
-    if num_bytes > most_bytes:
+    # A token stands for so many bytes at most, so a text far too long is refused before the work of encoding it.
+    if (num_tokens := tokenizer.min_tokens(text)) >= limits.max_sequence_tokens:
         raise ValueError(
-            f"prompt must have fewer than {limits.max_sequence_tokens} tokens, so at most {most_bytes} bytes, "
-            f"got {num_bytes} bytes"
+            f"prompt must have fewer than {limits.max_sequence_tokens} tokens, to leave room for at least one more in "
+            f"{_bound(limits)}, got a text of at least {num_tokens}"
         )
     return tuple(map(TokenId, tokenizer.encode(text, add_special_tokens=add_special_tokens)))
 
