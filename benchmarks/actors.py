@@ -65,6 +65,10 @@ class NullRunner:
         )
         self.answering_s += perf_counter() - started_at_s
 
+    def is_ready(self) -> bool:
+        """Whether an answer waits."""
+        return bool(self._results)
+
     def collect(self) -> StepResult:
         """The oldest answer."""
         return self._results.popleft()

@@ -76,6 +76,10 @@ class EagerRunner:
         with torch.inference_mode(), cpu_threads(self._num_threads):
             self._results.append(self._run(plan))
 
+    def is_ready(self) -> bool:
+        """Always, once a step is launched."""
+        return bool(self._results)
+
     def collect(self) -> StepResult:
         """The oldest result; it is there."""
         return self._results.popleft()

@@ -31,6 +31,9 @@ class Runner(Protocol):
     def launch(self, plan: StepPlan) -> None:
         """Start a step; it may run on while the caller goes on."""
 
+    def is_ready(self) -> bool:
+        """Whether `collect` would return at once. Asked while a step is running, by whoever can launch the next one."""
+
     def collect(self) -> StepResult:
         """The result of the oldest step not collected yet; blocks until it is there."""
 
