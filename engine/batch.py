@@ -46,18 +46,34 @@ async def run_batch(
     progress.stage("Generating", len(prompts), "prompts")
     room = trio.CapacityLimiter(min(2 * limits.max_running, limits.max_queued))
     results: dict[int, Result] = {}
+    failures: list[Exception] = []
 
-    async def read(index: int, stream: RequestStream, ticket: object) -> None:
-        async with stream:
-            results[index] = await stream.result()
-        room.release_on_behalf_of(ticket)
-        progress.advance(1)
+    async with trio.open_nursery() as nursery:
 
-    async with trio.open_nursery(strict_exception_groups=False) as nursery:
+        def give_up(error: Exception) -> None:
+            failures.append(error)
+            nursery.cancel_scope.cancel()
+
+        async def read(index: int, stream: RequestStream, ticket: object) -> None:
+            try:
+                async with stream:
+                    results[index] = await stream.result()
+                progress.advance(1)
+            except Exception as error:
+                give_up(error)
+            room.release_on_behalf_of(ticket)
+
         for index, prompt in enumerate(prompts):
             ticket = object()
             await room.acquire_on_behalf_of(ticket)
-            stream = await submit(prompt, each[index])
+            try:
+                stream = await submit(prompt, each[index])
+            except Exception as error:
+                give_up(error)
+                break
             nursery.start_soon(read, index, stream, ticket)
+    if failures:
+        # Every reader fails when the engine does; the first one speaks for all.
+        raise failures[0]
     progress.done()
     return [results[index] for index in range(len(prompts))]

@@ -139,8 +139,8 @@ class Engine:
         vectors = []
         for prompt in prompts:
             request = Request(prompt=freeze_prompt(prompt), params=SamplingParams(max_tokens=1), pool_hidden=True)
-            stream = await self._open(request, None)
-            vectors.append(await stream.embedding())
+            async with await self._open(request, None) as stream:
+                vectors.append(await stream.embedding())
         return vectors
 
     def status(self, request_id: str) -> RequestStatus:

@@ -10,6 +10,7 @@ from triode.actors.mailbox import Mailbox
 from triode.actors.messages import Delta, RequestStatus
 from triode.engine.completion import Completion, Reply, Result, coalesce, only
 from triode.engine.hub import fresh
+from triode.errors import RequestFailed
 from triode.ids import RequestId
 
 
@@ -91,8 +92,13 @@ class RequestStream:
         return self._reply.result(self._mailbox.num_cached_tokens)
 
     async def embedding(self) -> tuple[float, ...]:
-        """The vector of an embedding request."""
+        """The vector of an embedding request.
+
+        Raises:
+            RequestFailed: if the request failed or was cancelled.
+        """
         while self._reply.embedding is None:
+            self._check_goes_on("it was computed")
             await self._receive()
         return self._reply.embedding
 
@@ -101,9 +107,11 @@ class RequestStream:
 
         Raises:
             ValueError: if it can not run as asked.
+            RequestFailed: if it was cancelled, or the engine was closed, before it was queued.
         """
         try:
-            while self._reply.opened is None and not self._reply.is_complete:
+            while self._reply.opened is None:
+                self._check_goes_on("it was queued")
                 await self._receive()
         except BaseException:
             self.cancel()
@@ -116,6 +124,10 @@ class RequestStream:
         if self._mailbox.error is not None and not self._reply.is_complete:
             self._is_cancelled = True
             raise fresh(self._mailbox.error)
+
+    def _check_goes_on(self, awaited: str) -> None:
+        if (ended := self._reply.ended) is not None:
+            raise RequestFailed(f"request {self.request_id} ended before {awaited}: {ended.reason}")
 
     async def __aenter__(self) -> "RequestStream":
         return self

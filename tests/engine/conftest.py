@@ -1,0 +1,41 @@
+"""Engines of tests share one tokenizer: reading it takes most of an engine's start. It can be held still."""
+
+import threading
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+
+from triode.models import loader
+from triode.models.config import ModelOptions
+from triode.models.progress import Progress
+from triode.models.tokenizer import Tokenizer
+
+_opened = cache(loader.open_checkpoint)
+
+
+def _open_checkpoint(options: ModelOptions, progress: Progress | None = None) -> loader.Checkpoint:
+    return _opened(options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _checkpoints_are_opened_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "open_checkpoint", _open_checkpoint)
+        yield
+
+
+@pytest.fixture
+def encoding() -> Iterator[threading.Event]:
+    """Prompts that are encoded in a worker thread wait there until the event is set; at the end it is."""
+    encode, may_go_on = Tokenizer.encode, threading.Event()
+
+    def held(self: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        if threading.current_thread().name.startswith("Trio"):
+            may_go_on.wait(20)
+        return encode(self, text, add_special_tokens=add_special_tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", held)
+        yield may_go_on
+        may_go_on.set()
