@@ -56,14 +56,14 @@ def _add_flag(parser: argparse._ActionsContainer, field: msgspec.structs.FieldIn
         add(type=_reader(kind, field.type), metavar=_metavar(kind))
 
 
-def given(arguments: argparse.Namespace, struct: type[msgspec.Struct]) -> dict[str, object]:
-    """The fields of `struct`, and of the structs in it, that were set on the command line."""
+def given(arguments: argparse.Namespace, struct: type[msgspec.Struct], omit: Collection[str] = ()) -> dict[str, object]:
+    """The fields of `struct`, and of the structs in it, that were set by flags; not those in `omit`, which have none."""
     values = vars(arguments)
     found: dict[str, object] = {}
     for field in msgspec.structs.fields(struct):
         if part := _struct(field.type):
-            found |= given(arguments, part)
-        elif field.name in values:
+            found |= given(arguments, part, omit)
+        elif field.name in values and field.name not in omit:
             found[field.name] = values[field.name]
     return found
 

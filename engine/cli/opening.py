@@ -9,6 +9,9 @@ from triode.engine.cli.progress import shown_progress
 from triode.engine.config import EngineConfig
 from triode.engine.engine import Engine, open_engine
 
+# It has an argument of its own.
+_NOT_FLAGS = {"model"}
+
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and a flag for every field of `EngineConfig`."""
@@ -19,7 +22,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a folder, a .gguf file, a Hugging Face id, a built-in model (smollm2-135m) or random:NAME",
     )
-    add_flags(parser.add_argument_group("engine"), EngineConfig, omit={"model"})
+    add_flags(parser.add_argument_group("engine"), EngineConfig, _NOT_FLAGS)
+
+
+def engine_settings(arguments: argparse.Namespace) -> dict[str, object]:
+    """What the flags set, by the names that `open_engine` takes."""
+    return given(arguments, EngineConfig, _NOT_FLAGS)
 
 
 @asynccontextmanager
@@ -27,7 +35,7 @@ async def opened_engine(arguments: argparse.Namespace, **overrides: object) -> A
     """The engine that the command line asks for; `overrides` hold where it says nothing."""
     with ExitStack() as shown:
         progress = shown.enter_context(shown_progress())
-        config = EngineConfig().override(overrides | given(arguments, EngineConfig))
+        config = EngineConfig().override(overrides | engine_settings(arguments))
         async with open_engine(arguments.model, config, progress=progress) as engine:
             shown.close()
             yield engine

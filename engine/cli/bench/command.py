@@ -14,12 +14,11 @@ from triode.engine.cli.bench.measure import Figures, measure
 from triode.engine.cli.bench.startup import STARTUP, StartedEngine, measure_startup
 from triode.engine.cli.bench.table import Row, print_table, summary, write_json
 from triode.engine.cli.bench.workload import Sizes, Workload
-from triode.engine.cli.flags import add_flags, given, with_flags, words
+from triode.engine.cli.flags import add_flags, with_flags, words
 from triode.engine.cli.interrupt import on_interrupt
 from triode.engine.cli.machine import device_name, read_versions
-from triode.engine.cli.opening import add_engine_arguments, opened_engine
+from triode.engine.cli.opening import add_engine_arguments, engine_settings, opened_engine
 from triode.engine.cli.progress import shown_progress
-from triode.engine.config import EngineConfig
 from triode.engine.engine import Engine
 from triode.engine.parts import Report
 from triode.models.progress import Progress
@@ -120,7 +119,7 @@ async def _measure_runs(engine: Engine, workload: Workload, num_runs: int, progr
 
 
 def _run_startup(arguments: argparse.Namespace) -> list[Row]:
-    flags = words(given(arguments, EngineConfig))
+    flags = words(engine_settings(arguments))
     runs = []
     with shown_progress() as progress:
         progress.stage("startup", arguments.runs + 1, "runs")

@@ -8,6 +8,7 @@ import msgspec
 
 from triode.engine.cli.bench.measure import Figures
 from triode.engine.cli.bench.workload import Request, Workload
+from triode.errors import TriodeError
 
 
 class StartedEngine(msgspec.Struct, frozen=True):
@@ -31,18 +32,19 @@ def measure_startup(model: str, flags: list[str]) -> tuple[Figures, StartedEngin
     """Start a process and wait for the first byte that it prints.
 
     Raises:
-        ValueError: if it fails; the message is its own.
+        ValueError, TriodeError: what it failed with.
     """
     words = ["run", model, "--raw", "--json", "-p", "Hello", "--max-tokens", "1", "--temperature", "0", *flags]
     started_at_s = perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-m", "triode.engine.cli.main", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    command = [sys.executable, "-m", "triode.engine.cli.main", *words]
+    # Unbuffered, so that reading one byte leaves the others to `communicate`.
+    with subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         first = process.stdout.read(1)
         ttft_ms = (perf_counter() - started_at_s) * 1e3
         rest, errors = process.communicate()
     if process.returncode != 0:
-        raise ValueError(f"triode {' '.join(words)} must succeed, got {errors.decode().strip().splitlines()[-1:]}")
+        message = errors.decode().strip().rpartition("triode: error: ")[2]
+        raise ValueError(message) if process.returncode == 2 else TriodeError(message)
     figures = Figures(tpot_ms=None, ttft_ms=ttft_ms, out_tok_s=None, total_tok_s=None)
     return figures, msgspec.json.decode(first + rest, type=_Output).engine
