@@ -22,6 +22,7 @@ PURE_ELSEWHERE = {
     "triode.engine.config",
     "triode.engine.statistics",
     "triode.models.config",
+    "triode.models.runner",
     "triode.models.sampling",
     "triode.models.step",
 }

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from triode.actors.messages import Delta, FinishReason, RequestStatus
+    from triode.engine import aio as aio
     from triode.engine.blocking import LLM
     from triode.engine.completion import Completion, Usage
     from triode.engine.config import EngineConfig

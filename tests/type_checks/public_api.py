@@ -30,3 +30,15 @@ async def every_kind_of_prompt(engine: triode.Engine) -> None:
 def misspelt() -> None:
     triode.SamplingParams(temprature=1.0)  # type: ignore[call-arg]
     triode.Enginee  # type: ignore[attr-defined]  # noqa: B018
+
+
+async def in_asyncio() -> None:
+    async with triode.aio.open_engine("smollm2-135m") as engine:
+        stream = await engine.submit("text")
+        async for delta in stream:
+            assert_type(delta, triode.Delta)
+
+
+def blocking() -> None:
+    with triode.LLM("smollm2-135m") as llm:
+        assert_type(llm, triode.LLM)
