@@ -4,8 +4,8 @@
 two of them for one operation: the promise that a request's tokens do not depend on its neighbours holds per set.
 """
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -17,12 +17,15 @@ from triode.kernels.rotary import reference as reference_rotary
 from triode.kernels.store_kv import reference as reference_store
 from triode.kernels.swiglu import reference as reference_swiglu
 
+PrepareLinear = Callable[[torch.Tensor, torch.Tensor | None], reference_linear.PreparedLinear]
+"""A weight [E, D] and its bias, to the function that multiplies by them."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Kernels:
     """One callable an operation; the shapes are those of each operation's `reference.py`."""
 
-    prepare_linear: Callable[[torch.Tensor, torch.Tensor | None], reference_linear.PreparedLinear]
+    prepare_linear: PrepareLinear
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
     rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -36,6 +39,8 @@ class Kernels:
     """Steps are padded to a multiple of this many tokens."""
     names: dict[str, str]
     """Operation to implementation, for statistics and `triode doctor`."""
+    exceptions: Callable[[], list[str]] = list
+    """What is served otherwise than usual to keep the promise; complete once every weight has been prepared."""
 
 
 _REFERENCE = dict.fromkeys(("rms_norm", "rotary", "store_kv", "swiglu", "paged_attention"), "reference")
@@ -49,9 +54,15 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    linears = cpu_linear.CpuLinears() if device.type == "cpu" else None
+    if device.type != "cpu":
+        return _kernels(reference_linear.prepare_linear, "reference")
+    linears = cpu_linear.CpuLinears(dtype)
+    return dataclasses.replace(_kernels(linears, linears.name), exceptions=linears.exceptions)
+
+
+def _kernels(prepare_linear: PrepareLinear, linear_name: str) -> Kernels:
     return Kernels(
-        prepare_linear=linears or reference_linear.prepare_linear,
+        prepare_linear=prepare_linear,
         rms_norm=reference_norm.rms_norm,
         add_rms_norm=reference_norm.add_rms_norm,
         rotary=reference_rotary.rotary,
@@ -60,5 +71,5 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
         plan_attention=reference_attention.plan_attention,
         paged_attention=reference_attention.paged_attention,
         row_multiple=reference_attention.ROW_MULTIPLE,
-        names={"linear": "cpu" if linears else "reference", **_REFERENCE},
+        names={"linear": linear_name, **_REFERENCE},
     )

@@ -20,32 +20,34 @@ from triode.kernels.linear.row_check import RowRule, find_row_rule
 
 
 class CpuLinears:
-    """Prepares weights, and remembers what was found for each shape."""
+    """Prepares the weights of one dtype, and remembers what was found for each shape."""
 
-    def __init__(self) -> None:
-        self._rules: dict[tuple[int, int, torch.dtype], RowRule] = {}
-        self._packs: dict[torch.dtype, bool] = {}
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._rules: dict[tuple[int, int], RowRule] = {}
+        self._packs = _can_pack(dtype)
+
+    @property
+    def name(self) -> str:
+        """Whose matrix product it is."""
+        return "onednn" if self._packs else "torch"
 
     def __call__(self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None = None) -> PreparedLinear:
         """Lay the weight out and check its shape, once a shape."""
         E, D = weight_ED.shape
         product = self._product(weight_ED, bias_E)
-        rule = self._rules.get((E, D, weight_ED.dtype))
+        rule = self._rules.get((E, D))
         if rule is None:
             rule = find_row_rule(product, D, E, weight_ED.dtype)
-            self._rules[E, D, weight_ED.dtype] = rule
+            self._rules[E, D] = rule
         return partial(_by_rule, product, rule)
 
     def exceptions(self) -> list[str]:
         """The weight shapes that need more than the usual padding, each with what it gets."""
         usual = RowRule()
-        return [f"{E} × {D} {dtype}: {rule}" for (E, D, dtype), rule in self._rules.items() if rule != usual]
+        return [f"linear {E} × {D}: {rule}" for (E, D), rule in self._rules.items() if rule != usual]
 
     def _product(self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None) -> PreparedLinear:
-        dtype = weight_ED.dtype
-        if dtype not in self._packs:
-            self._packs[dtype] = _can_pack(dtype)
-        if not self._packs[dtype]:
+        if not self._packs:
             return prepare_linear(weight_ED, bias_E)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_ED)
         return partial(_packed_linear, weight=packed, bias_E=bias_E)

@@ -5,8 +5,10 @@ from triode.kernels.dispatch import choose_kernels
 
 
 def test_every_operation_names_its_implementation() -> None:
-    names = choose_kernels(torch.device("cpu"), torch.float32).names
-    assert names["linear"] == "cpu"
+    kernels = choose_kernels(torch.device("cpu"), torch.float32)
+    names = kernels.names
+    assert names["linear"] in {"onednn", "torch"}
+    assert kernels.exceptions() == []
     assert set(names) == {"linear", "rms_norm", "rotary", "store_kv", "swiglu", "paged_attention"}
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from triode.kernels.linear.cpu import CpuLinears
+from triode.kernels.linear.reference import PreparedLinear
 from triode.kernels.linear.row_check import SAFE_RULE, RowRule, find_row_rule
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,7 +22,7 @@ def test_a_row_does_not_depend_on_the_number_of_rows(shape: tuple[int, int], dty
         torch.randn(shape[0]).to(dtype),
         torch.randn(200, shape[1]).to(dtype),
     )
-    product = CpuLinears()(weight, bias)
+    product = CpuLinears(dtype)(weight, bias)
     expected = product(x)
     for rows in ROWS:
         assert torch.equal(product(x[:rows]), expected[:rows]), rows
@@ -34,7 +35,7 @@ def test_a_row_does_not_depend_on_the_number_of_rows(shape: tuple[int, int], dty
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_a_row_does_not_depend_on_the_threads(num_threads: int) -> None:
     torch.manual_seed(0)
-    product = CpuLinears()(torch.randn(3072, 576), None)
+    product = CpuLinears(torch.float32)(torch.randn(3072, 576), None)
     x = torch.randn(40, 576)
     expected = product(x)
     before = torch.get_num_threads()
@@ -51,7 +52,7 @@ def test_products_agree_with_float64(dtype: torch.dtype) -> None:
     weight, bias, x = torch.randn(96, 80).to(dtype), torch.randn(96).to(dtype), torch.randn(5, 80).to(dtype)
     expected = x.double() @ weight.double().t() + bias.double()
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-1, torch.float16: 2e-2}[dtype]
-    torch.testing.assert_close(CpuLinears()(weight, bias)(x).double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(CpuLinears(dtype)(weight, bias)(x).double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def prefers_rows(multiple: int | None) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -75,15 +76,20 @@ def test_a_shape_that_needs_blocks_is_named_and_served(monkeypatch: pytest.Monke
     monkeypatch.setattr("triode.kernels.linear.cpu.find_row_rule", lambda *_: SAFE_RULE)
     torch.manual_seed(0)
     weight, x = torch.randn(32, 48), torch.randn(37, 48)
-    linears = CpuLinears()
+    linears = CpuLinears(torch.float32)
     torch.testing.assert_close(linears(weight)(x), x @ weight.t())
-    assert linears.exceptions() == ["32 × 48 torch.float32: rows taken in blocks of 16"]
+    assert linears.exceptions() == ["linear 32 × 48: rows taken in blocks of 16"]
 
 
 def test_each_shape_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
-    monkeypatch.setattr("triode.kernels.linear.cpu.find_row_rule", lambda _, *shape: checked.append(shape) or RowRule())
-    linears = CpuLinears()
+
+    def record(product: PreparedLinear, in_features: int, out_features: int, dtype: torch.dtype) -> RowRule:
+        checked.append((in_features, out_features, dtype))
+        return RowRule()
+
+    monkeypatch.setattr("triode.kernels.linear.cpu.find_row_rule", record)
+    linears = CpuLinears(torch.float32)
     for shape in ((8, 16), (8, 16), (16, 8)):
         linears(torch.zeros(shape))
     assert checked == [(16, 8, torch.float32), (8, 16, torch.float32)]

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from exact_attention import attention_float64
 from triode.kernels.paged_attention import reference
-from triode.kernels.paged_attention.reference import attention_float64, paged_attention, plan_attention
+from triode.kernels.paged_attention.reference import paged_attention, plan_attention
 from triode.kernels.paged_attention.rows import AttentionRows
 
 SCALE = 0.31
@@ -76,17 +77,18 @@ def test_mixed_rows_agree_with_the_definition(block: int, heads: tuple[int, int,
 
 def test_a_low_precision_cache_is_read_as_it_is_stored() -> None:
     step = make_step(MIXED)
-    rounded = [[entries.bfloat16() for entries in part] for part in (step.keys, step.values)]
-    expected = attention_float64(step.q_TNH.bfloat16(), *rounded, step.rows, SCALE)
+    keys, values = ([entries.bfloat16() for entries in part] for part in (step.keys, step.values))
+    expected = attention_float64(step.q_TNH.bfloat16(), keys, values, step.rows, SCALE)
     output = step.attend(dtype=torch.bfloat16)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.double(), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("window", [None, 70, 900])
-def test_a_query_is_the_same_decoded_and_prefilled(window: int | None) -> None:
-    """Every position of a long row, as part of one chunk and alone among others; the window starts in many tiles."""
-    step = make_step([(0, 1300)])
+@pytest.mark.parametrize("heads", [(6, 2, 16), (4, 4, 8), (7, 1, 128), (2, 1, 256)], ids=str)
+def test_a_query_is_the_same_decoded_and_prefilled(heads: tuple[int, int, int], window: int | None) -> None:
+    """Positions of a long row, as part of one chunk and alone among others; the window starts in many tiles."""
+    step = make_step([(0, 1300)], heads=heads)
     whole = step.attend(window)
     for position in (*range(0, 130, 3), 511, 512, 575, 576, 640, 1023, 1024, 1088, 1299):
         step.rows = AttentionRows(
