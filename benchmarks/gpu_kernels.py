@@ -2,8 +2,8 @@
 
     PYTHONPATH=src python benchmarks/gpu_kernels.py
 
-Timing comes behind the gates: a kernel that is wrong has no speed. Times are medians of CUDA graph replays; weights and
-KV pools rotate, so that they come from memory and not from L2.
+Timing comes behind the gates: a kernel that is wrong has no speed (`--anyway` times it nevertheless). Times are medians
+of CUDA graph replays; weights and KV pools rotate, so that they come from memory and not from L2.
 
 T tokens    N query heads    K KV heads    H head dim    P blocks    B block size    C blocks in a table
 """
@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 import triton
-import triton.language as tl
 
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.linear.blas import linear_blas, split_k_refused
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.proof import prove
-from triode.kernels.linear.tiles import linear_tile, swiglu_tile, swiglu_triton_tokens, triton_tokens
+from triode.kernels.linear.tiles import LinearTile, linear_tile, swiglu_tile, swiglu_triton_tokens, triton_tokens
 from triode.kernels.paged_attention.gpu import (
     SEGMENT_TOKENS,
     AttentionTile,
@@ -86,7 +85,7 @@ def graph_us(step: Callable[[], object], num_replays: int = 12) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    times = []
+    times: list[float] = []
     for _ in range(num_replays):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -97,22 +96,18 @@ def graph_us(step: Callable[[], object], num_replays: int = 12) -> float:
     return statistics.median(times[2:])
 
 
-@triton.jit
-def read_all(x_ptr, out_ptr, WORDS: tl.constexpr, STEPS: tl.constexpr):
-    """Add up one program's share of x: the plainest way to read memory."""
-    first = tl.program_id(0).to(tl.int64) * WORDS * STEPS
-    total = tl.zeros([WORDS], tl.int32)
-    for step in range(STEPS):
-        total += tl.load(x_ptr + first + step * WORDS + tl.arange(0, WORDS))
-    tl.store(out_ptr + tl.program_id(0), tl.sum(total))
+def read_tb_s(traits: GpuTraits) -> float:
+    """What reading reaches here: the sequential product over weights of 1 GB each, the best reader at hand."""
+    weights = [random(131072, 4096, scale=0.02) for _ in range(4)]
+    x, out = random(1, 4096), unwritten(1, 131072)
+    tile = LinearTile(32, 16, 256, 4, 8)
 
+    def read() -> None:
+        for weight in weights:
+            linear_sequential(x, weight, out, tile, traits)
 
-def read_tb_s() -> float:
-    """What plain reading reaches here: a sum over 4 GB."""
-    words = random(2 << 30).view(torch.int32)
-    words_a_program = 2048 * 64
-    out = torch.empty(len(words) // words_a_program, dtype=torch.int32, device=DEVICE)
-    return words.nbytes / graph_us(lambda: read_all[out.shape](words, out, 2048, 64, num_warps=8)) / 1e6
+    us = graph_us(read)
+    return 4 * weights[0].nbytes / us / 1e6
 
 
 class Gate:
@@ -440,7 +435,9 @@ def time_decode_attention(
     tile = tile or decode_tile(shape.num_heads // shape.num_kv_heads, shape.head_dim, torch.bfloat16)
     segments = math.ceil(context / SEGMENT_TOKENS)
     num_splits = splits_for(num_rows, shape.num_kv_heads, segments, traits)
-    workspace = AttentionWorkspace.allocate(num_rows * shape.num_kv_heads, segments, tile.pairs, shape.head_dim, DEVICE)
+    workspace = AttentionWorkspace.allocate(
+        num_rows * shape.num_kv_heads, segments, shape.num_heads // shape.num_kv_heads, shape.head_dim, DEVICE
+    )
     query_start = torch.arange(num_rows + 1, device=DEVICE).int()
     start = torch.full((num_rows,), context - 1, device=DEVICE).int()
 
@@ -483,21 +480,26 @@ def time_prefill_attention(shape: Shape, length: int, traits: GpuTraits, tile: A
 def time_rows(shape: Shape, num_tokens: int, traits: GpuTraits) -> Iterator[str]:
     x, residual, weight = (random(num_tokens, shape.hidden) for _ in range(3))
     out = torch.empty_like(x)
-    norm_us = graph_us(lambda: [add_rms_norm(x, residual, weight[0], 1e-6, out, traits) for _ in range(20)]) / 20
     gate_up, half = random(num_tokens, 2 * shape.intermediate), unwritten(num_tokens, shape.intermediate)
-    swiglu_us = graph_us(lambda: [swiglu(gate_up, half, traits) for _ in range(20)]) / 20
     run = EpilogueRun(shape, num_tokens, False, traits)
     pool = (num_tokens // BLOCK + 2, BLOCK, shape.num_kv_heads, shape.head_dim)
     key, value = random(*pool), random(*pool)
-    epilogue_us = graph_us(
-        lambda: [
-            qkv_epilogue(
-                run.qkv, run.cos, run.sin, run.position, run.slot, key, value, shape.num_heads, traits, bias_E=run.bias
-            )
-            for _ in range(20)
-        ]
-    )
-    yield f"| {shape.name} | {num_tokens} | {norm_us:.2f} | {epilogue_us / 20:.2f} | {swiglu_us:.2f} |"
+    tables = (run.cos, run.sin, run.position, run.slot)
+
+    def norms() -> None:
+        for _ in range(20):
+            add_rms_norm(x, residual, weight[0], 1e-6, out, traits)
+
+    def epilogues() -> None:
+        for _ in range(20):
+            qkv_epilogue(run.qkv, *tables, key, value, shape.num_heads, traits, bias_E=run.bias)
+
+    def swiglus() -> None:
+        for _ in range(20):
+            swiglu(gate_up, half, traits)
+
+    us = [graph_us(step) / 20 for step in (norms, epilogues, swiglus)]
+    yield f"| {shape.name} | {num_tokens} | {us[0]:.2f} | {us[1]:.2f} | {us[2]:.2f} |"
 
 
 class DecodeStep:
@@ -529,14 +531,14 @@ class DecodeStep:
         self.cos, self.sin, self.bias = angle.cos(), angle.sin(), random(shape.qkv)
         segments = math.ceil(context / SEGMENT_TOKENS)
         self.num_splits = splits_for(num_rows, shape.num_kv_heads, segments, traits)
-        pairs = decode_tile(shape.num_heads // shape.num_kv_heads, shape.head_dim, torch.bfloat16).pairs
+        group = shape.num_heads // shape.num_kv_heads
         self.workspace = AttentionWorkspace.allocate(
-            num_rows * shape.num_kv_heads, segments, pairs, shape.head_dim, DEVICE
+            num_rows * shape.num_kv_heads, segments, group, shape.head_dim, DEVICE
         )
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        if x.shape[0] <= triton_tokens(*weight.shape):
-            linear_sequential(x, weight, out, linear_tile(*weight.shape, x.shape[0]), self.traits)
+        if x.shape[0] <= triton_tokens(weight.shape[0], weight.shape[1]):
+            linear_sequential(x, weight, out, linear_tile(weight.shape[0], weight.shape[1], x.shape[0]), self.traits)
         else:
             linear_blas(x, weight, out)
 
@@ -593,7 +595,7 @@ def model_weights(shape: Shape) -> dict[str, list[torch.Tensor]]:
     }
 
 
-def time_steps(shape: Shape, traits: GpuTraits, peak_tb_s: float, context: int = 384) -> Iterator[str]:
+def time_steps(shape: Shape, traits: GpuTraits, peak_tb_s: float, context: int = 256) -> Iterator[str]:
     weights = model_weights(shape)
     weight_bytes = sum(weight.nbytes for layer in weights.values() for weight in layer)
     for num_rows in (1, 16, 32, 64, 256):
@@ -617,7 +619,7 @@ def main() -> None:
         print(f"{len(gate.failed)} checks failed: {gate.failed}")
         if "--anyway" not in sys.argv:
             raise SystemExit(1)
-    peak_tb_s = read_tb_s()
+    peak_tb_s = read_tb_s(traits)
     print(f"\nReading: {peak_tb_s:.2f} TB/s\n")
     print("| decode step, kernels only | rows | context | ms | floor ms | of the floor |\n|---|---|---|---|---|---|")
     for shape in (QWEN, LLAMA):

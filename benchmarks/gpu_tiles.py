@@ -6,21 +6,19 @@ Each product is timed behind an add + RMSNorm, as a layer runs it, because a til
 what precedes it. Kernels are compiled beforehand by as many processes as there are cores, none of which needs the GPU.
 """
 
-import dataclasses
 import itertools
 import multiprocessing
 import os
+import sys
 
 import torch
 from gpu_kernels import (
     DEVICE,
     LLAMA,
     QWEN,
-    DecodeStep,
     Shape,
     copies_of,
     graph_us,
-    model_weights,
     products,
     random,
     time_decode_attention,
@@ -32,7 +30,7 @@ from cross_compile import HOPPER, launches_compiled_for
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.linear.blas import linear_blas, split_k_refused
 from triode.kernels.linear.gpu import linear_sequential
-from triode.kernels.linear.tiles import MEASURED, MEASURED_SWIGLU, LinearTile
+from triode.kernels.linear.tiles import LinearTile
 from triode.kernels.paged_attention.gpu import AttentionTile
 from triode.kernels.rms_norm.gpu import add_rms_norm
 from triode.kernels.swiglu.gpu import swiglu
@@ -48,7 +46,6 @@ HALVES = {
     32: [(16, 256, 1, 3), (32, 128, 2, 3), (32, 128, 2, 4), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 8, 4), (32, 64, 4, 6)],
     64: [(32, 128, 4, 3), (64, 64, 4, 4), (64, 64, 4, 6), (64, 64, 8, 6), (64, 128, 8, 3), (64, 128, 4, 3), (128, 64, 8, 4)],
 }  # fmt: skip
-PREFETCHES = (256, 512)
 
 
 def tiles(tokens: int, swiglu_fused: bool) -> list[LinearTile]:
@@ -68,11 +65,10 @@ def compile_ahead(job: tuple[int, int, LinearTile, bool]) -> None:
 def compile_all() -> None:
     jobs = {}
     for shape, tokens in itertools.product((QWEN, LLAMA), PLAIN):
-        for name, (out_features, in_features) in products(shape).items():
+        for name, (_, in_features) in products(shape).items():
             fused = name == "gate_up"
-            for tile, prefetch in itertools.product(tiles(tokens, fused), (0, *PREFETCHES)):
-                ahead = dataclasses.replace(tile, prefetch_features=prefetch)
-                jobs[in_features % tile.features == 0, ahead, fused] = (64, in_features, ahead, fused)
+            for tile in tiles(tokens, fused):
+                jobs[in_features % tile.features == 0, tile, fused] = (64, in_features, tile, fused)
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         pool.map(compile_ahead, list(jobs.values()), chunksize=1)
 
@@ -113,73 +109,38 @@ def sweep(shape: Shape, name: str, tokens: int, traits: GpuTraits) -> None:
             times[tile] = timed(tile)
         except Exception as error:
             print("   ", tile, repr(error)[:90])
-    for best in sorted(times, key=times.__getitem__)[:2]:
-        for prefetch in PREFETCHES:
-            tile = dataclasses.replace(best, prefetch_features=prefetch)
-            times[tile] = timed(tile)
     with split_k_refused():
         blas_us = graph_us(blas, 8) / len(weights)
     print(f"{shape.name} {name} M={num_tokens} floor {weights[0].nbytes / 2.98e6:.1f} cuBLASLt {blas_us:.1f}; ", end="")
     row = sorted(times, key=times.__getitem__)
     print(
-        "; ".join(
-            f"{(t.rows, t.features, t.num_warps, t.num_stages, t.prefetch_features)} {times[t]:.1f}" for t in row[:8]
-        ),
+        "; ".join(f"{(t.rows, t.features, t.num_warps, t.num_stages)} {times[t]:.1f}" for t in row[:8]),
         f"... {times[row[-1]]:.1f}",
         flush=True,
     )
 
 
-def prefetch_in_a_step(shape: Shape, traits: GpuTraits) -> None:
-    """What fetching ahead gains where it counts: one product's setting changes, the whole decode step is timed."""
-    weights = model_weights(shape)
-    step = DecodeStep(shape, 1, 384, traits, weights)
-    for name in ("none", "qkv", "o", "down", "gate_up"):
-        size = products(shape).get(name, (0, 0))
-        table = MEASURED_SWIGLU if name == "gate_up" else MEASURED
-        entry = table.get((size[0] // 2, size[1]) if name == "gate_up" else size, {})
+def sweep_attention(shape: Shape, traits: GpuTraits) -> None:
+    for pairs, warps, stages in ((16, 4, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 4, 6)):
         row = []
-        for prefetch in (0,) if name == "none" else (0, 128, 256, 512, 1024, 2048):
-            before = dict(entry)
-            if 16 in entry:
-                entry[16] = dataclasses.replace(entry[16], prefetch_features=prefetch)
-            row.append(f"{prefetch}: {graph_us(step, 10):.0f}")
-            entry.update(before)
-        print(f"{shape.name} step, prefetch of {name}: {'; '.join(row)} us", flush=True)
+        for rows, context in ((1, 384), (1, 1024), (1, 16384), (16, 2048), (64, 512), (256, 512)):
+            tile = AttentionTile(pairs, warps, stages)
+            row.append(time_decode_attention(shape, rows, context, 2.98, traits, tile).split("|")[3])
+        print(f"decode {pairs} pairs {warps} warps {stages} stages: {' '.join(row)} us", flush=True)
+    for pairs, warps, stages in ((128, 8, 2), (128, 8, 3), (64, 4, 2), (64, 4, 3)):
+        tile = AttentionTile(pairs, warps, stages)
+        row = [time_prefill_attention(shape, length, traits, tile).split("|")[3] for length in (1024, 4096)]
+        print(f"prefill {pairs} pairs {warps} warps {stages} stages: {' '.join(row)} TFLOP/s", flush=True)
 
 
 def main() -> None:
-    compile_all()
     traits = GpuTraits.of(DEVICE)
-    for shape, tokens in itertools.product((QWEN, LLAMA), PLAIN):
-        for name in products(shape):
-            sweep(shape, name, tokens, traits)
-    for shape in (QWEN, LLAMA):
-        prefetch_in_a_step(shape, traits)
-    for warps, stages in itertools.product((1, 2, 4), (3, 4, 6)):
-        for rows, context in ((1, 1024), (1, 16384), (16, 2048), (128, 1024)):
-            print(
-                warps,
-                stages,
-                time_decode_attention(QWEN, rows, context, 2.98, traits, AttentionTile(16, warps, stages)),
-                flush=True,
-            )
-    for pairs, warps, stages in (
-        (128, 8, 2),
-        (128, 8, 3),
-        (128, 8, 4),
-        (64, 4, 2),
-        (64, 4, 3),
-        (64, 4, 4),
-        (128, 4, 3),
-    ):
-        print(
-            pairs,
-            warps,
-            stages,
-            time_prefill_attention(QWEN, 4096, traits, AttentionTile(pairs, warps, stages)),
-            flush=True,
-        )
+    if "attention" not in sys.argv:
+        compile_all()
+        for shape, tokens in itertools.product((QWEN, LLAMA), PLAIN):
+            for name in products(shape):
+                sweep(shape, name, tokens, traits)
+    sweep_attention(QWEN, traits)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import torch
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.linear.blas import linear_blas, split_k_refused
 from triode.kernels.linear.gpu import linear_sequential
-from triode.kernels.linear.tiles import TRITON_TOKENS, linear_tile
+from triode.kernels.linear.tiles import linear_tile, triton_tokens
 
 FEW_TOKENS = (1, 16)
-MANY_TOKENS = (TRITON_TOKENS + 1, 64, 100, 128, 256, 512, 1024, 2048, 4096)
+MANY_TOKENS = (48, 65, 100, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,13 @@ class LinearProof:
     @property
     def triton_tokens(self) -> int | None:
         """The Triton kernel serves up to this many tokens; None where it must serve any number."""
-        return None if self.differing_tokens else TRITON_TOKENS
+        return None if self.differing_tokens else triton_tokens(self.out_features, self.in_features)
 
     def __str__(self) -> str:
         shape = f"{self.out_features} × {self.in_features}"
         if self.differing_tokens:
             return f"{shape}: cuBLASLt differs at {self.differing_tokens} tokens; the Triton kernel serves every number"
-        return f"{shape}: cuBLASLt agrees; it serves more than {TRITON_TOKENS} tokens"
+        return f"{shape}: cuBLASLt agrees; it serves more than {self.triton_tokens} tokens"
 
 
 def prove(

@@ -1,7 +1,7 @@
 """Which tile `linear/gpu.py` uses for a weight and a number of tokens: a table of what was measured, and a rule.
 
 Every tile gives the same bits, so an entry is only ever a matter of speed. Measured on an H100 80GB HBM3 by
-`benchmarks/gpu_kernels.py --sweep`; a shape that is not in the table takes the rule's tile.
+`benchmarks/gpu_tiles.py`; a shape that is not in the table takes the rule's tile.
 """
 
 import dataclasses
@@ -19,23 +19,74 @@ class LinearTile:
     """In features a step of the loop."""
     num_warps: int
     num_stages: int
-    prefetch_features: int = 0
-    """Features of each row that L2 is asked for before the predecessor has finished: 0 or a power of two >= 64."""
+    """Steps in flight; fewer where shared memory does not hold them."""
 
 
 TRITON_TOKENS = 32
-"""Up to this many tokens the sequential kernel is at least as fast as cuBLASLt, which slows down when it may not split K."""
+"""Up to this many tokens every weight uses the sequential kernel: cuBLASLt slows down when it may not split K."""
 
 MEASURED: dict[tuple[int, int], dict[int, LinearTile]] = {
-    # Qwen2.5-7B: qkv, o, down.
-    (4608, 3584): {16: LinearTile(16, 16, 512, 1, 3)},
-    (3584, 3584): {16: LinearTile(64, 16, 128, 4, 6)},
-    (3584, 18944): {16: LinearTile(64, 16, 128, 4, 8)},
+    # Qwen2.5-7B: qkv, o, down, head.
+    (4608, 3584): {
+        16: LinearTile(16, 16, 512, 1, 3),
+        32: LinearTile(64, 32, 128, 4, 6),
+        64: LinearTile(64, 64, 64, 4, 10),
+    },
+    (3584, 3584): {
+        16: LinearTile(64, 16, 128, 4, 8),
+        32: LinearTile(64, 32, 128, 4, 6),
+        64: LinearTile(64, 64, 64, 4, 10),
+    },
+    (3584, 18944): {16: LinearTile(64, 16, 128, 4, 10), 32: LinearTile(32, 32, 256, 4, 6)},
+    (152064, 3584): {
+        16: LinearTile(32, 16, 256, 4, 8),
+        32: LinearTile(64, 32, 128, 4, 6),
+        64: LinearTile(128, 64, 128, 8, 4),
+    },
+    # Llama-3.1-8B: qkv, o, down, head.
+    (6144, 4096): {
+        16: LinearTile(16, 16, 512, 1, 3),
+        32: LinearTile(64, 32, 128, 4, 6),
+        64: LinearTile(64, 64, 128, 4, 5),
+    },
+    (4096, 4096): {
+        16: LinearTile(64, 16, 128, 4, 8),
+        32: LinearTile(64, 32, 128, 4, 6),
+        64: LinearTile(64, 64, 64, 4, 10),
+    },
+    (4096, 14336): {16: LinearTile(64, 16, 128, 4, 8), 32: LinearTile(32, 32, 256, 4, 6)},
+    (128256, 4096): {
+        16: LinearTile(32, 16, 256, 4, 8),
+        32: LinearTile(64, 32, 128, 4, 6),
+        64: LinearTile(128, 64, 128, 8, 4),
+    },
 }
 """(out features, in features) → {most tokens: tile}."""
 
-MEASURED_SWIGLU: dict[tuple[int, int], dict[int, LinearTile]] = {}
+MEASURED_SWIGLU: dict[tuple[int, int], dict[int, LinearTile]] = {
+    # Qwen2.5-7B, Llama-3.1-8B.
+    (18944, 3584): {
+        16: LinearTile(32, 16, 128, 2, 4),
+        32: LinearTile(32, 32, 128, 2, 4),
+        64: LinearTile(64, 64, 64, 4, 6),
+    },
+    (14336, 4096): {
+        16: LinearTile(32, 16, 128, 2, 6),
+        32: LinearTile(64, 32, 128, 4, 4),
+        64: LinearTile(64, 64, 128, 4, 3),
+    },
+}
 """The same for gate-up products with SwiGLU; out features are those of one half."""
+
+
+def triton_tokens(out_features: int, in_features: int) -> int:
+    """Up to how many tokens the sequential kernel is the faster one: what was measured beyond 32, or 32."""
+    return max(TRITON_TOKENS, *MEASURED.get((out_features, in_features), {0: None}))
+
+
+def swiglu_triton_tokens(out_features: int, in_features: int) -> int:
+    """The same for a gate-up product with SwiGLU."""
+    return max(TRITON_TOKENS, *MEASURED_SWIGLU.get((out_features, in_features), {0: None}))
 
 
 def linear_tile(out_features: int, in_features: int, num_tokens: int) -> LinearTile:
@@ -45,12 +96,12 @@ def linear_tile(out_features: int, in_features: int, num_tokens: int) -> LinearT
         return measured
     if num_tokens > 64:
         return LinearTile(128, 128, 64, 8, 3)
+    if num_tokens > 32:
+        return LinearTile(64, 64, 64, 4, 10)
     if num_tokens > 16:
-        return LinearTile(64, 32 if num_tokens <= 32 else 64, 128, 4, 4)
-    if out_features >= 16384:
-        return LinearTile(16, 16, min(512, _divisor(in_features)), 1, 3)
-    if out_features >= 3072:
-        return LinearTile(64, 16, min(128, _divisor(in_features)), 4, 6)
+        return LinearTile(64, 32, min(128, _divisor(in_features)), 4, 6)
+    if out_features >= 2048:
+        return LinearTile(64, 16, min(128, _divisor(in_features)), 4, 8)
     return LinearTile(16, 16, min(256, _divisor(in_features)), 1, 4)
 
 
@@ -61,9 +112,9 @@ def swiglu_tile(out_features: int, in_features: int, num_tokens: int) -> LinearT
         return measured
     if num_tokens > 64:
         return LinearTile(64, 128, 64, 8, 3)
-    if num_tokens > 16:
-        return LinearTile(32, 32 if num_tokens <= 32 else 64, 128, 4, 4)
-    return LinearTile(16, 16, min(256, _divisor(in_features)), 1, 3)
+    if num_tokens > 32:
+        return LinearTile(64, 64, 64, 4, 6)
+    return LinearTile(32, 16 if num_tokens <= 16 else 32, min(128, _divisor(in_features)), 2, 4)
 
 
 def _smallest_that_holds(by_tokens: dict[int, LinearTile], num_tokens: int) -> LinearTile | None:

@@ -59,6 +59,57 @@ def load_kv(pool_ptr, offset, mask, KV_MODE: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
+def pages_of_tile(table, first, kv_end, tile_position, BLOCK: tl.constexpr):
+    """The blocks that hold each position of the tile that begins at `first`."""
+    return tl.load(table + (first + tile_position) // BLOCK, mask=first + tile_position < kv_end, other=0)
+
+
+@triton.jit
+def add_tile(
+    peak,
+    mass,
+    acc,
+    q,
+    position,
+    key_ptr,
+    value_ptr,
+    block,
+    first,
+    kv_end,
+    kv_head,
+    tile_position,
+    dim,
+    scale,
+    unmasked_end,
+    HEAD: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    KV_MODE: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """A segment's softmax state after one more tile. Every row sees all of a tile that ends by `unmasked_end`."""
+    kv = first + tile_position
+    kv_row = (block.to(tl.int64) * BLOCK + kv % BLOCK) * NUM_KV_HEADS + kv_head
+    kv_offset = kv_row[:, None] * HEAD + dim[None, :]
+    kv_mask = (kv < kv_end)[:, None] & (dim < HEAD)[None, :]
+    k = load_kv(key_ptr, kv_offset, kv_mask, KV_MODE, DOT)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if first + kv.shape[0] > unmasked_end:
+        visible = kv[None, :] <= position[:, None]
+        if WINDOW > 0:
+            visible = visible & (kv[None, :] > position[:, None] - WINDOW)
+        s = tl.where(visible, s, -float("inf"))
+    new = tl.maximum(peak, tl.max(s, 1))
+    alpha = tl.exp2((peak - new) * scale)
+    p = tl.exp2(tl.math.fma(s, scale, -(new * scale)[:, None])).to(DOT)
+    mass = tl.math.fma(mass, alpha, tl.sum(p.to(tl.float32), 1))
+    v = load_kv(value_ptr, kv_offset, kv_mask, KV_MODE, DOT)
+    acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
+    return new, mass, acc
+
+
+@triton.jit
 def merge(peak, mass, acc, peak2, mass2, acc2, scale):
     """Add a segment's softmax state to a row's. Both multiply-adds are explicit: no compiler may choose the rounding."""
     new = tl.maximum(peak, peak2)
@@ -67,7 +118,7 @@ def merge(peak, mass, acc, peak2, mass2, acc2, scale):
     return new, tl.math.fma(mass, a, mass2 * b), tl.math.fma(acc, a[:, None], acc2 * b[:, None])
 
 
-@triton.jit(do_not_specialize=["num_rows", "table_stride", "max_segments"])
+@triton.jit(do_not_specialize=["num_rows", "table_stride", "max_segments", "num_states"])
 def attend(
     q_ptr,
     key_ptr,
@@ -82,6 +133,7 @@ def attend(
     num_rows,
     table_stride,
     max_segments,
+    num_states,
     scale,
     q_stride,
     out_stride,
@@ -146,44 +198,37 @@ def attend(
         begin = tl.maximum(begin, my_segment * SEGMENT)
         end = tl.minimum(kv_end, (my_segment + share) * SEGMENT)
     work = (tile * NUM_KV_HEADS + kv_head).to(tl.int64)
-    work_states = work * max_segments * PAIRS + pair
+    work_states = work * max_segments * num_states + pair
 
     row_peak = tl.full([PAIRS], LOWEST, tl.float32)
     row_mass = tl.zeros([PAIRS], tl.float32)
     row_acc = tl.zeros([PAIRS, HEAD_PADDED], tl.float32)
-    peak = tl.full([PAIRS], LOWEST, tl.float32)
-    mass = tl.zeros([PAIRS], tl.float32)
-    acc = tl.zeros([PAIRS, HEAD_PADDED], tl.float32)
     table = table_ptr + row.to(tl.int64) * table_stride
-    for first in range(begin, end, TILE):
-        kv = first + tl.arange(0, TILE)
-        exists = kv < kv_end
-        block = tl.load(table + kv // BLOCK, mask=exists, other=0).to(tl.int64)
-        kv_offset = ((block * BLOCK + kv % BLOCK) * NUM_KV_HEADS + kv_head)[:, None] * HEAD + dim[None, :]
-        kv_mask = exists[:, None] & in_head[None, :]
-        k = load_kv(key_ptr, kv_offset, kv_mask, KV_MODE, DOT)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        visible = exists[None, :] & (kv[None, :] <= position[:, None])
-        if WINDOW > 0:
-            visible = visible & (kv[None, :] > position[:, None] - WINDOW)
-        s = tl.where(visible, s, -float("inf"))
-        new = tl.maximum(peak, tl.max(s, 1))
-        alpha = tl.exp2((peak - new) * scale)
-        p = tl.exp2(tl.math.fma(s, scale, -(new * scale)[:, None])).to(DOT)
-        peak = new
-        mass = tl.math.fma(mass, alpha, tl.sum(p.to(tl.float32), 1))
-        v = load_kv(value_ptr, kv_offset, kv_mask, KV_MODE, DOT)
-        acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
-        if ((first + TILE) % SEGMENT == 0) | (first + TILE >= end):
-            if SPLIT:
-                at = work_states + (first // SEGMENT - first_segment) * PAIRS
-                tl.store(state_ptr + at * 2, peak, mask=valid)
-                tl.store(state_ptr + at * 2 + 1, mass, mask=valid)
-                tl.store(partial_ptr + at[:, None] * HEAD + dim[None, :], acc, mask=valid[:, None] & in_head[None, :])
-            row_peak, row_mass, row_acc = merge(row_peak, row_mass, row_acc, peak, mass, acc, scale)
-            peak = tl.full([PAIRS], LOWEST, tl.float32)
-            mass = tl.zeros([PAIRS], tl.float32)
-            acc = tl.zeros([PAIRS, HEAD_PADDED], tl.float32)
+    tile_position = tl.arange(0, TILE)
+    unmasked_end = 0
+    if WINDOW == 0:
+        unmasked_end = start_position + first_token + 1
+    for segment in range(begin // SEGMENT, tl.cdiv(end, SEGMENT)):
+        peak = tl.full([PAIRS], LOWEST, tl.float32)
+        mass = tl.zeros([PAIRS], tl.float32)
+        acc = tl.zeros([PAIRS, HEAD_PADDED], tl.float32)
+        tile_begin = tl.maximum(begin, segment * SEGMENT)
+        tile_end = tl.minimum(end, (segment + 1) * SEGMENT)
+        block = pages_of_tile(table, tile_begin, kv_end, tile_position, BLOCK)
+        for first in range(tile_begin, tile_end, TILE):
+            # A tile ahead, so that keys and values need not wait for their block numbers.
+            next_block = pages_of_tile(table, first + TILE, kv_end, tile_position, BLOCK)
+            peak, mass, acc = add_tile(
+                peak, mass, acc, q, position, key_ptr, value_ptr, block, first, kv_end, kv_head, tile_position,
+                dim, scale, unmasked_end, HEAD, NUM_KV_HEADS, BLOCK, WINDOW, KV_MODE, DOT,
+            )  # fmt: skip
+            block = next_block
+        if SPLIT:
+            at = work_states + (segment - first_segment) * num_states
+            tl.store(state_ptr + at * 2, peak, mask=valid)
+            tl.store(state_ptr + at * 2 + 1, mass, mask=valid)
+            tl.store(partial_ptr + at[:, None] * HEAD + dim[None, :], acc, mask=valid[:, None] & in_head[None, :])
+        row_peak, row_mass, row_acc = merge(row_peak, row_mass, row_acc, peak, mass, acc, scale)
 
     if SPLIT:  # noqa: SIM102 - a compile-time condition around a run-time one
         if num_workers > 1:
@@ -196,9 +241,9 @@ def attend(
             row_peak = tl.full([PAIRS], LOWEST, tl.float32)
             row_mass = tl.zeros([PAIRS], tl.float32)
             row_acc = tl.zeros([PAIRS, HEAD_PADDED], tl.float32)
-            for segment in range(num_segments):
+            for segment in tl.range(num_segments, num_stages=4):
                 # Past L1, which another launch on this multiprocessor may have filled.
-                at = work_states + segment * PAIRS
+                at = work_states + segment * num_states
                 peak = tl.load(state_ptr + at * 2, mask=valid, other=LOWEST, cache_modifier=".cg")
                 mass = tl.load(state_ptr + at * 2 + 1, mask=valid, other=0.0, cache_modifier=".cg")
                 acc_mask = valid[:, None] & in_head[None, :]
@@ -224,10 +269,13 @@ class AttentionWorkspace:
 
     @classmethod
     def allocate(
-        cls, num_programs: int, max_segments: int, pairs: int, head_dim: int, device: torch.device
+        cls, num_programs: int, max_segments: int, num_pairs: int, head_dim: int, device: torch.device
     ) -> "AttentionWorkspace":
-        """A workspace for launches of at most `num_programs` (query tile, KV head) pairs."""
-        states = (num_programs, max_segments, pairs)
+        """A workspace for launches of at most `num_programs` programs of `num_pairs` pairs each.
+
+        A decode row has one program for each KV head, with as many pairs as query heads share it.
+        """
+        states = (num_programs, max_segments, num_pairs)
         return cls(
             state_WSM2=torch.empty(*states, 2, dtype=torch.float32, device=device),
             partial_WSMH=torch.empty(*states, head_dim, dtype=torch.float32, device=device),
@@ -244,17 +292,22 @@ class AttentionTile:
     num_stages: int
 
 
-def decode_tile(group: int, head_dim: int) -> AttentionTile:
-    """The tile for rows of few query tokens: one tensor-core instruction high, unless the group is larger."""
-    return AttentionTile(max(16, triton.next_power_of_2(group)), num_warps=4, num_stages=3 if head_dim <= 128 else 2)
+def decode_tile(group: int, head_dim: int, kv_dtype: torch.dtype) -> AttentionTile:
+    """The tile for rows of few query tokens: one tensor-core instruction high, unless the group is larger.
+
+    An 8-bit operand reaches the small instruction in another order than the warp-group instruction that prefill uses on
+    SM90, which shows in the last bits; 64 pairs make decode use that one too.
+    """
+    least = 64 if kv_dtype.itemsize == 1 else 16
+    return AttentionTile(max(least, triton.next_power_of_2(group)), num_warps=4, num_stages=3 if head_dim <= 128 else 2)
 
 
 def prefill_tile(group: int, head_dim: int, traits: GpuTraits) -> AttentionTile:
     """The tile for rows of many query tokens, as tall as registers and shared memory allow."""
     if head_dim > 128:
         return AttentionTile(max(64, triton.next_power_of_2(group)), num_warps=8, num_stages=1)
-    small = traits.shared_memory_bytes < 160 * 1024
-    return AttentionTile(max(128, triton.next_power_of_2(group)), num_warps=8, num_stages=2 if small else 3)
+    num_stages = 3 if traits.shared_memory_bytes > 160 * 1024 else 2
+    return AttentionTile(max(128, triton.next_power_of_2(group)), num_warps=8, num_stages=num_stages)
 
 
 def paged_attention(
@@ -303,14 +356,15 @@ def paged_attention(
     if key_PBKH.dtype == torch.float8_e4m3fn and not traits.has_fp8:
         raise ValueError("a float8_e4m3fn KV cache needs compute capability >= 8.9")
     group = num_heads // num_kv_heads
-    small = decode_tile(group, head_dim)
+    small = decode_tile(group, head_dim, key_PBKH.dtype)
     if tile is None:
         long_rows = max_query_tokens > small.pairs // group
         tile = prefill_tile(group, head_dim, traits) if long_rows else small
     query_tokens = tile.pairs // group
     long_rows = max_query_tokens > query_tokens
     num_tiles = num_tokens // query_tokens + num_rows if long_rows else num_rows
-    if num_splits > 1 and (workspace is None or not _holds(workspace, num_tiles * num_kv_heads, tile.pairs, head_dim)):
+    num_states = min(query_tokens, max_query_tokens) * group
+    if num_splits > 1 and (workspace is None or not _holds(workspace, num_tiles * num_kv_heads, num_states, head_dim)):
         raise ValueError("workspace must hold every program's segments when num_splits > 1")
     split = workspace is not None and num_splits > 1
     attend[(num_tiles, num_kv_heads, num_splits)](
@@ -327,6 +381,7 @@ def paged_attention(
         num_rows,
         block_table_RC.stride(0),
         workspace.state_WSM2.shape[1] if workspace is not None else 0,
+        workspace.state_WSM2.shape[2] if workspace is not None else 0,
         scale * math.log2(math.e),
         q_TNH.stride(0),
         out_TNH.stride(0),
@@ -359,6 +414,6 @@ def splits_for(num_rows: int, num_kv_heads: int, max_segments: int, traits: GpuT
     return max(1, min(max_segments, math.ceil(2 * traits.num_sms / (num_rows * num_kv_heads))))
 
 
-def _holds(workspace: AttentionWorkspace, num_programs: int, pairs: int, head_dim: int) -> bool:
-    programs, _, pairs_held, head_held = workspace.partial_WSMH.shape
-    return programs >= num_programs and pairs_held == pairs and head_held == head_dim
+def _holds(workspace: AttentionWorkspace, num_programs: int, num_states: int, head_dim: int) -> bool:
+    programs, _, states, head = workspace.partial_WSMH.shape
+    return programs >= num_programs and states >= num_states and head == head_dim

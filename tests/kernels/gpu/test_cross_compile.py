@@ -1,0 +1,149 @@
+"""Every variant that a launcher can choose, compiled for GPUs that are not there. Nothing runs."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cross_compile import AMPERE, HOPPER, launches_compiled_for
+from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.linear.gpu import linear_sequential
+from triode.kernels.linear.tiles import MEASURED, MEASURED_SWIGLU, LinearTile, linear_tile, swiglu_tile
+from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
+from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
+from triode.kernels.rms_norm.gpu import add_rms_norm, rms_norm
+from triode.kernels.swiglu.gpu import swiglu
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+GPUS = pytest.mark.parametrize("traits", [AMPERE, HOPPER], ids=["sm80", "sm90"])
+HEAD_DIMS = (64, 80, 96, 128, 256)
+
+
+def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*size, dtype=dtype)
+
+
+def indices(*size: int) -> torch.Tensor:
+    return torch.zeros(*size, dtype=torch.int32)
+
+
+def attend(
+    head_dim: int,
+    traits: GpuTraits,
+    *,
+    query_tokens: int,
+    num_splits: int,
+    window_tokens: int = 0,
+    kv_dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    num_heads, num_kv_heads, num_rows = 14, 2, 3
+    pool = empty(4, 16, num_kv_heads, head_dim, dtype=kv_dtype)
+    q = empty(num_rows * query_tokens, num_heads, head_dim)
+    workspace = AttentionWorkspace.allocate(num_rows * num_kv_heads, 4, 7, head_dim, torch.device("cpu"))
+    paged_attention(
+        q,
+        pool,
+        pool,
+        indices(num_rows, 4),
+        indices(num_rows + 1),
+        indices(num_rows),
+        torch.empty_like(q),
+        scale=0.1,
+        max_query_tokens=query_tokens,
+        traits=traits,
+        window_tokens=window_tokens,
+        num_splits=num_splits,
+        workspace=workspace,
+    )
+
+
+def product(tile: LinearTile, in_features: int, traits: GpuTraits, *, fused: bool = False) -> None:
+    rows = 2 * tile.rows if fused else tile.rows
+    out = empty(tile.tokens, tile.rows)
+    linear_sequential(empty(tile.tokens, in_features), empty(rows, in_features), out, tile, traits, swiglu=fused)
+
+
+def fits(compiled: list, traits: GpuTraits) -> bool:  # type: ignore[type-arg]
+    return bool(compiled) and all(kernel.metadata.shared <= traits.shared_memory_bytes for kernel in compiled)
+
+
+@GPUS
+def test_attention_compiles(traits: GpuTraits) -> None:
+    with launches_compiled_for(traits) as compiled:
+        for query_tokens, num_splits in ((1, 1), (1, 4), (200, 1)):
+            attend(128, traits, query_tokens=query_tokens, num_splits=num_splits)
+    assert fits(compiled, traits)
+
+
+@pytest.mark.slow
+@GPUS
+def test_attention_compiles_for_every_head_size_cache_and_window(traits: GpuTraits) -> None:
+    caches = [torch.bfloat16, torch.float8_e4m3fn] if traits.has_fp8 else [torch.bfloat16]
+    launches = itertools.product(HEAD_DIMS, ((1, 1), (1, 4), (200, 1)), (0, 100), caches)
+    with launches_compiled_for(traits) as compiled:
+        for head_dim, (query_tokens, num_splits), window_tokens, kv_dtype in launches:
+            attend(
+                head_dim,
+                traits,
+                query_tokens=query_tokens,
+                num_splits=num_splits,
+                window_tokens=window_tokens,
+                kv_dtype=kv_dtype,
+            )
+    assert fits(compiled, traits)
+
+
+@GPUS
+def test_products_compile(traits: GpuTraits) -> None:
+    with launches_compiled_for(traits) as compiled:
+        product(linear_tile(4608, 3584, 1), 3584, traits)
+        product(linear_tile(576, 576, 1), 576, traits)
+        product(swiglu_tile(18944, 3584, 1), 3584, traits, fused=True)
+    assert fits(compiled, traits)
+
+
+@pytest.mark.slow
+@GPUS
+def test_products_compile_for_every_tile_of_the_table(traits: GpuTraits) -> None:
+    plain = {(tile, size[1]) for size, tiles in MEASURED.items() for tile in tiles.values()}
+    plain |= {(linear_tile(size, size, tokens), size) for size in (576, 4096) for tokens in (1, 32, 64, 128)}
+    fused = {(tile, size[1]) for size, tiles in MEASURED_SWIGLU.items() for tile in tiles.values()}
+    fused |= {(swiglu_tile(size, size, tokens), size) for size in (576, 4096) for tokens in (1, 32, 64, 128)}
+    with launches_compiled_for(traits) as compiled:
+        for tile, in_features in plain:
+            product(tile, in_features, traits)
+        for tile, in_features in fused:
+            product(tile, in_features, traits, fused=True)
+    assert fits(compiled, traits)
+
+
+@GPUS
+def test_the_row_kernels_compile(traits: GpuTraits) -> None:
+    pool, position, table = empty(4, 16, 2, 128), indices(3), empty(8, 64, dtype=torch.float32)
+    with launches_compiled_for(traits) as compiled:
+        rms_norm(empty(3, 3584), empty(3584), 1e-6, empty(3, 3584), traits)
+        add_rms_norm(empty(3, 3584), empty(3, 3584), empty(3584), 1e-6, empty(3, 3584), traits)
+        swiglu(empty(3, 2048), empty(3, 1024), traits)
+        for norm in (None, empty(128)):
+            qkv = empty(3, 18 * 128)
+            qkv_epilogue(
+                qkv, table, table, position, position, pool, pool, 14, traits, q_norm_H=norm, k_norm_H=norm, eps=1e-6
+            )
+    assert fits(compiled, traits)
+
+
+def test_a_kernel_for_sm90_starts_before_its_predecessor_ends_and_one_for_sm80_does_not() -> None:
+    for traits, expected in ((AMPERE, False), (HOPPER, True)):
+        with launches_compiled_for(traits) as compiled:
+            swiglu(empty(3, 2048), empty(3, 1024), traits)
+        assert ("griddepcontrol.wait" in compiled[0].asm["ptx"]) == expected
+
+
+def test_no_multiply_add_is_fused_but_where_the_source_says_so() -> None:
+    with launches_compiled_for(HOPPER) as compiled:
+        swiglu(empty(3, 2048), empty(3, 1024), HOPPER)
+        rms_norm(empty(3, 3584), empty(3584), 1e-6, empty(3, 3584), HOPPER)
+    assert all("fma.rn.f32" not in kernel.asm["ptx"] for kernel in compiled)

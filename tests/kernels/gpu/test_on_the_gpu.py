@@ -1,0 +1,145 @@
+"""Right, and the same bits for every batch, on a real GPU. `benchmarks/gpu_kernels.py` checks more before it times."""
+
+import itertools
+
+import pytest
+import torch
+
+from paged_sequences import PagedSequences, attention_oracle, paged_sequences, relative_error
+
+pytest.importorskip("triton")
+
+from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.linear.blas import linear_blas, split_k_refused
+from triode.kernels.linear.gpu import linear_sequential
+from triode.kernels.linear.proof import prove
+from triode.kernels.linear.tiles import linear_tile, swiglu_tile
+from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
+from triode.kernels.rms_norm.gpu import add_rms_norm
+from triode.kernels.swiglu.gpu import swiglu
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+
+LENGTH = 1300
+
+
+@pytest.fixture(scope="module")
+def traits() -> GpuTraits:
+    return GpuTraits.of(torch.device("cuda"))
+
+
+def attend(
+    rows: PagedSequences, first: int, last: int, start: torch.Tensor, query_start: torch.Tensor, traits: GpuTraits
+) -> torch.Tensor:
+    """Query tokens first..last of the one sequence, as rows that begin at `start`."""
+    q = rows.q_TNH[first:last]
+    out = torch.full_like(q, torch.nan)
+    num_kv_heads = rows.key_PBKH.shape[2]
+    most = int(query_start.diff().max())
+    workspace = AttentionWorkspace.allocate(len(start) * num_kv_heads, 3, 8, q.shape[2], q.device)
+    paged_attention(
+        q,
+        rows.key_PBKH,
+        rows.value_PBKH,
+        rows.block_table_RC.expand(len(start), -1),
+        query_start,
+        start,
+        out,
+        scale=rows.scale,
+        max_query_tokens=most,
+        traits=traits,
+        num_splits=3 if most == 1 else 1,
+        workspace=workspace,
+    )
+    return out
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(14, 2, 128), (9, 3, 64), (4, 2, 80)])
+def test_chunks_and_decode_rows_give_the_bits_of_one_prefill(
+    num_heads: int, num_kv_heads: int, head_dim: int, kv_dtype: torch.dtype, traits: GpuTraits
+) -> None:
+    if kv_dtype == torch.float8_e4m3fn and not traits.has_fp8:
+        pytest.skip("no hardware float8")
+    rows = paged_sequences(
+        [0],
+        [LENGTH],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+        kv_dtype=kv_dtype,
+        device="cuda",
+    )
+
+    def int32(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    whole = attend(rows, 0, LENGTH, int32(0), int32(0, LENGTH), traits)
+    assert relative_error(whole, attention_oracle(rows)) < 6e-3
+    for first, last in itertools.pairwise((0, 37, 512, 1000, 1001, LENGTH)):
+        chunk = attend(rows, first, last, int32(first), int32(0, last - first), traits)
+        assert torch.equal(chunk, whole[first:last])
+    first = LENGTH - 900
+    decoded = attend(rows, first, LENGTH, int32(*range(first, LENGTH)), int32(*range(901)), traits)
+    assert torch.equal(decoded, whole[first:])
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(4608, 3584), (1152, 896), (960, 576), (4096, 14336)])
+def test_cublaslt_in_order_agrees_with_the_triton_kernel_or_is_named(
+    out_features: int, in_features: int, traits: GpuTraits
+) -> None:
+    weight = torch.randn(out_features, in_features, device="cuda").bfloat16() * 0.02
+    proof = prove(weight, traits, most_tokens=1024)
+    assert (proof.triton_tokens is None) == bool(proof.differing_tokens)
+    x = torch.randn(64, in_features, device="cuda").bfloat16()
+    outs = []
+    for num_tokens in (1, 16, 33, 64):
+        out = torch.full((num_tokens, out_features), torch.nan, dtype=torch.bfloat16, device="cuda")
+        linear_sequential(x[:num_tokens], weight, out, linear_tile(out_features, in_features, num_tokens), traits)
+        outs.append(out)
+    assert all(torch.equal(out[:1], outs[0]) and torch.equal(out, outs[3][: len(out)]) for out in outs)
+    assert relative_error(outs[3], x.double() @ weight.double().T) < 3e-3
+
+
+def test_the_proof_can_fail(traits: GpuTraits) -> None:
+    weight = torch.randn(1024, 16384, device="cuda").bfloat16() * 0.02
+    assert prove(weight, traits, refuse_split_k=False).differing_tokens
+
+
+def test_the_process_wide_switches_are_put_back() -> None:
+    matmul = torch.backends.cuda.matmul
+
+    def switches() -> tuple[object, ...]:
+        return (
+            torch.backends.cuda.preferred_blas_library(),
+            matmul.allow_bf16_reduced_precision_reduction,
+            matmul.allow_bf16_reduced_precision_reduction_split_k,
+        )
+
+    before = switches()
+    with split_k_refused():
+        assert switches() != before
+    assert switches() == before
+
+
+def test_fused_swiglu_gives_the_bits_of_cublaslt_and_the_separate_kernel(traits: GpuTraits) -> None:
+    x = torch.randn(128, 1024, device="cuda").bfloat16()
+    weight = torch.randn(8192, 1024, device="cuda").bfloat16() * 0.03
+    gate_up, separate, fused = (
+        torch.full((tokens, width), torch.nan, dtype=torch.bfloat16, device="cuda")
+        for tokens, width in ((128, 8192), (128, 4096), (16, 4096))
+    )
+    with split_k_refused():
+        linear_blas(x, weight, gate_up)
+    swiglu(gate_up, separate, traits)
+    linear_sequential(x[:16], weight, fused, swiglu_tile(4096, 1024, 16), traits, swiglu=True)
+    assert torch.equal(fused, separate[:16])
+
+
+def test_a_norm_is_the_same_alone_and_in_a_batch(traits: GpuTraits) -> None:
+    x, residual, weight = (torch.randn(300, 896, device="cuda").bfloat16() for _ in range(3))
+    outs = [torch.full_like(x, torch.nan), torch.full_like(x[:1], torch.nan)]
+    add_rms_norm(x, residual.clone(), weight[0], 1e-6, outs[0], traits)
+    add_rms_norm(x[7:8], residual[7:8].clone(), weight[0], 1e-6, outs[1], traits)
+    assert torch.equal(outs[0][7:8], outs[1])

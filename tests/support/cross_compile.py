@@ -1,0 +1,55 @@
+"""Compiles kernels for a GPU that is not there, by running their launchers with a driver that never launches.
+
+What is compiled is exactly what the launcher would launch on such a GPU: its constants, types and specialisations.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from triode.kernels.gpu_traits import GpuTraits
+
+AMPERE = GpuTraits(num_sms=108, shared_memory_bytes=163 * 1024, dependent_launch=False, has_fp8=False)
+HOPPER = GpuTraits(num_sms=132, shared_memory_bytes=227 * 1024, dependent_launch=True, has_fp8=True)
+
+
+class AbsentGpu:
+    """As much of a Triton driver as binding arguments and compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def launches_compiled_for(traits: GpuTraits) -> Iterator[list[Any]]:
+    """Inside, a launch compiles its kernel and appends it to the yielded list. Nothing runs."""
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled.append(run(kernel, *args, grid=grid, warmup=True, **options))
+        return compiled[-1]
+
+    driver = triton.runtime.driver
+    before = driver._active
+    JITFunction.run = compile_only
+    driver.set_active(AbsentGpu(90 if traits.dependent_launch else 80))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = before
