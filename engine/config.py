@@ -9,7 +9,7 @@ from triode.actors.scheduler.config import SchedulerConfig
 from triode.cache.config import CacheConfig
 from triode.models.config import ModelOptions
 
-ExecutorMode = Literal["auto", "inline", "thread"]
+ExecutorMode = Literal["auto", "inline", "thread", "process"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,7 +23,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     executor: ExecutorMode = "auto"
-    """Where steps run: "thread" (a thread of their own; what "auto" takes) or "inline" (in the event loop)."""
+    """Where steps run: "thread" (a thread of their own; what "auto" takes), "process" (a process of their own, which also
+    holds the weights) or "inline" (in the event loop)."""
     num_threads: int | None = None
     """CPU threads for one step; None leaves torch's number as it is."""
 

@@ -1,17 +1,35 @@
-"""From a model's name to the parts of an engine. Runs in a worker thread, and ends early when its caller is cancelled."""
+"""From a model's name to the parts of an engine. Blocking work is done in a thread or in the worker process, and ends
+early when the caller is cancelled."""
 
 import logging
 import time
+from dataclasses import dataclass
 from functools import partial
 
 import trio
 
+from triode.actors.executor.actor import Executor
+from triode.actors.executor.inline import InlineExecutor
+from triode.actors.executor.process import ProcessExecutor
+from triode.actors.executor.protocol import Built, Open
+from triode.actors.executor.thread import ThreadExecutor
+from triode.actors.tokenizer.prepare import Limits
+from triode.cache.manager import CacheManager
 from triode.engine.config import EngineConfig
 from triode.engine.parts import EngineParts, Report
 from triode.ids import TokenId
 from triode.models.progress import NullProgress, Progress
+from triode.models.tokenizer import Tokenizer
+from triode.models.tokenizer_source import open_tokenizer
 
 _LOG = logging.getLogger("triode")
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    tokenizer: Tokenizer
+    executor: Executor
+    built: Built
 
 
 async def load(config: EngineConfig, progress: Progress | None) -> EngineParts:
@@ -20,65 +38,79 @@ async def load(config: EngineConfig, progress: Progress | None) -> EngineParts:
     Raises:
         ModelError: if the model cannot be loaded.
         InsufficientMemory: if it does not fit.
+        ValueError: if an option does not suit the model or the machine.
+        EngineFault: if the worker process died.
     """
-    parts = await trio.to_thread.run_sync(partial(build, config, _Cancellable(progress or NullProgress())))
+    start_s = time.perf_counter()
+    progress = progress or NullProgress()
+    order = Open(
+        options=config.options,
+        cache=config.cache,
+        max_running=config.scheduler.max_running,
+        num_threads=config.num_threads,
+    )
+    if config.executor == "process":
+        loaded = await _load_in_worker(order, progress)
+    else:
+        is_inline = config.executor == "inline"
+        loaded = await trio.to_thread.run_sync(partial(_load_here, order, _Cancellable(progress), is_inline=is_inline))
+    parts = _assemble(config, loaded, time.perf_counter() - start_s)
     _LOG.info("%s", parts.report)
     return parts
 
 
-def build(config: EngineConfig, progress: Progress) -> EngineParts:
-    """The same, synchronously."""
-    start_s = time.perf_counter()
+def _load_here(order: Open, progress: Progress, *, is_inline: bool) -> _Loaded:
     progress.stage("Starting torch", None, "")
-    # Imported here, in the worker thread: torch takes seconds to import, and the event loop must go on.
-    from triode.actors.executor.inline import InlineExecutor
-    from triode.actors.executor.thread import ThreadExecutor
-    from triode.actors.tokenizer.prepare import Limits
-    from triode.cache.manager import CacheManager
-    from triode.models.build import build_runner
-    from triode.models.loader import open_checkpoint, resolve_device, resolve_dtype
+    # Imported here, in a worker thread: torch takes seconds to import, and the event loop must go on.
+    from triode.actors.executor.opening import load_runner
+    from triode.models.loader import open_checkpoint
 
     progress.done()
-    checkpoint = open_checkpoint(config.options, progress)
-    device = resolve_device(config.options.device)
-    dtype = resolve_dtype(config.options.dtype, checkpoint.config, device)
-    built = build_runner(
-        checkpoint.config,
-        # Not kept here: the decoder lays matrices out anew, and what it no longer needs becomes room for the cache.
-        checkpoint.load_weights(dtype, device, progress),
-        cache_config=config.cache,
-        max_running=config.scheduler.max_running,
-        num_threads=config.num_threads,
-        progress=progress,
-    )
-    executor = InlineExecutor(built.runner) if config.executor == "inline" else ThreadExecutor(built.runner)
-    model = checkpoint.config
+    checkpoint = open_checkpoint(order.options, progress)
+    runner, built = load_runner(checkpoint, order, progress)
+    return _Loaded(checkpoint.tokenizer, InlineExecutor(runner) if is_inline else ThreadExecutor(runner), built)
+
+
+async def _load_in_worker(order: Open, progress: Progress) -> _Loaded:
+    """The tokenizer is read in this process, which imports no torch, while the worker imports it."""
+    executor = ProcessExecutor()
+    try:
+        # Before the worker opens the model, so that one process downloads it and the other one finds it.
+        tokenizer = await trio.to_thread.run_sync(open_tokenizer, order.options.model, _Cancellable(progress))
+        return _Loaded(tokenizer, executor, await executor.open(order, progress))
+    except BaseException:
+        await executor.kill()
+        raise
+
+
+def _assemble(config: EngineConfig, loaded: _Loaded, load_s: float) -> EngineParts:
+    built = loaded.built
     return EngineParts(
         config=config,
-        tokenizer=checkpoint.tokenizer,
+        tokenizer=loaded.tokenizer,
         cache=CacheManager(built.num_blocks, config.cache),
-        executor=executor,
+        executor=loaded.executor,
         limits=Limits(
-            max_context_tokens=model.max_context_tokens,
+            max_context_tokens=built.model.max_context_tokens,
             pool_tokens=(built.num_blocks - 1) * config.cache.block_size_tokens,
             block_size_tokens=config.cache.block_size_tokens,
-            vocab_size=model.vocab_size,
-            eos_token_ids=tuple(map(TokenId, model.eos_token_ids)),
+            vocab_size=built.model.vocab_size,
+            eos_token_ids=tuple(map(TokenId, built.model.eos_token_ids)),
         ),
         report=Report(
             model=config.options.model,
-            architecture=model.architecture,
-            device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
+            architecture=built.model.architecture,
+            device=built.device,
+            dtype=built.dtype,
             num_threads=built.num_threads,
-            max_context_tokens=model.max_context_tokens,
+            max_context_tokens=built.model.max_context_tokens,
             weights_bytes=built.weights_bytes,
             kv_cache_bytes=built.kv_cache_bytes,
             num_blocks=built.num_blocks,
             block_size_tokens=config.cache.block_size_tokens,
             kernels=built.kernels,
-            executor=type(executor).__name__.removesuffix("Executor").lower(),
-            load_s=time.perf_counter() - start_s,
+            executor=type(loaded.executor).__name__.removesuffix("Executor").lower(),
+            load_s=load_s,
         ),
     )
 

@@ -1,0 +1,43 @@
+"""From a model on disk to a runner, in whichever process the runner lives."""
+
+from triode.actors.executor.protocol import Built, Open
+from triode.models.build import build_runner
+from triode.models.loader import Checkpoint, open_checkpoint, resolve_device, resolve_dtype
+from triode.models.progress import Progress
+from triode.models.runner import Runner
+
+
+def open_runner(order: Open, progress: Progress) -> tuple[Runner, Built]:
+    """Open the model and load it.
+
+    Raises:
+        ModelError: if the model cannot be loaded.
+        InsufficientMemory: if it does not fit.
+        ValueError: if an option does not suit the model or the machine.
+    """
+    return load_runner(open_checkpoint(order.options, progress), order, progress)
+
+
+def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tuple[Runner, Built]:
+    """The same for a model that has been opened."""
+    device = resolve_device(order.options.device)
+    dtype = resolve_dtype(order.options.dtype, checkpoint.config, device)
+    built = build_runner(
+        checkpoint.config,
+        # Not kept here: the decoder lays matrices out anew, and what it no longer needs becomes room for the cache.
+        checkpoint.load_weights(dtype, device, progress),
+        cache_config=order.cache,
+        max_running=order.max_running,
+        num_threads=order.num_threads,
+        progress=progress,
+    )
+    return built.runner, Built(
+        model=checkpoint.config,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        num_threads=built.num_threads,
+        num_blocks=built.num_blocks,
+        weights_bytes=built.weights_bytes,
+        kv_cache_bytes=built.kv_cache_bytes,
+        kernels=built.kernels,
+    )

@@ -1,0 +1,174 @@
+"""The worker process: it holds the weights, the KV pool and the runner, and computes what the engine sends.
+
+    python -m triode.actors.executor.worker SOCKET_FD MODULE:FUNCTION
+
+One plain loop, no Trio: take a plan and launch it, send a result as soon as it is there. The engine plans one step ahead,
+so while a step is running the next plan comes in and is launched behind it.
+
+The worker never outlives its engine, whatever either of them is doing: a thread sleeps until the engine's end of the
+socket is gone, and on Linux the kernel kills the worker with its parent, even where an interpreter lock is never released
+or a fork of the parent holds the socket open.
+"""
+
+import ctypes
+import faulthandler
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from typing import NoReturn
+
+from triode.actors.executor.protocol import (
+    Built,
+    Close,
+    Failed,
+    Frames,
+    FromEngine,
+    FromWorker,
+    Open,
+    StageAdvanced,
+    StageBegan,
+    StageDone,
+    Stepped,
+    encode,
+    from_engine,
+)
+from triode.models.progress import Progress
+from triode.models.runner import Runner
+from triode.models.step import StepPlan
+
+Opener = Callable[[Open, Progress], tuple[Runner, Built]]
+
+POLL_S = 50e-6
+"""How often a running step is asked whether it is done: about what the kernel's timers resolve."""
+
+_RECEIVE_BYTES = 2**18
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> NoReturn:
+    """Serve one engine, then leave. The interpreter is not torn down: the kernel takes back memory and devices faster."""
+    # Ctrl-C reaches every process of the terminal; it is the engine that decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+    socket_fd, opener = sys.argv[1:]
+    # The lowest free number, because select() takes none above 1023 and the engine may have that many files open.
+    connection = Connection(socket.socket(fileno=os.dup(int(socket_fd))))
+    os.close(int(socket_fd))
+    _die_with(connection)
+    os._exit(0 if _serve(connection, opener) else 1)
+
+
+class Connection:
+    """The worker's end of the socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._frames = Frames()
+
+    def fileno(self) -> int:
+        """The socket's number."""
+        return self._socket.fileno()
+
+    def send(self, message: FromWorker) -> None:
+        """Send; waits while the engine is behind."""
+        self._socket.sendall(encode(message))
+
+    def receive(self, wait_s: float | None = None) -> FromEngine | None:
+        """The next message; None if none is complete within `wait_s` (None: wait for ever).
+
+        Raises:
+            EOFError: if the engine is gone.
+        """
+        while (body := self._frames.take()) is None:
+            if wait_s is not None and not select.select([self], [], [], wait_s)[0]:
+                return None
+            data = self._socket.recv(_RECEIVE_BYTES)
+            if not data:
+                raise EOFError("the engine is gone")
+            self._frames.feed(data)
+        return from_engine.decode(body)
+
+
+class RemoteProgress:
+    """Has the engine show the progress."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def stage(self, name: str, total: int | None, unit: str) -> None:
+        """Sent on."""
+        self._connection.send(StageBegan(name, total, unit))
+
+    def advance(self, amount: int) -> None:
+        """Sent on."""
+        self._connection.send(StageAdvanced(amount))
+
+    def done(self) -> None:
+        """Sent on."""
+        self._connection.send(StageDone())
+
+
+def run_steps(connection: Connection, runner: Runner) -> None:
+    """Compute plans until told to close. A result that is there goes out before anything else is begun."""
+    num_in_flight = 0
+    while True:
+        if num_in_flight and runner.is_ready():
+            connection.send(Stepped(runner.collect(), runner.statistics()))
+            num_in_flight -= 1
+            continue
+        match connection.receive(POLL_S if num_in_flight else None):
+            case StepPlan() as plan:
+                runner.launch(plan)
+                num_in_flight += 1
+            case Close():
+                return
+
+
+def _serve(connection: Connection, opener: str) -> bool:
+    """Everything from Open to Close. Returns whether it went well; if not, the engine has been told."""
+    try:
+        # Before the Open is read: importing torch takes seconds, in which the engine reads its tokenizer.
+        open_runner = _find(opener)
+        order = connection.receive()
+        assert isinstance(order, Open), f"the first message must be Open, got {order}"
+        connection.send(StageDone())
+        runner, built = open_runner(order, RemoteProgress(connection))
+        connection.send(built)
+        run_steps(connection, runner)
+        runner.close()
+    except (EOFError, ConnectionError):
+        return False
+    except BaseException as error:  # whatever it is, the engine must learn it
+        connection.send(Failed(type(error).__name__, str(error), traceback.format_exc()))
+        return False
+    return True
+
+
+def _find(path: str) -> Opener:
+    module, _, name = path.partition(":")
+    opener: Opener = getattr(import_module(module), name)
+    return opener
+
+
+def _die_with(connection: Connection) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_leave_at_hangup, args=(connection,), name="triode-hangup", daemon=True).start()
+
+
+def _leave_at_hangup(connection: Connection) -> None:
+    poll = select.poll()
+    # No event but those that are always reported: the other end hung up, or the socket failed.
+    poll.register(connection, 0)
+    poll.poll()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
