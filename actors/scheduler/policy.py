@@ -299,6 +299,9 @@ class Scheduler:
         self._unblock()
 
     def _end(self, request: Request, status: RequestStatus, reason: str) -> None:
+        if not any(sequence.is_active for sequence in request.sequences):
+            # It has ended before, and its caller has been told; only its last steps have not retired.
+            return
         for sequence in request.sequences:
             if sequence.is_active:
                 self._leave(sequence, status)
@@ -318,9 +321,15 @@ class Scheduler:
                 continue
             self.outbox.release(ReleaseRow(sequence.sequence_id, sequence.cacheable_tokens()))
             del self._sequences[sequence.sequence_id]
-            if not any(other.sequence_id in self._sequences for other in sequence.request.sequences):
-                del self._requests[sequence.request.request_id]
+            self._forget(sequence.request)
             self._unblock()
+
+    def _forget(self, request: Request) -> None:
+        if any(sequence.sequence_id in self._sequences for sequence in request.sequences):
+            return
+        # Its id may belong to a new request already: the old one had ended, only its last steps had not.
+        if self._requests.get(request.request_id) is request:
+            del self._requests[request.request_id]
 
     def _stall(self, refused: list[Want]) -> None:
         """No row found memory. Whatever is launched or about to be released will free some, else the first row fails."""

@@ -94,6 +94,10 @@ class Gate:
         while self._held:
             self._run()
 
+    def shut(self) -> None:
+        """Hold steps back again."""
+        self._is_open = False
+
     async def step(self, num_steps: int = 1) -> None:
         """Run so many steps, and let the engine come to rest after each."""
         for _ in range(num_steps):
