@@ -37,7 +37,7 @@ class GpuTraits:
             raise ValueError(f"compute capability must be >= 8.0, got {properties.major}.{properties.minor}")
         return cls(
             num_sms=properties.multi_processor_count,
-            shared_memory_bytes=properties.shared_memory_per_block_optin,
+            shared_memory_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
             dependent_launch=capability >= (9, 0),
             has_fp8=capability >= (8, 9),
         )

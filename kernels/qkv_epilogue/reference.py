@@ -30,7 +30,8 @@ def qkv_epilogue(
     num_kv_heads, head_dim = key_PBKH.shape[2:]
     qkv_TE = qkv_TE if bias_E is None else qkv_TE + bias_E
     heads = qkv_TE.unflatten(1, (-1, head_dim))
-    q_TNH, k_TKH, v_TKH = (part.clone() for part in heads.split([num_heads, num_kv_heads, num_kv_heads], 1))
+    parts: list[torch.Tensor] = list(heads.split([num_heads, num_kv_heads, num_kv_heads], 1))
+    q_TNH, k_TKH, v_TKH = (part.clone() for part in parts)
     if q_norm_H is not None and k_norm_H is not None:
         q_TNH, k_TKH = rms_norm(q_TNH, q_norm_H, eps), rms_norm(k_TKH, k_norm_H, eps)
     for heads_TJH in (q_TNH, k_TKH):
