@@ -1,8 +1,8 @@
 """Triode beside transformers' `generate` on one CPU: same weights, dtype and threads, in one process, taking turns.
 
-    python benchmarks/against_transformers.py [--dtypes bfloat16 float32] [--rounds 3]
+    python benchmarks/against_transformers.py [--dtypes bfloat16 float32] [--rounds 3] [--only prefill]
 
-Both read the SmolLM2 GGUF. Each test is a batch of random prompts and a number of new tokens, timed from handing the
+Both have the weights of the SmolLM2 GGUF. Each test is a batch of random prompts and a number of new tokens, timed from handing the
 prompts over to having the last token; the two take turns (A B A B), so that whatever else the machine does meets both,
 and only the ratio of the medians is to be quoted. transformers gets its prompts as one batch without padding, and no
 streaming, which is its fastest way.
@@ -10,7 +10,6 @@ streaming, which is its fastest way.
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import NamedTuple
@@ -19,13 +18,14 @@ import torch
 import trio
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import triode
 from triode.engine.cli.bench.workload import Request, equal_requests
 from triode.engine.engine import Engine
-from triode.models.progress import NullProgress
-from triode.models.source import locate
+from triode.models.config import ModelConfig, ModelOptions
+from triode.models.loader import open_checkpoint
+from triode.models.weights import DecoderWeights
 
 MODEL = "smollm2-135m"
 
@@ -49,17 +49,63 @@ def tests() -> list[Test]:
     ]
 
 
+def build_transformers(dtype: torch.dtype) -> LlamaForCausalLM:
+    """transformers' own Llama around the tensors that Triode loads."""
+    checkpoint = open_checkpoint(ModelOptions(model=MODEL))
+    config, weights = checkpoint.config, checkpoint.load_weights(dtype, torch.device("cpu"))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            max_position_embeddings=config.max_context_tokens,
+            tie_word_embeddings=config.tie_word_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
+        )
+    )
+    model = model.to(dtype).eval()
+    model.load_state_dict(_hf_tensors(config, weights))
+    # No token ends a reply: both sides make exactly as many as they are asked for.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def _hf_tensors(config: ModelConfig, weights: DecoderWeights) -> dict[str, torch.Tensor]:
+    tensors = {
+        "model.embed_tokens.weight": weights.embed_VD,
+        "model.norm.weight": weights.final_norm_D,
+        "lm_head.weight": weights.head_VD,
+    }
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    for index, layer in enumerate(weights.layers):
+        q, k, v = layer.qkv_ED.split((q_rows, kv_rows, kv_rows))
+        gate, up = layer.gate_up_FD.chunk(2)
+        own = {
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": layer.o_DE,
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": layer.down_DF,
+            "input_layernorm": layer.input_norm_D,
+            "post_attention_layernorm": layer.post_norm_D,
+        }
+        tensors |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in own.items()}
+    return tensors
+
+
 class Transformers:
-    """`generate` over the same weights."""
+    """`generate`, greedy."""
 
     def __init__(self, dtype: str) -> None:
-        path = locate(MODEL, NullProgress())
-        self._model = AutoModelForCausalLM.from_pretrained(
-            Path(path).parent, gguf_file=Path(path).name, dtype=getattr(torch, dtype)
-        ).eval()
-        # No token ends a reply: both sides make exactly as many as they are asked for.
-        self._model.generation_config.eos_token_id = None
-        self._model.generation_config.pad_token_id = 0
+        self._model = build_transformers(getattr(torch, dtype))
 
     def run(self, requests: tuple[Request, ...]) -> list[tuple[int, ...]]:
         """The new tokens of each request, greedy."""
@@ -84,11 +130,11 @@ async def run_triode(engine: Engine, requests: tuple[Request, ...]) -> list[tupl
     return [result.completion.token_ids for result in results]
 
 
-async def compare(dtype: str, rounds: int, table: Table) -> None:
+async def compare(dtype: str, rounds: int, chosen: list[Test], table: Table) -> None:
     """A row for each test."""
     theirs = Transformers(dtype)
     async with triode.open_engine(MODEL, dtype=dtype) as engine:
-        for test in tests():
+        for test in chosen:
             our_times_s, their_times_s = [], []
             # The first round warms both up.
             for _ in range(rounds + 1):
@@ -114,13 +160,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="only the tests whose name contains this")
     arguments = parser.parse_args()
+    chosen = [test for test in tests() if arguments.only in test.name]
     threads = torch.get_num_threads()
     table = Table(title=f"{MODEL}, {threads} threads, medians of {arguments.rounds} rounds taking turns")
     for column in ("dtype", "test", "triode", "transformers", "times as fast", "equal outputs"):
         table.add_column(column)
     for dtype in arguments.dtypes:
-        trio.run(compare, dtype, arguments.rounds, table)
+        trio.run(compare, dtype, arguments.rounds, chosen, table)
     console = Console()
     console.width = max(console.width, 120)
     console.print(table)
