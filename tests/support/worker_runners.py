@@ -1,0 +1,180 @@
+"""Runners without a model, for worker processes of tests: they start in a moment, and fail on command."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from triode import errors
+from triode.actors.executor.protocol import Built, Open
+from triode.cache.config import CacheConfig
+from triode.ids import SlotId, StepId, TokenId
+from triode.models.config import ModelConfig, ModelOptions, RopeConfig
+from triode.models.progress import Progress
+from triode.models.runner import RunnerStatistics
+from triode.models.sampling import SamplingParams
+from triode.models.step import Admission, Output, StepPlan, StepResult
+
+BUILT = Built(
+    model=ModelConfig(
+        architecture="none",
+        vocab_size=100,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(),
+        max_context_tokens=100,
+        context_limit_tokens=100,
+        eos_token_ids=(2,),
+    ),
+    device="none",
+    dtype="none",
+    num_threads=1,
+    num_blocks=100,
+    weights_bytes=0,
+    kv_cache_bytes=0,
+    kernels="none",
+)
+
+
+def order(model: str = "none") -> Open:
+    """An Open; `model` tells openers here what to do."""
+    return Open(options=ModelOptions(model=model), cache=CacheConfig(), max_running=1, num_threads=None)
+
+
+def plan(step_id: int, *token_ids: int) -> StepPlan:
+    """A step of one row; with tokens, it admits them."""
+    admission = Admission(
+        slot=SlotId(0),
+        epoch=1,
+        token_ids=tuple(map(TokenId, token_ids)),
+        num_prompt_tokens=len(token_ids),
+        params=SamplingParams(),
+        seed=0,
+        sample_index=0,
+        stop_token_ids=(),
+    )
+    return StepPlan(
+        step_id=StepId(step_id),
+        slots=(SlotId(0),),
+        epochs=(1,),
+        start_positions=(0,),
+        num_query_tokens=(1,),
+        outputs=(Output.SAMPLE,),
+        admissions=(admission,) if token_ids else (),
+    )
+
+
+class EchoRunner:
+    """Answers each plan with the sum of the tokens that it admits."""
+
+    def __init__(self) -> None:
+        self.results: deque[StepResult] = deque()
+        self.num_steps = 0
+
+    def launch(self, plan: StepPlan) -> None:
+        self.num_steps += 1
+        total = sum(sum(admission.token_ids) for admission in plan.admissions)
+        self.results.append(StepResult(plan.step_id, plan.slots, plan.epochs, (1,), (TokenId(total),)))
+
+    def is_ready(self) -> bool:
+        return bool(self.results)
+
+    def collect(self) -> StepResult:
+        return self.results.popleft()
+
+    def statistics(self) -> RunnerStatistics:
+        return RunnerStatistics(num_steps=self.num_steps)
+
+    def close(self) -> None:
+        sys.stderr.write("closed\n")
+
+
+class PairingRunner(EchoRunner):
+    """Ends a step only when the next one has been launched."""
+
+    def is_ready(self) -> bool:
+        return len(self.results) > 1
+
+
+class FailingRunner(EchoRunner):
+    """Fails at step 1."""
+
+    def launch(self, plan: StepPlan) -> None:
+        if plan.step_id == 1:
+            raise ArithmeticError("step 1 is too much")
+        super().launch(plan)
+
+
+class DyingRunner(EchoRunner):
+    """Ends its process at step 1, as `os.abort()` in a library would."""
+
+    def launch(self, plan: StepPlan) -> None:
+        if plan.step_id == 1:
+            sys.stderr.write("something is wrong with the device\n")
+            os._exit(3)
+        super().launch(plan)
+
+
+class StuckRunner(EchoRunner):
+    """Never ends a step; touches `started` when one begins."""
+
+    def __init__(self, started: Path, *, holds_interpreter: bool) -> None:
+        super().__init__()
+        self.started = started
+        self.holds_interpreter = holds_interpreter
+
+    def launch(self, plan: StepPlan) -> None:
+        self.started.touch()
+        if self.holds_interpreter:
+            ctypes.PyDLL(None).sleep(600)
+        time.sleep(600)
+
+
+def open_echo(order: Open, progress: Progress) -> tuple[EchoRunner, Built]:
+    progress.stage("Echoing", 2, "B")
+    progress.advance(2)
+    progress.done()
+    return EchoRunner(), BUILT
+
+
+def open_pairing(order: Open, progress: Progress) -> tuple[PairingRunner, Built]:
+    return PairingRunner(), BUILT
+
+
+def open_failing(order: Open, progress: Progress) -> tuple[FailingRunner, Built]:
+    return FailingRunner(), BUILT
+
+
+def open_dying(order: Open, progress: Progress) -> tuple[DyingRunner, Built]:
+    return DyingRunner(), BUILT
+
+
+def open_stuck(order: Open, progress: Progress) -> tuple[StuckRunner, Built]:
+    """The model is the path to touch."""
+    return StuckRunner(Path(order.options.model), holds_interpreter=False), BUILT
+
+
+def open_stuck_holding(order: Open, progress: Progress) -> tuple[StuckRunner, Built]:
+    """The same, and no other Python thread of the worker can run."""
+    return StuckRunner(Path(order.options.model), holds_interpreter=True), BUILT
+
+
+def open_nothing(order: Open, progress: Progress) -> tuple[EchoRunner, Built]:
+    """Raises what the model is called, or ends as it says."""
+    model = order.options.model
+    if model == "endless":
+        progress.stage("Loading for ever", None, "")
+        time.sleep(600)
+    if model == "SIGSEGV":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if model == "UnsupportedModel":
+        raise errors.UnsupportedModel("it has what nobody has")
+    raise KeyError(model)
