@@ -1,7 +1,8 @@
 """From weights to a runner: choose the kernels, bind the decoder to them, size the KV pool from what is left."""
 
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,7 +15,7 @@ from triode.models.eager import EagerRunner, cpu_threads
 from triode.models.pooling import Pooling
 from triode.models.progress import NullProgress, Progress
 from triode.models.runner import Runner
-from triode.models.weights import DecoderWeights, places
+from triode.models.weights import DecoderWeights, LayerWeights, places
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,8 @@ def build_runner(
 ) -> BuiltRunner:
     """A runner for `max_running` sequences. Keys and values are kept in the dtype of the weights.
 
-    The decoder lays matrices out anew; a caller that keeps no reference to `weights` gives their memory to the cache.
+    The decoder lays matrices out anew. If the caller keeps no reference to `weights`, each layer is freed as soon as the
+    decoder has its own, so that never more than one layer exists twice.
 
     Raises:
         InsufficientMemory: the cache does not fit beside the weights.
@@ -54,7 +56,10 @@ def build_runner(
     progress.stage("Preparing kernels", None, "")
     with torch.inference_mode(), cpu_threads(num_threads):
         num_threads_used = torch.get_num_threads()
-        decoder = Decoder(config, weights, choose_kernels(weights.embed_VD.device, weights.embed_VD.dtype))
+        kernels = choose_kernels(weights.embed_VD.device, weights.embed_VD.dtype)
+        layers = deque(weights.layers)
+        weights = replace(weights, layers=())
+        decoder = Decoder(config, weights, kernels, _freed_one_by_one(layers))
     del weights
     progress.done()
     pool = _build_pool(config, cache_config, max_running, decoder)
@@ -68,6 +73,11 @@ def build_runner(
         kv_dtype=decoder.dtype,
         kernels=_describe(decoder.kernels.names),
     )
+
+
+def _freed_one_by_one(layers: deque[LayerWeights]) -> Iterator[LayerWeights]:
+    while layers:
+        yield layers.popleft()
 
 
 def _build_pool(config: ModelConfig, cache_config: CacheConfig, max_running: int, decoder: Decoder) -> KVPool:

@@ -3,7 +3,7 @@
 T packed tokens     R rows     D hidden     V vocab     P blocks     B block size     K KV heads     H head dim
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ from triode.models.batch import StepBatch
 from triode.models.config import ModelConfig
 from triode.models.layers import Layer, StepContext
 from triode.models.rope import rope_table
-from triode.models.weights import DecoderWeights
+from triode.models.weights import DecoderWeights, LayerWeights
 
 
 class Decoder:
@@ -20,9 +20,21 @@ class Decoder:
 
     Matrices may be laid out anew for the kernels, so that the weights can be dropped once the decoder exists. A step
     is synchronous and belongs in `torch.inference_mode()`.
+
+    Args:
+        config: the model's sizes.
+        weights: its tensors.
+        kernels: what computes with them.
+        layers: taken instead of `weights.layers`, one at a time, so that each can be freed before the next is laid out.
     """
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        kernels: Kernels,
+        layers: Iterable[LayerWeights] | None = None,
+    ) -> None:
         self.config = config
         self.kernels = kernels
         self.device = weights.embed_VD.device
@@ -30,7 +42,10 @@ class Decoder:
         self.rope = rope_table(config, self.device)
         self._embed_VD = weights.embed_VD
         self._final_norm_D = weights.final_norm_D
-        self._layers = [Layer(config, index, layer, kernels) for index, layer in enumerate(weights.layers)]
+        self._layers = [
+            Layer(config, index, layer, kernels)
+            for index, layer in enumerate(weights.layers if layers is None else layers)
+        ]
         self._head = kernels.prepare_linear(weights.head_VD, None)
         self._windows = {config.window_tokens(index) for index in range(config.num_layers)}
 
