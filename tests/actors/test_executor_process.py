@@ -189,6 +189,13 @@ async def test_a_plan_is_launched_while_the_step_before_it_runs() -> None:
         assert await inboxes.token() == 11
 
 
+async def test_a_step_that_ends_while_no_plan_waits_is_answered() -> None:
+    async with started("open_late") as (executor, inboxes):
+        for step_id in range(3):
+            executor.launch(plan(step_id, step_id))
+            assert await inboxes.token() == step_id
+
+
 async def test_two_workers_run_beside_each_other() -> None:
     async with started("open_echo") as (first, from_first), started("open_echo") as (second, from_second):
         assert first.pid != second.pid
@@ -370,7 +377,8 @@ async def test_a_worker_in_the_middle_of_a_step_leaves_when_the_engine_hangs_up(
     with trio.fail_after(20):
         await executor.open(order(str(began)), NullProgress())
         executor.launch(plan(0))
-        while not began.exists():
+        # The worker tells nobody but the file system.
+        while not began.exists():  # noqa: ASYNC110
             await trio.sleep(0.01)
         executor._child._socket.close()
         assert await executor._child.end(deadline_s=2)

@@ -103,6 +103,22 @@ class PairingRunner(EchoRunner):
     def is_ready(self) -> bool:
         return len(self.results) > 1
 
+    def collect(self) -> StepResult:
+        assert self.is_ready(), "this would wait for a plan that nobody can launch"
+        return super().collect()
+
+
+class LateRunner(EchoRunner):
+    """Ends a step when it has been asked three times whether it has ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_asked = 0
+
+    def is_ready(self) -> bool:
+        self.num_asked += 1
+        return self.num_asked % 3 == 0
+
 
 class FailingRunner(EchoRunner):
     """Fails at step 1."""
@@ -147,6 +163,10 @@ def open_echo(order: Open, progress: Progress) -> tuple[EchoRunner, Built]:
 
 def open_pairing(order: Open, progress: Progress) -> tuple[PairingRunner, Built]:
     return PairingRunner(), BUILT
+
+
+def open_late(order: Open, progress: Progress) -> tuple[LateRunner, Built]:
+    return LateRunner(), BUILT
 
 
 def open_failing(order: Open, progress: Progress) -> tuple[FailingRunner, Built]:
