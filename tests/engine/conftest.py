@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 
+from triode.actors.tokenizer.actor import LONG_PROMPT_BYTES
 from triode.models import loader
 from triode.models.config import ModelOptions
 from triode.models.progress import Progress
@@ -31,7 +32,7 @@ def encoding() -> Iterator[threading.Event]:
     encode, may_go_on = Tokenizer.encode, threading.Event()
 
     def held(self: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        if threading.current_thread().name.startswith("Trio"):
+        if len(text) > LONG_PROMPT_BYTES:
             may_go_on.wait(20)
         return encode(self, text, add_special_tokens=add_special_tokens)
 

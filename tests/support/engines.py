@@ -124,6 +124,7 @@ async def rested(engine: Engine) -> None:
     with trio.fail_after(20):
         while not _is_at_rest(engine):  # noqa: ASYNC110 - rest is no event of the engine's
             await trio.sleep(0.002)
+        await trio.testing.wait_all_tasks_blocked()
 
 
 def _is_at_rest(engine: Engine) -> bool:
