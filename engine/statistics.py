@@ -1,11 +1,11 @@
 """The engine's load, actor by actor."""
 
 import msgspec
-from triode.models.runner import RunnerStatistics
 
-from triode.actors.statistics import InboxStatistics
 from triode.actors.scheduler.statistics import SchedulerStatistics
+from triode.actors.statistics import InboxStatistics
 from triode.cache.statistics import CacheStatistics
+from triode.models.runner import RunnerStatistics
 
 
 class ActorStatistics(msgspec.Struct, frozen=True):

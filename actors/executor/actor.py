@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
-from triode.models.runner import RunnerStatistics
-
 from triode.actors.channels import Inbox, Put
 from triode.actors.messages import StepPlan, StepResult
+from triode.models.runner import RunnerStatistics
 
 
 class Executor(Protocol):
-    """Where steps run: `inline` in the event loop, or in a `thread`."""
+    """Where steps run: `inline` in the event loop, in a `thread` or in a `process`."""
 
     @property
     def max_in_flight(self) -> int:

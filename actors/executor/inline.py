@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 
-from triode.models.runner import Runner, RunnerStatistics
-
 from triode.actors.channels import Put
+from triode.models.runner import Runner, RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
 
