@@ -1,7 +1,7 @@
 """Steps run in a worker process of their own, beside the weights and the KV cache.
 
 The interpreter lock that the engine's loop holds while it plans, detokenizes and serves is then not the one under which
-the next step is launched. Plans and results cross a socket (`protocol.py`) in about 150 µs there and back, hidden by
+the next step is launched. Plans and results cross a socket (`protocol.py`) in 100 to 200 µs there and back, hidden by
 planning one step ahead. A plan is sent within `launch`, without a task of its own; one task reads the results.
 """
 

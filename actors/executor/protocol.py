@@ -4,9 +4,9 @@
     worker → engine      stages of progress, Built, then a Stepped for every plan, in order; Failed is the last word
 
 A message is msgpack behind its length, over a pair of connected stream sockets: a plan that admits 100,000 tokens is
-larger than a datagram may be. Plan and result of a step of 256 rows take 36 µs to encode and decode together
-(benchmarks/executors.py), nothing beside the step, so messages cross as they are. Either end may die at any time, and the
-other one then reads the end of the stream.
+larger than a datagram may be. Plan and result of a step of 256 rows take about 50 µs to encode and decode, half of it in
+the engine (benchmarks/executors.py): little beside the step, so messages cross as they are. Either end may die at any
+time, and the other one then reads the end of the stream.
 
 This file imports neither Trio nor torch: the worker needs no loop, and the engine no tensors.
 """

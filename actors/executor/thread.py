@@ -10,10 +10,10 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 import trio
-from triode.models.runner import Runner, RunnerStatistics
 
 from triode.actors.channels import Put
 from triode.errors import EngineFault
+from triode.models.runner import Runner, RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
 CLOSE_DEADLINE_S = 10.0
