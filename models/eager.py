@@ -20,9 +20,9 @@ import torch
 from triode.cache.pool import KVPool
 from triode.ids import SlotId, TokenId
 from triode.models.batch import StepBatch, build_batch
-from triode.models.decoder import Decoder
 from triode.models.logprobs import score_positions
 from triode.models.pooling import PooledHidden, Pooling
+from triode.models.program import StepProgram
 from triode.models.runner import RunnerStatistics
 from triode.models.sampler import SampledRows, Samples, sample
 from triode.models.slots import IntArray, Slots
@@ -54,7 +54,7 @@ class EagerRunner:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: StepProgram,
         pool: KVPool,
         *,
         max_running: int,

@@ -8,10 +8,12 @@ import pytest
 import torch
 import transformers
 
+from native_steps import native_decoder
 from paged_decoding import PagedDecoding, PagedSequence
 from triode.kernels.dispatch import choose_kernels
 from triode.models.decoder import Decoder
 from triode.models.hf_config import read_config
+from triode.models.program import StepProgram
 from triode.models.progress import NullProgress
 from triode.models.safetensors import SafetensorsFolder
 from triode.models.tensors import load_weights
@@ -72,8 +74,12 @@ class Pair:
                     torch.nn.init.uniform_(parameter, 0.5, 1.5)
             self.theirs.save_pretrained(folder)
         self.config = read_config(folder)
-        weights = load_weights(self.config, SafetensorsFolder(folder), torch.float32, CPU, NullProgress())
-        self.ours = Decoder(self.config, weights, choose_kernels(CPU, torch.float32))
+        self.weights = load_weights(self.config, SafetensorsFolder(folder), torch.float32, CPU, NullProgress())
+
+    def ours(self, kernels: str) -> StepProgram:
+        if kernels == "native":
+            return native_decoder(self.config, self.weights)
+        return Decoder(self.config, self.weights, choose_kernels(CPU, torch.float32))
 
     @torch.inference_mode()
     def expected_logits(self, token_ids: list[int]) -> torch.Tensor:
@@ -86,13 +92,14 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
     return Pair(request.param, tmp_path)
 
 
-def test_logits_and_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_logits_and_greedy_tokens_are_those_of_transformers(pair: Pair, kernels: str) -> None:
     """Ragged prompts in ragged chunks, prefill beside decode; 64 tokens each.
 
     Where transformers' best token after every prefix of our text is our next one, its greedy text is ours.
     """
     rng = random.Random(7)
-    decoding = PagedDecoding(pair.ours, num_blocks=60)
+    decoding = PagedDecoding(pair.ours(kernels), num_blocks=60)
     num_prompt = (5, 37, 90, 17)
     sequences = [PagedSequence([rng.randrange(199) for _ in range(count)]) for count in num_prompt]
     logits: list[list[torch.Tensor]] = [[] for _ in sequences]

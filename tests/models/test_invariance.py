@@ -1,17 +1,17 @@
 """A token's logits do not depend on its neighbours, on chunking, on a prefix hit or on the threads: bit for bit."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from native_steps import native_decoder
 from paged_decoding import BLOCK_SIZE_TOKENS, PagedDecoding, PagedSequence
-from tiny_decoders import tiny_config, tiny_decoder
-from triode.models.decoder import Decoder
+from tiny_decoders import tiny_config, tiny_decoder, tiny_weights
+from triode.models.program import StepProgram
 
 NUM_TOKENS = 150
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
@@ -21,25 +21,36 @@ def restored_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=[*DTYPES, "window"], ids=str)
-def decoder(request: pytest.FixtureRequest) -> Decoder:
-    if request.param == "window":
-        return tiny_decoder(tiny_config(sliding_window_tokens=40, sliding_layers=(True, False), qk_norm=True))
-    return tiny_decoder(tiny_config(qkv_bias=True), request.param)
+WINDOWED = tiny_config(sliding_window_tokens=40, sliding_layers=(True, False), qk_norm=True)
+BIASED = tiny_config(qkv_bias=True)
+DECODERS: dict[str, Callable[[], StepProgram]] = {
+    "torch float32": lambda: tiny_decoder(BIASED, torch.float32),
+    "torch bfloat16": lambda: tiny_decoder(BIASED, torch.bfloat16),
+    "torch float16": lambda: tiny_decoder(BIASED, torch.float16),
+    "torch window": lambda: tiny_decoder(WINDOWED),
+    "native float32": lambda: native_decoder(BIASED, tiny_weights(BIASED, torch.float32)),
+    "native bfloat16": lambda: native_decoder(BIASED, tiny_weights(BIASED, torch.bfloat16)),
+    "native window": lambda: native_decoder(WINDOWED, tiny_weights(WINDOWED, torch.bfloat16)),
+}
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def decoder(request: pytest.FixtureRequest) -> StepProgram:
+    return DECODERS[request.param]()
 
 
 def tokens(seed: int, count: int = NUM_TOKENS) -> list[int]:
     return random.Random(seed).choices(range(128), k=count)
 
 
-def logits_alone(decoder: Decoder, chunks: list[int]) -> torch.Tensor:
+def logits_alone(decoder: StepProgram, chunks: list[int]) -> torch.Tensor:
     decoding = PagedDecoding(decoder, num_blocks=20, seed=len(chunks))
     sequence = PagedSequence(tokens(0))
     return torch.cat([decoding.step([(sequence, count)])[0] for count in chunks])
 
 
 @pytest.fixture(scope="module")
-def expected(decoder: Decoder) -> torch.Tensor:
+def expected(decoder: StepProgram) -> torch.Tensor:
     return logits_alone(decoder, [NUM_TOKENS])
 
 
@@ -48,12 +59,12 @@ def expected(decoder: Decoder) -> torch.Tensor:
     [[75, 75], [1, 149], [149, 1], [64, 64, 22], [7] * 21 + [3], [100] + [1] * 50, [3, 66, 2, 79]],
     ids=lambda chunks: f"{len(chunks)} from {chunks[0]}",
 )
-def test_chunks_do_not_change_logits(decoder: Decoder, expected: torch.Tensor, chunks: list[int]) -> None:
+def test_chunks_do_not_change_logits(decoder: StepProgram, expected: torch.Tensor, chunks: list[int]) -> None:
     assert torch.equal(logits_alone(decoder, chunks), expected)
 
 
 @pytest.mark.parametrize("num_neighbours", [1, 3, 32])
-def test_neighbours_do_not_change_logits(decoder: Decoder, expected: torch.Tensor, num_neighbours: int) -> None:
+def test_neighbours_do_not_change_logits(decoder: StepProgram, expected: torch.Tensor, num_neighbours: int) -> None:
     rng = random.Random(num_neighbours)
     decoding = PagedDecoding(decoder, num_blocks=800)
     ours = PagedSequence(tokens(0))
@@ -70,12 +81,12 @@ def test_neighbours_do_not_change_logits(decoder: Decoder, expected: torch.Tenso
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_threads_do_not_change_logits(decoder: Decoder, expected: torch.Tensor, num_threads: int) -> None:
+def test_threads_do_not_change_logits(decoder: StepProgram, expected: torch.Tensor, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     assert torch.equal(logits_alone(decoder, [97, 53]), expected)
 
 
-def test_a_prefix_hit_does_not_change_logits(decoder: Decoder, expected: torch.Tensor) -> None:
+def test_a_prefix_hit_does_not_change_logits(decoder: StepProgram, expected: torch.Tensor) -> None:
     """Another sequence computed the first blocks, one token at a time; ours begins after them."""
     decoding = PagedDecoding(decoder, num_blocks=30)
     first = PagedSequence(tokens(0)[: 4 * BLOCK_SIZE_TOKENS] + tokens(5, 30))
@@ -86,7 +97,7 @@ def test_a_prefix_hit_does_not_change_logits(decoder: Decoder, expected: torch.T
     assert torch.equal(output, expected[4 * BLOCK_SIZE_TOKENS :])
 
 
-def test_recomputing_into_used_blocks_does_not_change_logits(decoder: Decoder, expected: torch.Tensor) -> None:
+def test_recomputing_into_used_blocks_does_not_change_logits(decoder: StepProgram, expected: torch.Tensor) -> None:
     decoding = PagedDecoding(decoder, num_blocks=12)
     for seed in (3, 0):
         sequence = PagedSequence(tokens(seed))

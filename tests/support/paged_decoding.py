@@ -1,4 +1,4 @@
-"""Drives a Decoder over a paged cache, without scheduler or runner: sequences with shuffled block tables, any chunks."""
+"""Drives a decoder over a paged cache, without scheduler or runner: sequences with shuffled block tables, any chunks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from triode.models.batch import build_batch
-from triode.models.decoder import Decoder
+from triode.models.program import StepProgram
 
 BLOCK_SIZE_TOKENS = 16
 
@@ -24,7 +24,7 @@ class PagedSequence:
 class PagedDecoding:
     """A pool full of NaN, and steps that mix prefill chunks and decodes in one batch."""
 
-    def __init__(self, decoder: Decoder, num_blocks: int, seed: int = 0) -> None:
+    def __init__(self, decoder: StepProgram, num_blocks: int, seed: int = 0) -> None:
         config = decoder.config
         shape = (num_blocks, BLOCK_SIZE_TOKENS, config.num_kv_heads, config.head_dim)
         self.decoder = decoder

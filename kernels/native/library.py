@@ -1,0 +1,158 @@
+"""The compiled step, by ctypes: its structs, and one typed method for each of its functions.
+
+ctypes releases the interpreter's lock during a call. The structs mirror `model.h` field by field; loading compares
+their sizes. Torch must be imported before the library is loaded, so that both use the same OpenMP threads.
+"""
+
+import ctypes
+from collections.abc import Callable
+from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_void_p, sizeof
+from functools import cache
+
+from triode.kernels.native.build import NativeUnavailable, build
+from triode.kernels.native.isa import InstructionSet, chosen
+
+
+class MatrixStruct(Structure):
+    """A packed matrix; addresses of memory that the caller keeps alive."""
+
+    _fields_ = (
+        ("panels", c_void_p),
+        ("bias", c_void_p),
+        ("out_features", c_int64),
+        ("in_features", c_int64),
+    )
+
+
+class LayerStruct(Structure):
+    """One layer."""
+
+    _fields_ = (
+        ("input_norm", c_void_p),
+        ("post_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("qkv", MatrixStruct),
+        ("o", MatrixStruct),
+        ("gate_up", MatrixStruct),
+        ("down", MatrixStruct),
+        ("window_tokens", c_int64),
+    )
+
+
+class ModelStruct(Structure):
+    """A decoder."""
+
+    _fields_ = (
+        ("is_bf16", c_int64),
+        ("vocab_size", c_int64),
+        ("hidden_size", c_int64),
+        ("intermediate_size", c_int64),
+        ("num_layers", c_int64),
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("num_positions", c_int64),
+        ("norm_eps", c_double),
+        ("embedding", c_void_p),
+        ("final_norm", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("layers", POINTER(LayerStruct)),
+        ("head", MatrixStruct),
+    )
+
+
+class BatchStruct(Structure):
+    """The index arrays of a step and where its results go."""
+
+    _fields_ = (
+        ("num_tokens", c_int64),
+        ("num_rows", c_int64),
+        ("table_columns", c_int64),
+        ("block_size_tokens", c_int64),
+        ("num_blocks", c_int64),
+        ("token_ids", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("query_start", c_void_p),
+        ("start", c_void_p),
+        ("block_table", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("hidden", c_void_p),
+    )
+
+
+_SIGNATURES: dict[str, tuple[type | None, tuple[object, ...]]] = {
+    "triode_sizes": (None, (POINTER(c_int64),)),
+    "triode_packed_bytes": (c_int64, (c_int32, c_int64, c_int64, c_int32)),
+    "triode_prefer_huge_pages": (None, (c_void_p, c_int64)),
+    "triode_pack": (None, (c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p)),
+    "triode_scratch_bytes": (c_int64, (POINTER(ModelStruct), c_int64, c_int32)),
+    "triode_forward": (c_int32, (POINTER(ModelStruct), POINTER(BatchStruct), c_void_p, c_int32)),
+    "triode_logits": (None, (POINTER(ModelStruct), c_void_p, c_int64, c_void_p, c_void_p, c_int32)),
+}
+
+
+class NativeLibrary:
+    """The functions of one build. Addresses are plain integers; nothing is kept after a call returns."""
+
+    def __init__(self, path: str, isa: InstructionSet) -> None:
+        self.isa = isa
+        self._library = ctypes.CDLL(path)
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self._library, name)
+            function.restype, function.argtypes = result, arguments
+        sizes = (c_int64 * 4)()
+        self._library.triode_sizes(sizes)
+        mirrored = [sizeof(struct) for struct in (MatrixStruct, LayerStruct, ModelStruct, BatchStruct)]
+        assert list(sizes) == mirrored, f"structs of {mirrored} bytes mirror structs of {list(sizes)} bytes"
+
+    def packed_bytes(self, rows: int, columns: int, *, is_bf16: bool, halves: bool) -> int:
+        """Bytes that a matrix [rows, columns] takes as panels. `halves`: its two halves of rows are interleaved."""
+        return int(self._library.triode_packed_bytes(is_bf16, rows, columns, halves))
+
+    def pack(self, source: int, rows: int, columns: int, target: int, *, is_bf16: bool, halves: bool) -> None:
+        """Lay a contiguous matrix out as panels."""
+        self._library.triode_pack(is_bf16, source, rows, columns, halves, target)
+
+    def prefer_huge_pages(self, address: int, num_bytes: int) -> None:
+        """Ask the system for huge pages, before anything is written there."""
+        self._library.triode_prefer_huge_pages(address, num_bytes)
+
+    def scratch_bytes(self, model: ModelStruct, num_tokens: int, num_threads: int) -> int:
+        """Bytes of working memory, aligned to 64, that a step of `num_tokens` or so many rows of logits need."""
+        return int(self._library.triode_scratch_bytes(byref(model), num_tokens, num_threads))
+
+    def forward(self, model: ModelStruct, batch: BatchStruct, scratch: int, num_threads: int) -> None:
+        """Compute a step.
+
+        Raises:
+            ValueError: an index of the batch is out of bounds; nothing was computed.
+        """
+        if not self._library.triode_forward(byref(model), byref(batch), scratch, num_threads):
+            raise ValueError("batch must hold tokens, positions, slots and blocks that exist, got one that does not")
+
+    def logits(self, model: ModelStruct, hidden: int, rows: int, out: int, scratch: int, num_threads: int) -> None:
+        """The head over contiguous hidden states; `out` is [rows, vocabulary rounded up to 64] floats."""
+        self._library.triode_logits(byref(model), hidden, rows, out, scratch, num_threads)
+
+
+def load_library(announce: Callable[[str], None]) -> NativeLibrary:
+    """The library for this processor, compiled if need be (`build.build`).
+
+    Raises:
+        NativeUnavailable: it cannot be had here.
+        ValueError: the environment asks for an instruction set that this processor lacks.
+    """
+    isa = chosen()
+    return _open(str(build(isa, announce)), isa)
+
+
+@cache
+def _open(path: str, isa: InstructionSet) -> NativeLibrary:
+    try:
+        return NativeLibrary(path, isa)
+    except OSError as error:
+        raise NativeUnavailable(f"the compiled CPU kernels do not load: {error}") from error

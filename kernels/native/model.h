@@ -1,0 +1,67 @@
+// What Python hands over: plain structs of pointers and sizes, mirrored field by field in `library.py`.
+//
+// A model is data: a table of layers. All memory belongs to the caller. Matrices are packed (`panel.h`); norms, biases
+// and rope tables are floats. Biases and norms over hidden or intermediate features are padded with zeros to a multiple
+// of 64, those of gate and up interleaved like their rows.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+struct TriodeMatrix {
+    const uint32_t* panels;
+    const float* bias;  // or null
+    int64_t out_features;
+    int64_t in_features;
+};
+
+struct TriodeLayer {
+    const float* input_norm;
+    const float* post_norm;
+    const float* q_norm;  // of one head, or null
+    const float* k_norm;
+    TriodeMatrix qkv;
+    TriodeMatrix o;
+    TriodeMatrix gate_up;
+    TriodeMatrix down;
+    int64_t window_tokens;  // 0: a query sees all positions
+};
+
+struct TriodeModel {
+    int64_t is_bf16;  // weights, cache and hidden states; otherwise float32
+    int64_t vocab_size;
+    int64_t hidden_size;
+    int64_t intermediate_size;
+    int64_t num_layers;
+    int64_t num_heads;
+    int64_t num_kv_heads;
+    int64_t head_dim;
+    int64_t num_positions;  // rows of `cos` and `sin`, each head_dim / 2 floats
+    double norm_eps;
+    const void* embedding;  // [vocab_size, hidden_size], not packed
+    const float* final_norm;
+    const float* cos;
+    const float* sin;
+    const TriodeLayer* layers;
+    TriodeMatrix head;
+};
+
+// T query tokens packed row after row, R rows, C blocks in the longest table.
+struct TriodeBatch {
+    int64_t num_tokens;
+    int64_t num_rows;
+    int64_t table_columns;
+    int64_t block_size_tokens;
+    int64_t num_blocks;
+    const int64_t* token_ids;    // [T]
+    const int64_t* positions;    // [T]: what the rotary embedding rotates by
+    const int64_t* slots;        // [T]: block * block size + offset, where key and value are stored
+    const int64_t* query_start;  // [R + 1]
+    const int64_t* start;        // [R]: the position in the cache of a row's first query token
+    const int64_t* block_table;  // [R, C]
+    void* const* keys;           // each layer's [blocks, block size, kv heads, head dim]
+    void* const* values;
+    void* hidden;                // out: [T, hidden_size]
+};
+}

@@ -1,0 +1,124 @@
+// Matrix products over packed panels.
+//
+// A matrix of weights [out, in] is cut into panels of 64 outputs. A panel is a run of words of 32 bits, [in words][64]:
+// a word holds one float or two consecutive bfloat16 inputs of its output. So a register holds many outputs and never
+// has to be summed across, the panel is one stream of memory, and the input is broadcast word by word.
+//
+// Every output is added up over its inputs in order, in one accumulator, however many rows are computed together and
+// however the words are cut into blocks: a partial sum that is stored and loaded again is the same number. Hence a row's
+// result does not depend on the other rows.
+#pragma once
+
+#include <algorithm>
+
+#include "vector.h"
+
+namespace triode {
+
+constexpr int PANEL = 64;
+constexpr int MAX_ROWS = 6;
+// 128 words of a panel are 32 KiB: several groups of rows find them in the first- or second-level cache.
+constexpr long BLOCK_WORDS = 128;
+constexpr long PREFETCH_WORDS = 16;
+
+template <class T>
+constexpr long words_of(long numbers) {
+    constexpr long in_a_word = 4 / sizeof(T);
+    return (numbers + in_a_word - 1) / in_a_word;
+}
+
+constexpr long rounded_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// ROWS rows by 64 outputs, from `out` or from zero. Registers hold ROWS x GROUP vectors.
+template <class T, int ROWS>
+void multiply_rows(const char* x, long x_bytes, const uint32_t* panel, long words, float* out, bool from_zero) {
+    constexpr int GROUP = LANES == 16 ? 4 : 2;
+    for (int column = 0; column < PANEL; column += GROUP * LANES) {
+        Vec acc[ROWS][GROUP];
+        for (int r = 0; r < ROWS; r++)
+            for (int g = 0; g < GROUP; g++)
+                acc[r][g] = from_zero ? Vec{} : load(out + r * PANEL + column + g * LANES);
+        const uint32_t* w = panel + column;
+        for (long k = 0; k < words; k++, w += PANEL) {
+            Vec weights[GROUP];
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUP; g++) {
+                weights[g] = load(w + g * LANES);
+                __builtin_prefetch(w + g * LANES + PREFETCH_WORDS * PANEL);
+            }
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; r++) {
+                Vec input = broadcast(x + r * x_bytes + k * 4);
+#pragma GCC unroll 4
+                for (int g = 0; g < GROUP; g++) acc[r][g] = accumulate(T{}, acc[r][g], weights[g], input);
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int g = 0; g < GROUP; g++) store(out + r * PANEL + column + g * LANES, acc[r][g]);
+    }
+}
+
+// out[rows][64] (+)= x[rows][words] times one panel. `x_stride` counts numbers of type T.
+template <class T>
+void multiply_panel(const T* x, long x_stride, long rows, const uint32_t* panel, long words, float* out,
+                    bool from_zero) {
+    const char* inputs = reinterpret_cast<const char*>(x);
+    const long x_bytes = x_stride * long(sizeof(T));
+    const long groups = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    const long block = groups == 1 ? words : BLOCK_WORDS;
+    for (long first = 0; first < words; first += block) {
+        const long count = std::min(block, words - first);
+        const uint32_t* w = panel + first * PANEL;
+        for (long group = 0; group < groups; group++) {
+            const long row = rows * group / groups, end = rows * (group + 1) / groups;
+            const char* in = inputs + row * x_bytes + first * 4;
+            float* to = out + row * PANEL;
+            const bool fresh = from_zero && first == 0;
+            switch (end - row) {
+                case 1: multiply_rows<T, 1>(in, x_bytes, w, count, to, fresh); break;
+                case 2: multiply_rows<T, 2>(in, x_bytes, w, count, to, fresh); break;
+                case 3: multiply_rows<T, 3>(in, x_bytes, w, count, to, fresh); break;
+                case 4: multiply_rows<T, 4>(in, x_bytes, w, count, to, fresh); break;
+                case 5: multiply_rows<T, 5>(in, x_bytes, w, count, to, fresh); break;
+                case 6: multiply_rows<T, 6>(in, x_bytes, w, count, to, fresh); break;
+            }
+        }
+    }
+}
+
+// Which row of the source is row `row` of the packed matrix; -1 for padding.
+//
+// `halves` interleaves the two halves of the source (gate and up) by 16 rows, so that both are in one panel.
+inline long source_row(long row, long rows, bool halves) {
+    if (!halves) return row < rows ? row : -1;
+    const long half = rows / 2, index = row / 32 * 16 + row % 16;
+    if (index >= half) return -1;
+    return row % 32 < 16 ? index : half + index;
+}
+
+inline long packed_rows(long rows, bool halves) {
+    return rounded_up(halves ? rounded_up(rows / 2, 16) * 2 : rows, PANEL);
+}
+
+// One panel of a row-major matrix [rows, columns].
+template <class T>
+void pack_panel(const T* source, long rows, long columns, bool halves, long panel, uint32_t* to) {
+    constexpr long IN_A_WORD = 4 / sizeof(T);
+    constexpr long AT_ONCE = 16;
+    const long words = words_of<T>(columns);
+    for (long first = 0; first < words; first += AT_ONCE) {
+        for (long lane = 0; lane < PANEL; lane++) {
+            const long row = source_row(panel * PANEL + lane, rows, halves);
+            for (long word = first; word < std::min(words, first + AT_ONCE); word++) {
+                T numbers[IN_A_WORD] = {};
+                for (long i = 0; i < IN_A_WORD; i++) {
+                    const long column = word * IN_A_WORD + i;
+                    if (row >= 0 && column < columns) numbers[i] = source[row * columns + column];
+                }
+                memcpy(to + word * PANEL + lane, numbers, 4);
+            }
+        }
+    }
+}
+
+}  // namespace triode

@@ -1,0 +1,177 @@
+// The exported functions, in plain C. One shared object is built of this file per instruction set.
+#include <omp.h>
+
+#include <new>
+
+#include "step.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+using namespace triode;
+
+namespace {
+
+// Calls `work(Worker&)` on up to `num_threads` threads; the system may grant fewer.
+template <class Work>
+void together(Counter* counters, long num_phases, int num_threads, Work work) {
+    for (long i = 0; i < num_phases; i++) new (counters + i) Counter{};
+    Team team(counters);
+#pragma omp parallel num_threads(num_threads)
+    {
+        Worker worker(team, omp_get_thread_num(), omp_get_num_threads());
+        work(worker);
+    }
+}
+
+template <class T>
+void forward(const TriodeModel& model, const TriodeBatch& batch, void* scratch, int num_threads) {
+    Buffers<T> buffers;
+    buffers.take(scratch, model, batch.num_tokens, num_threads);
+    for (int i = 0; i < num_threads; i++) {
+        const AttentionScratch<T>& mine = buffers.threads[i].attention;
+        memset(const_cast<T*>(mine.nothing), 0, model.head_dim * sizeof(T));
+        // The columns past head_dim are multiplied and never read; they must not be slow to compute with.
+        memset(mine.values, 0, HeadShape{1, model.head_dim}.panels() * TILE * PANEL * sizeof(float));
+    }
+    // Padding of the attention's output meets weights of zero: anything but NaN.
+    for (long token = 0; token < batch.num_tokens; token++) {
+        T* row = buffers.attended + token * buffers.attended_stride;
+        std::fill(row + model.num_heads * model.head_dim, row + buffers.attended_stride, T{});
+    }
+    const Step<T> step(model, batch, buffers);
+    together(buffers.counters, Buffers<T>::num_phases(model), num_threads, [&](Worker& worker) { step.run(worker); });
+}
+
+template <class T>
+struct HeadBuffers {
+    Counter* counters;
+    T* x;
+    float* products;
+    long stride;
+
+    long take(void* base, const TriodeModel& model, long rows, int num_threads) {
+        stride = rounded_up(model.hidden_size, PANEL);
+        Arena arena(base);
+        counters = arena.take<Counter>(1);
+        x = arena.take<T>(rows * stride);
+        products = arena.take<float>(num_threads * ITEM_ROWS * PANEL);
+        return arena.used();
+    }
+};
+
+template <class T>
+void logits(const TriodeModel& model, const T* hidden, long rows, float* out, void* scratch, int num_threads) {
+    HeadBuffers<T> buffers;
+    buffers.take(scratch, model, rows, num_threads);
+    for (long row = 0; row < rows; row++) {
+        T* to = buffers.x + row * buffers.stride;
+        std::copy_n(hidden + row * model.hidden_size, model.hidden_size, to);
+        std::fill(to + model.hidden_size, to + buffers.stride, T{});
+    }
+    const long out_stride = rounded_up(model.vocab_size, PANEL);
+    together(buffers.counters, 1, num_threads, [&](Worker& worker) {
+        Private<T> mine{};
+        mine.product = buffers.products + worker.index * ITEM_ROWS * PANEL;
+        linear(worker, mine, model.head, buffers.x, buffers.stride, rows, [&](long row, long output, const float* sums) {
+            memcpy(out + row * out_stride + output, sums, PANEL * sizeof(float));
+        });
+    });
+}
+
+template <class T>
+void pack(const T* source, long rows, long columns, bool halves, uint32_t* to) {
+    const long panels = packed_rows(rows, halves) / PANEL, words = words_of<T>(columns);
+#pragma omp parallel for
+    for (long panel = 0; panel < panels; panel++)
+        pack_panel(source, rows, columns, halves, panel, to + panel * words * PANEL);
+}
+
+bool rows_fit(const TriodeBatch& batch) {
+    if (batch.query_start[0] != 0 || batch.query_start[batch.num_rows] != batch.num_tokens) return false;
+    for (long row = 0; row < batch.num_rows; row++) {
+        const int64_t first = batch.query_start[row], end = batch.query_start[row + 1];
+        const int64_t room = batch.table_columns * batch.block_size_tokens;
+        if (first >= end || end > batch.num_tokens || batch.start[row] < 0 || batch.start[row] > room - (end - first))
+            return false;
+        const int64_t used = (batch.start[row] + end - first - 1) / batch.block_size_tokens + 1;
+        for (int64_t c = 0; c < used; c++) {
+            const int64_t block = batch.block_table[row * batch.table_columns + c];
+            if (block < 0 || block >= batch.num_blocks) return false;
+        }
+    }
+    return true;
+}
+
+bool tokens_fit(const TriodeModel& model, const TriodeBatch& batch) {
+    const int64_t num_slots = batch.num_blocks * batch.block_size_tokens;
+    for (long t = 0; t < batch.num_tokens; t++) {
+        if (batch.token_ids[t] < 0 || batch.token_ids[t] >= model.vocab_size) return false;
+        if (batch.positions[t] < 0 || batch.positions[t] >= model.num_positions) return false;
+        if (batch.slots[t] < 0 || batch.slots[t] >= num_slots) return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The sizes of the structs, for whoever mirrors them.
+void triode_sizes(int64_t sizes[4]) {
+    sizes[0] = sizeof(TriodeMatrix);
+    sizes[1] = sizeof(TriodeLayer);
+    sizes[2] = sizeof(TriodeModel);
+    sizes[3] = sizeof(TriodeBatch);
+}
+
+int64_t triode_packed_bytes(int32_t is_bf16, int64_t rows, int64_t columns, int32_t halves) {
+    const long words = is_bf16 ? words_of<bf16>(columns) : words_of<float>(columns);
+    return packed_rows(rows, halves) * words * 4;
+}
+
+// Asks for huge pages; to be called before the memory is first written to.
+void triode_prefer_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+    const int64_t page = 2 << 20, at = reinterpret_cast<int64_t>(memory);
+    const int64_t first = rounded_up(at, page), end = (at + bytes) / page * page;
+    if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
+void triode_pack(int32_t is_bf16, const void* source, int64_t rows, int64_t columns, int32_t halves, void* to) {
+    if (is_bf16)
+        pack(static_cast<const bf16*>(source), rows, columns, halves, static_cast<uint32_t*>(to));
+    else
+        pack(static_cast<const float*>(source), rows, columns, halves, static_cast<uint32_t*>(to));
+}
+
+int64_t triode_scratch_bytes(const TriodeModel* model, int64_t num_tokens, int32_t num_threads) {
+    if (model->is_bf16) {
+        const long step = Buffers<bf16>{}.take(nullptr, *model, num_tokens, num_threads);
+        return std::max(step, HeadBuffers<bf16>{}.take(nullptr, *model, num_tokens, num_threads));
+    }
+    const long step = Buffers<float>{}.take(nullptr, *model, num_tokens, num_threads);
+    return std::max(step, HeadBuffers<float>{}.take(nullptr, *model, num_tokens, num_threads));
+}
+
+// Computes a step. Returns false, having touched nothing, if some index of the batch is out of bounds.
+int32_t triode_forward(const TriodeModel* model, const TriodeBatch* batch, void* scratch, int32_t num_threads) {
+    if (!rows_fit(*batch) || !tokens_fit(*model, *batch)) return 0;
+    if (model->is_bf16)
+        forward<bf16>(*model, *batch, scratch, num_threads);
+    else
+        forward<float>(*model, *batch, scratch, num_threads);
+    return 1;
+}
+
+// out[rows][vocabulary rounded up to 64] from contiguous hidden states.
+void triode_logits(const TriodeModel* model, const void* hidden, int64_t rows, float* out, void* scratch,
+                   int32_t num_threads) {
+    if (model->is_bf16)
+        logits(*model, static_cast<const bf16*>(hidden), rows, out, scratch, num_threads);
+    else
+        logits(*model, static_cast<const float*>(hidden), rows, out, scratch, num_threads);
+}
+}

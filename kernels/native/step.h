@@ -1,0 +1,302 @@
+// One step of a decoder: from token ids to hidden states after the final norm.
+//
+// The residual stream and the queries, keys and values before rotation are floats; what enters a product, and the cache,
+// is T. Each phase of a layer is a loop over items that any thread may take; no result depends on who took it.
+#pragma once
+
+#include "attention.h"
+#include "model.h"
+#include "team.h"
+
+namespace triode {
+
+// Up to so many tokens each thread normalises all of them for itself, which is quicker than meeting once more.
+constexpr long FEW_TOKENS = 16;
+// Rows of a product that one item computes: their inputs stay in the second-level cache.
+constexpr long ITEM_ROWS = 96;
+constexpr long ITEM_TOKENS = 8;
+constexpr long PHASES_A_LAYER = 8;
+constexpr long PHASES_BESIDE = 4;
+
+// Hands out aligned pieces of one allocation; from null it only counts.
+class Arena {
+  public:
+    explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+    template <class N>
+    N* take(long count) {
+        char* at = base_ + used_;
+        used_ += rounded_up(count * long(sizeof(N)), 64);
+        return reinterpret_cast<N*>(at);
+    }
+
+    long used() const { return used_; }
+
+  private:
+    char* base_;
+    long used_ = 0;
+};
+
+// What one thread has to itself.
+template <class T>
+struct Private {
+    float* product;  // [ITEM_ROWS][64]
+    T* normed;       // [FEW_TOKENS][padded hidden]
+    AttentionScratch<T> attention;
+};
+
+template <class T>
+struct Buffers {
+    long hidden_stride, qkv_stride, attended_stride, inner_stride;
+    Counter* counters;
+    float* residual;
+    T* normed;
+    float* qkv;
+    T* attended;
+    T* inner;
+    Private<T>* threads;
+
+    // Lays out the buffers of a step over `base`; returns how many bytes they take.
+    long take(void* base, const TriodeModel& model, long tokens, int num_threads) {
+        hidden_stride = rounded_up(model.hidden_size, PANEL);
+        qkv_stride = rounded_up((model.num_heads + 2 * model.num_kv_heads) * model.head_dim, PANEL);
+        attended_stride = rounded_up(model.num_heads * model.head_dim, PANEL);
+        inner_stride = rounded_up(model.intermediate_size, PANEL);
+        Arena arena(base);
+        counters = arena.take<Counter>(num_phases(model));
+        threads = arena.take<Private<T>>(num_threads);
+        residual = arena.take<float>(tokens * hidden_stride);
+        normed = arena.take<T>(tokens * hidden_stride);
+        qkv = arena.take<float>(tokens * qkv_stride);
+        attended = arena.take<T>(tokens * attended_stride);
+        inner = arena.take<T>(tokens * inner_stride);
+        for (int i = 0; i < num_threads; i++) {
+            Private<T> mine;
+            mine.product = arena.take<float>(ITEM_ROWS * PANEL);
+            mine.normed = arena.take<T>(FEW_TOKENS * hidden_stride);
+            mine.attention.take(arena, {model.num_heads / model.num_kv_heads, model.head_dim});
+            if (base) threads[i] = mine;
+        }
+        return arena.used();
+    }
+
+    static long num_phases(const TriodeModel& model) { return model.num_layers * PHASES_A_LAYER + PHASES_BESIDE; }
+};
+
+// weight * x / sqrt(mean(x^2) + eps). `out` may be `x`.
+template <class T>
+void rms_norm(const float* x, const float* weight, long size, float eps, T* out) {
+    Vec squares = Vec{};
+    long i = 0;
+    for (; i + LANES <= size; i += LANES) squares = multiply_add(load(x + i), load(x + i), squares);
+    for (; i < size; i++) squares[0] += x[i] * x[i];
+    const float inverse = 1.f / std::sqrt(sum(squares) / float(size) + eps);
+    for (i = 0; i < size; i++) narrow(x[i] * inverse * weight[i], out[i]);
+}
+
+// x W^T, given to `write(row, first output, 64 sums)` panel by panel.
+template <class T, class Write>
+void linear(Worker& worker, const Private<T>& mine, const TriodeMatrix& matrix, const T* x, long stride, long rows,
+            Write write) {
+    const long words = words_of<T>(matrix.in_features), panels = (matrix.out_features + PANEL - 1) / PANEL;
+    const long parts = (rows + ITEM_ROWS - 1) / ITEM_ROWS;
+    worker.share(panels * parts, [&](long item) {
+        const long panel = item % panels, part = item / panels;
+        const long first = rows * part / parts, end = rows * (part + 1) / parts;
+        multiply_panel(x + first * stride, stride, end - first, matrix.panels + panel * words * PANEL, words,
+                       mine.product, true);
+        for (long row = first; row < end; row++) write(row, panel * PANEL, mine.product + (row - first) * PANEL);
+    });
+}
+
+inline Vec with_bias(const TriodeMatrix& matrix, long output, const float* sums) {
+    Vec y = load(sums);
+    return matrix.bias ? y + load(matrix.bias + output) : y;
+}
+
+template <class T>
+class Step {
+  public:
+    Step(const TriodeModel& model, const TriodeBatch& batch, const Buffers<T>& buffers)
+        : model_(model),
+          batch_(batch),
+          buffers_(buffers),
+          shape_{model.num_heads / model.num_kv_heads, model.head_dim},
+          scale_(1.f / std::sqrt(float(model.head_dim))),
+          is_decode_(batch.num_rows == batch.num_tokens) {}
+
+    void run(Worker& worker) const {
+        const Private<T>& mine = buffers_.threads[worker.index];
+        embed(worker);
+        for (long i = 0; i < model_.num_layers; i++) {
+            attention(worker, mine, i);
+            feed_forward(worker, mine, model_.layers[i]);
+        }
+        share_tokens(worker, [&](long token) {
+            T* out = static_cast<T*>(batch_.hidden) + token * model_.hidden_size;
+            norm(token, model_.final_norm, out);
+        });
+    }
+
+  private:
+    float* residual(long token) const { return buffers_.residual + token * buffers_.hidden_stride; }
+
+    template <class Work>
+    void share_tokens(Worker& worker, Work work) const {
+        worker.share((batch_.num_tokens + ITEM_TOKENS - 1) / ITEM_TOKENS, [&](long item) {
+            const long end = std::min((item + 1) * ITEM_TOKENS, long(batch_.num_tokens));
+            for (long token = item * ITEM_TOKENS; token < end; token++) work(token);
+        });
+    }
+
+    void embed(Worker& worker) const {
+        share_tokens(worker, [&](long token) {
+            const T* from = static_cast<const T*>(model_.embedding) + batch_.token_ids[token] * model_.hidden_size;
+            float* to = residual(token);
+            for (long i = 0; i < model_.hidden_size; i++) to[i] = widen(from[i]);
+            std::fill(to + model_.hidden_size, to + buffers_.hidden_stride, 0.f);
+        });
+    }
+
+    void norm(long token, const float* weight, T* out) const {
+        rms_norm(residual(token), weight, model_.hidden_size, float(model_.norm_eps), out);
+    }
+
+    // The normalised residual stream, padded.
+    const T* normed(Worker& worker, const Private<T>& mine, const float* weight) const {
+        const bool alone = batch_.num_tokens <= FEW_TOKENS;
+        T* out = alone ? mine.normed : buffers_.normed;
+        auto norm_padded = [&](long token) {
+            T* to = out + token * buffers_.hidden_stride;
+            norm(token, weight, to);
+            std::fill(to + model_.hidden_size, to + buffers_.hidden_stride, T{});
+        };
+        if (alone)
+            for (long token = 0; token < batch_.num_tokens; token++) norm_padded(token);
+        else
+            share_tokens(worker, norm_padded);
+        return out;
+    }
+
+    void attention(Worker& worker, const Private<T>& mine, long index) const {
+        const TriodeLayer& layer = model_.layers[index];
+        const T* x = normed(worker, mine, layer.input_norm);
+        linear(worker, mine, layer.qkv, x, buffers_.hidden_stride, batch_.num_tokens,
+               [&](long token, long output, const float* sums) {
+                   float* to = buffers_.qkv + token * buffers_.qkv_stride + output;
+                   for (int i = 0; i < PANEL; i += LANES) store(to + i, with_bias(layer.qkv, output + i, sums + i));
+               });
+        // A row of one query reads no other token's new key: whoever attends for it stores its key as well.
+        if (!is_decode_)
+            share_tokens(worker, [&](long token) {
+                for (long head = 0; head < model_.num_kv_heads; head++) rotate_and_store(index, token, head);
+            });
+        share_attention(worker, mine, index);
+        add_product(worker, mine, layer.o, buffers_.attended, buffers_.attended_stride);
+    }
+
+    void feed_forward(Worker& worker, const Private<T>& mine, const TriodeLayer& layer) const {
+        const T* x = normed(worker, mine, layer.post_norm);
+        linear(worker, mine, layer.gate_up, x, buffers_.hidden_stride, batch_.num_tokens,
+               [&](long token, long output, const float* sums) {
+                   T* to = buffers_.inner + token * buffers_.inner_stride + output / 2;
+                   for (int pair = 0; pair < PANEL; pair += 32) gate(layer.gate_up, output + pair, sums + pair, to + pair / 2);
+               });
+        add_product(worker, mine, layer.down, buffers_.inner, buffers_.inner_stride);
+    }
+
+    // 16 outputs silu(gate) * up, from 16 sums of the gate and the 16 of up that follow them.
+    static void gate(const TriodeMatrix& matrix, long output, const float* sums, T* to) {
+        for (int i = 0; i < 16; i += LANES) {
+            Vec g = with_bias(matrix, output + i, sums + i);
+            Vec up = with_bias(matrix, output + 16 + i, sums + 16 + i);
+            Vec y = g / (splat(1.f) + exponential(-g)) * up;
+            for (int lane = 0; lane < LANES; lane++) narrow(y[lane], to[i + lane]);
+        }
+    }
+
+    // residual += x W^T + bias
+    void add_product(Worker& worker, const Private<T>& mine, const TriodeMatrix& matrix, const T* x, long stride) const {
+        linear(worker, mine, matrix, x, stride, batch_.num_tokens, [&](long token, long output, const float* sums) {
+            float* to = residual(token) + output;
+            for (int i = 0; i < PANEL; i += LANES)
+                store(to + i, load(to + i) + with_bias(matrix, output + i, sums + i));
+        });
+    }
+
+    // Normalises and rotates, in place, the queries of a KV head's group and its key; stores key and value.
+    void rotate_and_store(long layer_index, long token, long kv_head) const {
+        const TriodeLayer& layer = model_.layers[layer_index];
+        const long H = model_.head_dim, N = model_.num_heads, K = model_.num_kv_heads;
+        float* qkv = buffers_.qkv + token * buffers_.qkv_stride;
+        for (long g = 0; g < shape_.group; g++) rotate(qkv + (kv_head * shape_.group + g) * H, layer.q_norm, token);
+        float* key = qkv + (N + kv_head) * H;
+        rotate(key, layer.k_norm, token);
+        const float* value = qkv + (N + K + kv_head) * H;
+        const long slot = (batch_.slots[token] * K + kv_head) * H;
+        T* key_to = static_cast<T*>(batch_.keys[layer_index]) + slot;
+        T* value_to = static_cast<T*>(batch_.values[layer_index]) + slot;
+        for (long d = 0; d < H; d++) narrow(key[d], key_to[d]);
+        for (long d = 0; d < H; d++) narrow(value[d], value_to[d]);
+    }
+
+    // Pairs (i, i + H / 2), as in arXiv 2104.09864's other layout.
+    void rotate(float* head, const float* norm, long token) const {
+        const long H = model_.head_dim, U = H / 2;
+        if (norm) rms_norm(head, norm, H, float(model_.norm_eps), head);
+        const float* cos = model_.cos + batch_.positions[token] * U;
+        const float* sin = model_.sin + batch_.positions[token] * U;
+        for (long u = 0; u < U; u++) {
+            const float first = head[u], second = head[u + U];
+            head[u] = first * cos[u] - second * sin[u];
+            head[u + U] = second * cos[u] + first * sin[u];
+        }
+    }
+
+    // An item is a block of queries of one row and one KV head; the last blocks, which see most, come first.
+    void share_attention(Worker& worker, const Private<T>& mine, long index) const {
+        const long queries = shape_.queries(), heads = model_.num_kv_heads;
+        long items = 0;
+        for (long row = 0; row < batch_.num_rows; row++) items += (num_queries(row) + queries - 1) / queries * heads;
+        long row = 0, before = 0;
+        worker.share(items, [&](long item) {
+            for (long blocks; before + (blocks = (num_queries(row) + queries - 1) / queries * heads) <= item; row++)
+                before += blocks;
+            const long blocks = (num_queries(row) + queries - 1) / queries;
+            const long first = (blocks - 1 - (item - before) / heads) * queries;
+            attend_block(mine, index, row, first, std::min(queries, num_queries(row) - first), (item - before) % heads);
+        });
+    }
+
+    long num_queries(long row) const { return batch_.query_start[row + 1] - batch_.query_start[row]; }
+
+    void attend_block(const Private<T>& mine, long index, long row, long first, long count, long kv_head) const {
+        const long H = model_.head_dim, K = model_.num_kv_heads, group = shape_.group;
+        const long token = batch_.query_start[row] + first;
+        if (is_decode_) rotate_and_store(index, token, kv_head);
+        for (long i = 0; i < count; i++) {
+            const float* from = buffers_.qkv + (token + i) * buffers_.qkv_stride + kv_head * group * H;
+            T* to = mine.attention.queries + i * group * H;
+            for (long d = 0; d < group * H; d++) narrow(from[d], to[d]);
+        }
+        const CachedHead<T> head{
+            static_cast<const T*>(batch_.keys[index]) + kv_head * H,
+            static_cast<const T*>(batch_.values[index]) + kv_head * H,
+            batch_.block_table + row * batch_.table_columns,
+            long(batch_.block_size_tokens),
+            K * H,
+        };
+        T* out = buffers_.attended + token * buffers_.attended_stride + kv_head * group * H;
+        attend(head, shape_, batch_.start[row] + first, count, long(model_.layers[index].window_tokens), scale_,
+               mine.attention, out, buffers_.attended_stride);
+    }
+
+    const TriodeModel& model_;
+    const TriodeBatch& batch_;
+    const Buffers<T>& buffers_;
+    const HeadShape shape_;
+    const float scale_;
+    const bool is_decode_;
+};
+
+}  // namespace triode

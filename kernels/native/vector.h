@@ -1,0 +1,174 @@
+// Vectors as wide as the instruction set's registers, on the compiler's own vector types.
+//
+// A `Vec` holds LANES floats, or LANES words of 32 bits that are two bfloat16 numbers each. Only what must be one
+// instruction (fused multiply-add, bfloat16 dot product, reductions) is spelt as an intrinsic. Code here never leaves
+// the order of additions to the compiler: it is built without contraction and without fast-math.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace triode {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t WordVec __attribute__((vector_size(LANES * 4)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+
+inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    return wide;
+}
+
+// To nearest, ties to even; NaN stays NaN.
+inline void narrow(float x, bf16& out) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    out.bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : uint16_t(rounded);
+}
+
+inline void narrow(float x, float& out) { out = x; }
+
+inline Vec load(const void* from) {
+    Vec v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline void store(void* to, Vec v) { memcpy(to, &v, sizeof v); }
+
+// The word at `from` in every lane, its bits untouched.
+inline Vec broadcast(const void* from) {
+    float x;
+    memcpy(&x, from, 4);
+#if defined(__AVX512F__)
+    return (Vec)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_set1_ps(x);
+#else
+    return Vec{x, x, x, x};
+#endif
+}
+
+inline Vec splat(float x) { return broadcast(&x); }
+
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+    return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+// acc + w x, where each word is one number.
+inline Vec accumulate(float, Vec acc, Vec w, Vec x) { return multiply_add(w, x, acc); }
+
+// acc + w.low x.low + w.high x.high, where each word is two bfloat16 numbers.
+inline Vec accumulate(bf16, Vec acc, Vec w, Vec x) {
+#if defined(__AVX512BF16__)
+    return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+#else
+    WordVec high = WordVec{} + 0xffff0000u;
+    Vec low = multiply_add((Vec)((WordVec)w << 16), (Vec)((WordVec)x << 16), acc);
+    return multiply_add((Vec)((WordVec)w & high), (Vec)((WordVec)x & high), low);
+#endif
+}
+
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float sum(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) v[i] += v[i + half];
+    return v[0];
+#endif
+}
+
+inline float maximum(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+
+// e^x within 2 units in the last place; exactly 0 below -87.3, the largest power above 88.3, NaN of NaN.
+//
+// Cody and Waite's reduction by ln 2 in two parts, then the polynomial of Cephes' expf.
+inline Vec exponential(Vec x) {
+    const Vec lowest = splat(-87.3f), highest = splat(88.3f), shift = splat(12582912.f);
+    Vec y = x < lowest ? lowest : x;
+    y = y > highest ? highest : y;
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+    Vec shifted = multiply_add(y, splat(1.44269504f), shift);
+    Vec n = shifted - shift;
+    Vec r = multiply_add(n, splat(-0.693359375f), y);
+    r = multiply_add(n, splat(2.12194440e-4f), r);
+    Vec p = splat(1.9875691500e-4f);
+    p = multiply_add(p, r, splat(1.3981999507e-3f));
+    p = multiply_add(p, r, splat(8.3334519073e-3f));
+    p = multiply_add(p, r, splat(4.1665795894e-2f));
+    p = multiply_add(p, r, splat(1.6666665459e-1f));
+    p = multiply_add(p, r, splat(5.0000001201e-1f));
+    p = multiply_add(p, r * r, r + splat(1.f));
+    Vec power = (Vec)(((IntVec)shifted << 23) + (IntVec)splat(1.f));
+    return x < lowest ? Vec{} : p * power;
+}
+
+#if defined(__AVX512F__)
+// Turns 16 x 16 words in registers: four rounds in which rows exchange their halves, quarters, eighths, sixteenths.
+inline void transpose_square(const uint32_t* const* from, uint32_t* to, long to_stride) {
+    __m512i row[16];
+    for (int i = 0; i < 16; i++) row[i] = _mm512_loadu_si512(from[i]);
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 4
+    for (int size = 8; size; size /= 2) {
+        // In lane i: the first row's word i, or the second row's word i - size (+ 16 selects the second operand).
+        __mmask16 second = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(size));
+        __m512i low = _mm512_mask_add_epi32(lane, second, lane, _mm512_set1_epi32(16 - size));
+        __m512i high = _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(size)), second, lane,
+                                             _mm512_set1_epi32(16));
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            if (i & size) continue;
+            __m512i a = row[i], b = row[i + size];
+            row[i] = _mm512_permutex2var_epi32(a, low, b);
+            row[i + size] = _mm512_permutex2var_epi32(a, high, b);
+        }
+    }
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * to_stride, row[i]);
+}
+#endif
+
+}  // namespace triode
