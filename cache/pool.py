@@ -52,6 +52,10 @@ class KVPool:
         device = self._storage_L2PBKH.device
         sources = torch.tensor([copy.source for copy in copies], device=device)
         targets = torch.tensor([copy.target for copy in copies], device=device)
+        self.copy_blocks(sources, targets)
+
+    def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """The same for block numbers that are on the pool's device already."""
         self._storage_L2PBKH[:, :, targets] = self._storage_L2PBKH[:, :, sources]
 
 

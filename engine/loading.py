@@ -47,6 +47,7 @@ async def load(config: EngineConfig, progress: Progress | None) -> EngineParts:
         options=config.options,
         cache=config.cache,
         max_running=config.scheduler.max_running,
+        max_step_tokens=config.scheduler.max_step_tokens,
         num_threads=config.num_threads,
     )
     if config.executor == "process":

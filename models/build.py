@@ -39,11 +39,14 @@ def build_runner(
     *,
     cache_config: CacheConfig,
     max_running: int,
+    max_step_tokens: int = 512,
     num_threads: int | None = None,
     pooling: Pooling = Pooling.MEAN,
     progress: Progress | None = None,
 ) -> BuiltRunner:
-    """A runner for `max_running` sequences. Keys and values are kept in the dtype of the weights.
+    """A runner for `max_running` sequences, where the weights are. Keys and values are kept in the weights' dtype.
+
+    On a GPU, buffers are made for steps of `max_step_tokens` tokens; on the CPU a step may have any number.
 
     The decoder lays matrices out anew. If the caller keeps no reference to `weights`, each layer is freed as soon as the
     decoder has its own, so that never more than one layer exists twice.
@@ -54,6 +57,28 @@ def build_runner(
     progress = progress or NullProgress()
     weights_bytes = sum(view.nbytes for _, view in places(config, weights))
     progress.stage("Preparing kernels", None, "")
+    if weights.embed_VD.device.type == "cuda":
+        # Imported here: no CPU path needs Triton.
+        from triode.models.cuda.build import build_cuda
+
+        cuda = build_cuda(
+            config,
+            weights,
+            cache_config=cache_config,
+            max_running=max_running,
+            max_step_tokens=max_step_tokens,
+            pooling=pooling,
+        )
+        progress.done()
+        return BuiltRunner(
+            runner=cuda.runner,
+            num_blocks=cuda.pool.num_blocks,
+            num_threads=torch.get_num_threads(),
+            weights_bytes=weights_bytes,
+            kv_cache_bytes=cuda.pool.num_bytes,
+            kv_dtype=weights.embed_VD.dtype,
+            kernels=cuda.kernels,
+        )
     with torch.inference_mode(), cpu_threads(num_threads):
         num_threads_used = torch.get_num_threads()
         kernels = choose_kernels(weights.embed_VD.device, weights.embed_VD.dtype)

@@ -26,7 +26,7 @@ class RunnerStatistics(msgspec.Struct, frozen=True):
 
 
 class Runner(Protocol):
-    """Computes steps. `launch` and `collect` belong to one thread; `statistics` may be called from any."""
+    """Computes steps. `launch` and `collect` belong to one thread each; `statistics` may be called from any."""
 
     def launch(self, plan: StepPlan) -> None:
         """Start a step; it may run on while the caller goes on."""

@@ -28,6 +28,7 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
         checkpoint.load_weights(dtype, device, progress),
         cache_config=order.cache,
         max_running=order.max_running,
+        max_step_tokens=order.max_step_tokens,
         num_threads=order.num_threads,
         progress=progress,
     )

@@ -32,6 +32,7 @@ class Open(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     options: ModelOptions
     cache: CacheConfig
     max_running: int
+    max_step_tokens: int
     num_threads: int | None
 
 

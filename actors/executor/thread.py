@@ -1,8 +1,8 @@
-"""Steps run in one thread of their own, so that the event loop goes on meanwhile.
+"""Steps run in threads of their own, so that the event loop goes on meanwhile.
 
-Plans reach the thread through a queue and results return by `TrioToken.run_sync_soon`: about 100 µs a step there and
-back, a fraction of what starting a worker thread per step costs. The thread launches what is planned before it waits for
-a result, so the device has its next step before anyone has read the tokens of the last one.
+One thread launches what is planned, the other waits for results: a device has its next step before anyone has read the
+tokens of the last one. Plans come through a queue and results return by `TrioToken.run_sync_soon`: about 100 µs a step
+there and back, a fraction of what starting a worker thread per step costs.
 """
 
 import threading
@@ -21,14 +21,16 @@ CLOSE_DEADLINE_S = 10.0
 
 
 class ThreadExecutor:
-    """One thread that owns the runner."""
+    """A thread that owns the runner, and one that waits for its results."""
 
     max_in_flight = 2
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._plans: SimpleQueue[StepPlan | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="triode-executor", daemon=True)
+        self._launched: SimpleQueue[bool] = SimpleQueue()
+        self._thread = threading.Thread(target=self._launch_plans, name="triode-executor", daemon=True)
+        self._collector = threading.Thread(target=self._collect_results, name="triode-results", daemon=True)
 
     def start(self, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
         """Start the thread. `results` and `fault` are called in the event loop that is current now."""
@@ -36,6 +38,7 @@ class ThreadExecutor:
         self._results = results
         self._fault = fault
         self._thread.start()
+        self._collector.start()
 
     def launch(self, plan: StepPlan) -> None:
         """Queue a step."""
@@ -61,15 +64,24 @@ class ThreadExecutor:
                 f"the running step has not ended within {CLOSE_DEADLINE_S} s: its thread and memory are abandoned"
             )
 
-    def _run(self) -> None:
+    def _launch_plans(self) -> None:
         try:
             while (plan := self._plans.get()) is not None:
                 self._runner.launch(plan)
-                self._send(self._results, self._runner.collect())
+                self._launched.put(True)
         except BaseException as error:  # whatever it is, the engine must learn it
             self._send(self._fault, error)
         finally:
+            self._launched.put(False)
+            self._collector.join()
             self._runner.close()
+
+    def _collect_results(self) -> None:
+        try:
+            while self._launched.get():
+                self._send(self._results, self._runner.collect())
+        except BaseException as error:  # whatever it is, the engine must learn it
+            self._send(self._fault, error)
 
     def _send(self, put: Callable[..., None], value: StepResult | BaseException) -> None:
         try:

@@ -2,18 +2,42 @@
 
 cuBLAS splits K when there are too few tiles to fill the GPU, and then a token's bits depend on its neighbours. PyTorch
 refuses split-K only through switches of the whole process, which would slow an embedding application's own small
-products: `split_k_refused` sets them for as long as it is entered and puts back what it found.
+products: `split_k_refused` sets them while anyone is inside, and the last one to leave puts back what the first one found.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 
+_LOCK = threading.Lock()
+_SWITCHED = contextlib.ExitStack()
+_num_inside = 0
+
 
 @contextlib.contextmanager
 def split_k_refused() -> Iterator[None]:
-    """Every product of this process goes to cuBLASLt, which may neither split K nor sum in reduced precision."""
+    """Every product of this process goes to cuBLASLt, which may neither split K nor sum in reduced precision.
+
+    Any number of users may be inside, in any order of entering and leaving.
+    """
+    global _num_inside
+    with _LOCK:
+        if _num_inside == 0:
+            _SWITCHED.enter_context(_switched())
+        _num_inside += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _num_inside -= 1
+            if _num_inside == 0:
+                _SWITCHED.close()
+
+
+@contextlib.contextmanager
+def _switched() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     library = torch.backends.cuda.preferred_blas_library()
     bf16 = (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k)

@@ -18,6 +18,7 @@ from triode.models.eager import EagerRunner
 from triode.models.pooling import Pooling
 from triode.models.progress import NullProgress
 from triode.models.random_model import RandomTensors, random_config
+from triode.models.runner import Runner
 from triode.models.sampling import SamplingParams
 from triode.models.step import Admission, Output, StepPlan, StepResult, TableChange, TokenLogprobs
 from triode.models.tensors import load_weights
@@ -81,7 +82,7 @@ class RunnerWorld:
         # What nobody has written must never be read.
         for tensor in (*self.pool.keys, *self.pool.values):
             tensor.fill_(torch.nan)
-        self.runner = EagerRunner(decoder, self.pool, max_running=max_running, pooling=pooling)
+        self.runner: Runner = EagerRunner(decoder, self.pool, max_running=max_running, pooling=pooling)
         self.free = list(map(BlockId, range(1, 128)))
         Random(seed).shuffle(self.free)
         self.num_steps = 0

@@ -70,21 +70,20 @@ def expected(logits: torch.Tensor, slots: SlotColumns) -> torch.Tensor:
     ],
 )
 def test_the_tokens_are_those_of_the_reference(options: dict[str, float]) -> None:
-    logits = torch.randn(6, 4999, generator=torch.Generator().manual_seed(1)) * 3
-    slots = columns(6, **options)  # type: ignore[arg-type]
+    logits = torch.randn(3, 4999, generator=torch.Generator().manual_seed(1)) * 3
+    slots = columns(3, **options)  # type: ignore[arg-type]
     got = run(logits, slots)
     assert got.tolist() == expected(logits, slots).tolist()
-    assert slots.last_token_S[[0, 2, 4]].tolist() == got[:3].tolist()
+    assert slots.last_token_S[[0, 2, 4]].tolist() == got.tolist()
     assert slots.position_S[:5].tolist() == [10, -7, 11, -7, 12]
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3, 7])
-@pytest.mark.parametrize("top_p", [1.0, 0.3, 0.6])
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (2, 1.0), (7, 0.6), (3, 0.3), (0, 0.3)])
 def test_among_equals_the_lowest_tokens_are_kept(top_k: int, top_p: float) -> None:
-    logits = torch.full((8, 3000), -20.0)
+    logits = torch.full((4, 3000), -20.0)
     logits[:, [3, 700, 2100, 2900]] = 2.0
     logits[:, [50, 2500]] = 1.0
-    slots = columns(8, top_k=top_k, top_p=top_p)
+    slots = columns(4, top_k=top_k, top_p=top_p)
     assert run(logits, slots).tolist() == expected(logits, slots).tolist()
 
 
@@ -96,8 +95,8 @@ def test_greedy_takes_the_lowest_of_equals() -> None:
     assert run(logits, slots).tolist() == [17, 4999, int(logits[2].argmax())]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (0.7, 0), (0.7, 3)])
 def test_a_row_without_a_possible_token_says_why_and_leaves_its_slot_usable(temperature: float, top_k: int) -> None:
     logits = torch.randn(4, 2500)
     logits[0] = -torch.inf
@@ -111,14 +110,14 @@ def test_a_row_without_a_possible_token_says_why_and_leaves_its_slot_usable(temp
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    logits = torch.randn(5, 3000)
-    slots = columns(5, top_p=0.9)
-    slots.temperature_S[[0, 4]] = 0.0
-    slots.top_k_S[6] = 20
+    logits = torch.randn(3, 3000)
+    slots = columns(3, top_p=0.9)
+    slots.temperature_S[0] = 0.0
+    slots.top_k_S[4] = 20
     together = run(logits, slots)
-    for row in range(5):
+    for row in range(3):
         alone = logits.clone()
-        alone[torch.arange(5) != row] = 0.0
+        alone[torch.arange(3) != row] = 0.0
         assert run(alone, slots)[row] == together[row]
 
 

@@ -1,0 +1,181 @@
+"""The slots on the device: one tensor of 32-bit words that the host changes word by word.
+
+Everything the device knows about the batch is a column of this tensor, so that whatever a step changes (admissions,
+block tables, the set of rows) is one list of (index, value) pairs: one transfer and one small kernel, or nothing.
+
+    S slots, the last of them nobody's    R rows of the largest decode step    X blocks of the longest table
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from triode.kernels.sample.gpu import SlotColumns
+from triode.kernels.step.gpu import scatter
+from triode.models.cuda.gpu import Gpu
+from triode.models.step import Admission
+
+Words = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaLayout:
+    """Where each column begins, in words. Columns of two words a slot come first, so that they are aligned."""
+
+    num_slots: int
+    num_rows: int
+    num_entries: int
+
+    @property
+    def nobody(self) -> int:
+        """The slot of padding rows: its table is all block 0 and it never advances."""
+        return self.num_slots
+
+    @property
+    def _stride(self) -> int:
+        return self.num_slots + 1
+
+    @property
+    def seed(self) -> int:
+        """int64."""
+        return 0
+
+    @property
+    def top_p(self) -> int:
+        """float64."""
+        return 2 * self._stride
+
+    @property
+    def min_p(self) -> int:
+        """float64."""
+        return 4 * self._stride
+
+    @property
+    def last_token(self) -> int:
+        """int32, like what follows."""
+        return 6 * self._stride
+
+    @property
+    def position(self) -> int:
+        """Of the last token."""
+        return 7 * self._stride
+
+    @property
+    def sample_index(self) -> int:
+        """Which of a request's samples."""
+        return 8 * self._stride
+
+    @property
+    def temperature(self) -> int:
+        """float32."""
+        return 9 * self._stride
+
+    @property
+    def top_k(self) -> int:
+        """0 for all."""
+        return 10 * self._stride
+
+    @property
+    def row_slot(self) -> int:
+        """The slot of each row of the decode step."""
+        return 11 * self._stride
+
+    @property
+    def table(self) -> int:
+        """Block tables, slot by slot."""
+        return self.row_slot + self.num_rows
+
+    @property
+    def num_words(self) -> int:
+        """Size of the tensor."""
+        return self.table + self._stride * self.num_entries
+
+
+class Changes:
+    """What the next step changes in the arena. Of several values for one word the last one holds."""
+
+    def __init__(self, layout: ArenaLayout) -> None:
+        self._layout = layout
+        self._indices: list[Words] = []
+        self._values: list[Words] = []
+
+    def set_words(self, first: int, values: Words) -> None:
+        """Consecutive words."""
+        self._indices.append(np.arange(first, first + len(values), dtype=np.int32))
+        self._values.append(values)
+
+    def admit(self, admission: Admission) -> None:
+        """How a slot's new sequence is sampled."""
+        layout, slot, params = self._layout, admission.slot, admission.params
+        self.set_words(layout.seed + 2 * slot, np.array([admission.seed], np.uint64).view(np.int32))
+        for first, value in ((layout.top_p, params.top_p), (layout.min_p, params.min_p)):
+            pair = np.array([value], np.float64).view(np.int32)
+            self.set_words(first + 2 * slot, pair)
+        self.set_words(layout.sample_index + slot, np.array([admission.sample_index], np.int32))
+        self.set_words(layout.temperature + slot, np.array([params.temperature], np.float32).view(np.int32))
+        # More than any vocabulary keeps all, as 0 does.
+        self.set_words(layout.top_k + slot, np.array([min(params.top_k, 2**31 - 1)], np.int32))
+
+    def set_table(self, slot: int, first_block: int, blocks: Words) -> None:
+        """Entries of a slot's block table."""
+        self.set_words(self._layout.table + slot * self._layout.num_entries + first_block, blocks)
+
+    def set_newest(self, slots: Words, tokens: Words, positions: Words) -> None:
+        """What these slots compute next, where the device does not know it."""
+        self._indices += [self._layout.last_token + slots, self._layout.position + slots]
+        self._values += [tokens, positions]
+
+    def set_rows(self, slots: Words) -> None:
+        """The rows of the decode steps from now on."""
+        self.set_words(self._layout.row_slot, slots)
+
+    def take(self) -> Words | None:
+        """All indices, then all values; None when nothing changed."""
+        if not self._indices:
+            return None
+        index = np.concatenate(self._indices)
+        value = np.concatenate(self._values)
+        self._indices.clear()
+        self._values.clear()
+        # np.unique keeps the first of equals: seen from behind, the last.
+        unique, first = np.unique(index[::-1], return_index=True)
+        if len(unique) < len(index):
+            index, value = unique, value[::-1][first]
+        return np.concatenate([index, value])
+
+
+class Arena:
+    """The tensor, its columns as views, and the way changes reach it."""
+
+    def __init__(self, layout: ArenaLayout, gpu: Gpu) -> None:
+        assert layout.num_words < 2**31, "the kernels count words in 32 bits"
+        self.layout = layout
+        self._gpu = gpu
+        self._words = torch.zeros(layout.num_words, dtype=torch.int32, device=gpu.device)
+        num = layout.num_slots + 1
+
+        def column(first: int, dtype: torch.dtype) -> torch.Tensor:
+            return self._words[first : first + num * dtype.itemsize // 4].view(dtype)
+
+        self.columns = SlotColumns(
+            last_token_S=column(layout.last_token, torch.int32),
+            position_S=column(layout.position, torch.int32),
+            seed_S=column(layout.seed, torch.int64),
+            sample_index_S=column(layout.sample_index, torch.int32),
+            temperature_S=column(layout.temperature, torch.float32),
+            top_k_S=column(layout.top_k, torch.int32),
+            top_p_S=column(layout.top_p, torch.float64),
+            min_p_S=column(layout.min_p, torch.float64),
+        )
+        self.columns.top_p_S.fill_(1)
+        self.row_slot_R = self._words[layout.row_slot : layout.table]
+        self.row_slot_R.fill_(layout.nobody)
+        self.table_SX = self._words[layout.table :].view(num, layout.num_entries)
+
+    def apply(self, changes: Changes) -> None:
+        """Send what has changed; nothing is launched when nothing has."""
+        pairs = changes.take()
+        if pairs is not None:
+            scatter(self._words, self._gpu.upload(pairs), self._gpu.traits)

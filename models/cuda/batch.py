@@ -1,0 +1,170 @@
+"""What the host knows of the batch on the device, and how a plan becomes changes and packed arrays.
+
+The host never learns a token before it needs to: it counts. `known_S` counts a slot's tokens, the samples of launched
+steps included, whose values only the device has; `newest_S` is the position of the token that the device will compute
+next by itself. A row whose token the device has needs nothing; any other token is among those of its admission.
+
+    R rows    T packed query tokens    S slots    X blocks of the longest table    B block size
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from triode.models.cuda.arena import ArenaLayout, Changes, Words
+from triode.models.slots import IntArray, Slots, SlotState
+from triode.models.step import Output, StepPlan
+
+SAMPLING = frozenset({Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE})
+"""Outputs that add a token to the sequence."""
+
+# The device knows nothing of a slot that was just admitted.
+_UNKNOWN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """A prefill or mixed step as one array of words, rows with several query tokens before those with one."""
+
+    words: Words
+    """token_T, position_T, kv_slot_T, query_start_R1, start_R, end_R, slot_R, sample_token_Q, sample_end_Q,
+    sample_slot_Q: one after the other."""
+    order: Words
+    """The plan's row at each packed row."""
+    num_tokens: int
+    num_long: int
+    """Rows with several query tokens."""
+    num_long_tokens: int
+    max_query_tokens: int
+    sampled: Words
+    """The plan's rows that sample, in packed order."""
+    query_start_R1: Words
+    """On the host, for what reads single rows' hidden states."""
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.order)
+
+
+class HostBatch:
+    """The slots as the host sees them."""
+
+    def __init__(self, layout: ArenaLayout, max_context_tokens: int, block_size_tokens: int) -> None:
+        self._layout = layout
+        self._block_size = block_size_tokens
+        self._slots = Slots(layout.num_slots, max_context_tokens, block_size_tokens)
+        self._epoch_S = np.zeros(layout.num_slots, np.int64)
+        self._admitted_S = np.zeros(layout.num_slots, np.int64)
+        self._known_S = np.zeros(layout.num_slots, np.int64)
+        self._newest_S = np.full(layout.num_slots, _UNKNOWN, np.int64)
+        self._row_slots: tuple[int, ...] = ()
+
+    def apply(self, plan: StepPlan, changes: Changes) -> None:
+        """Take in admissions and table changes."""
+        for admission in plan.admissions:
+            self._slots.admit(admission)
+            self._epoch_S[admission.slot] = admission.epoch
+            self._admitted_S[admission.slot] = self._known_S[admission.slot] = len(admission.token_ids)
+            self._newest_S[admission.slot] = _UNKNOWN
+            changes.admit(admission)
+        for change in plan.table_changes:
+            self._slots.change_table(change)
+            changes.set_table(change.slot, change.first_block, np.array(change.block_ids, np.int32))
+
+    def states(self, plan: StepPlan) -> list[SlotState]:
+        """The sequence of each row."""
+        return [self._slots.state(slot, epoch) for slot, epoch in zip(plan.slots, plan.epochs, strict=True)]
+
+    def holds(self, state: SlotState, slot: int) -> bool:
+        """Whether the slot still belongs to this sequence."""
+        return bool(self._epoch_S[slot] == state.epoch)
+
+    def check(self, plan: StepPlan) -> tuple[Words, Words, Words]:
+        """Slot, start and end of each row. A plan that contradicts the slots is a bug of ours: AssertionError."""
+        slot_R = np.array(plan.slots, np.int32)
+        start_R = np.array(plan.start_positions, np.int32)
+        end_R = start_R + np.array(plan.num_query_tokens, np.int32)
+        known_R = self._known_S[slot_R]
+        assert (end_R <= known_R).all(), f"step {plan.step_id} computes tokens that its slots do not have"
+        is_sampled_R = np.fromiter((output in SAMPLING for output in plan.outputs), bool, len(slot_R))
+        assert (end_R == known_R)[is_sampled_R].all(), f"step {plan.step_id} samples before the end of a sequence"
+        last_block_R = self._slots.table_SX[slot_R, (end_R - 1) // self._block_size]
+        assert last_block_R.all(), f"step {plan.step_id} lacks a block"
+        return slot_R, start_R, end_R
+
+    def decode(self, plan: StepPlan, slot_R: Words, start_R: Words, changes: Changes) -> None:
+        """Make the device ready for a step in which every row computes and samples one token."""
+        if self._row_slots != plan.slots:
+            rows = np.full(self._layout.num_rows, self._layout.nobody, np.int32)
+            rows[: len(slot_R)] = slot_R
+            changes.set_rows(rows)
+            self._row_slots = plan.slots
+        stale = (self._newest_S[slot_R] != start_R).nonzero()[0]
+        if len(stale):
+            slots, starts = slot_R[stale], start_R[stale]
+            self._check_host_has(slots, starts + 1, plan)
+            changes.set_newest(slots, self._slots.tokens_SC[slots, starts], starts)
+        self._known_S[slot_R] += 1
+        self._newest_S[slot_R] = start_R + 1
+
+    def pack(self, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words) -> PackedRows:
+        """The arrays of any other step."""
+        num_query_R = end_R - start_R
+        order = np.argsort(num_query_R == 1, kind="stable").astype(np.int32)
+        slot_R, start_R, end_R, num_query_R = slot_R[order], start_R[order], end_R[order], num_query_R[order]
+        query_start_R1 = np.zeros(len(order) + 1, np.int32)
+        np.cumsum(num_query_R, out=query_start_R1[1:])
+        num_tokens = int(query_start_R1[-1])
+        row_T = np.repeat(np.arange(len(order)), num_query_R)
+        position_T = np.arange(num_tokens, dtype=np.int32) - query_start_R1[row_T] + start_R[row_T]
+        block_T = self._slots.table_SX[slot_R[row_T], position_T // self._block_size]
+        kv_slot_T = block_T * self._block_size + position_T % self._block_size
+        is_sampled = np.fromiter((plan.outputs[row] in SAMPLING for row in order), bool, len(order))
+        token_T = self._tokens(plan, slot_R, start_R, end_R, row_T, position_T)
+        sample_slot_Q, sample_end_Q = slot_R[is_sampled], end_R[is_sampled]
+        self._known_S[sample_slot_Q] += 1
+        self._newest_S[sample_slot_Q] = sample_end_Q
+        num_long = int((num_query_R > 1).sum())
+        return PackedRows(
+            words=np.concatenate(
+                [
+                    *(token_T, position_T, kv_slot_T, query_start_R1, start_R, end_R, slot_R),
+                    *(query_start_R1[1:][is_sampled] - 1, sample_end_Q, sample_slot_Q),
+                ],
+                dtype=np.int32,
+            ),
+            order=order,
+            num_tokens=num_tokens,
+            num_long=num_long,
+            num_long_tokens=int(query_start_R1[num_long]),
+            max_query_tokens=int(num_query_R.max()),
+            sampled=order[is_sampled],
+            query_start_R1=query_start_R1,
+        )
+
+    def _tokens(
+        self, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words, row_T: IntArray, position_T: Words
+    ) -> Words:
+        """Query tokens; -1 - s where only the device knows the one of slot s."""
+        token_T = self._slots.tokens_SC[slot_R[row_T], position_T]
+        on_device_R = (end_R - start_R == 1) & (self._newest_S[slot_R] == start_R)
+        self._check_host_has(slot_R[~on_device_R], end_R[~on_device_R], plan)
+        return np.where(on_device_R[row_T], -1 - slot_R[row_T], token_T)
+
+    def _check_host_has(self, slots: Words, ends: Words, plan: StepPlan) -> None:
+        assert (ends <= self._admitted_S[slots]).all(), (
+            f"step {plan.step_id} needs tokens that neither host nor device keeps"
+        )
+
+
+def is_decode(plan: StepPlan) -> bool:
+    """Whether every row computes one token and samples the next."""
+    num_rows = len(plan.slots)
+    return plan.num_query_tokens == (1,) * num_rows and plan.outputs == (Output.SAMPLE,) * num_rows
+
+
+def has_history(state: SlotState) -> bool:
+    """Whether the logits of this sequence are changed by something that follows from its tokens so far."""
+    params = state.params
+    return bool(params.uses_penalties or params.no_repeat_ngram_size or params.min_tokens or state.bad_word_ids)

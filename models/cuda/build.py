@@ -1,0 +1,172 @@
+"""From weights on a GPU to a runner: bind kernels, prove them, and size the KV pool from what is really free.
+
+What is free is known only after the largest steps have run: kernels are loaded when first used, libraries keep
+workspaces, and each captured graph takes memory of its own. So the largest prefill step and the largest decode step run
+once, over a pool of two blocks, and the cache is made of what they leave.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from triode.cache.config import CacheConfig
+from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_blocks_for
+from triode.errors import InsufficientMemory
+from triode.ids import BlockId, SlotId, StepId, TokenId
+from triode.kernels.linear.blas import split_k_refused
+from triode.models.config import ModelConfig
+from triode.models.cuda.decoder import CudaDecoder
+from triode.models.cuda.gpu import CudaGpu
+from triode.models.cuda.programs import BUCKETS, bucket_for
+from triode.models.cuda.runner import CudaRunner
+from triode.models.pooling import Pooling
+from triode.models.sampling import SamplingParams
+from triode.models.step import Admission, Output, StepPlan, TableChange
+from triode.models.weights import DecoderWeights
+
+# Prompt logprobs take the head over tiles of so many positions.
+_LEAST_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltCuda:
+    """A runner, its pool, and what a start-up line says about its kernels."""
+
+    runner: CudaRunner
+    pool: KVPool
+    kernels: str
+
+
+def build_cuda(
+    config: ModelConfig,
+    weights: DecoderWeights,
+    *,
+    cache_config: CacheConfig,
+    max_running: int,
+    max_step_tokens: int,
+    pooling: Pooling,
+) -> BuiltCuda:
+    """A runner for `max_running` sequences and steps of `max_step_tokens` tokens, on the device of the weights.
+
+    Raises:
+        InsufficientMemory: buffers or cache do not fit beside the weights.
+    """
+    device = weights.embed_VD.device
+    max_rows = max(bucket_for(max_running), _LEAST_ROWS)
+    with ExitStack() as resources, _explained(max_step_tokens, max_running):
+        resources.enter_context(split_k_refused())
+        gpu = CudaGpu(device)
+        with gpu.active():
+            decoder = CudaDecoder(
+                config, weights, gpu.traits, max_tokens=max(max_step_tokens, max_rows), max_rows=max_rows
+            )
+        graph_bytes = _rehearse(decoder, gpu, cache_config, max_running, max_step_tokens)
+        free_bytes = max(0, free_memory_bytes(device) - graph_bytes * len(BUCKETS))
+        blocks_a_sequence = -(-config.max_context_tokens // cache_config.block_size_tokens)
+        num_blocks = num_blocks_for(
+            cache_config, _block_bytes(decoder, cache_config), free_bytes, max_running * blocks_a_sequence
+        )
+        pool = _pool(num_blocks, decoder, cache_config)
+        runner = CudaRunner(decoder, pool, gpu, max_running=max_running, pooling=pooling, resources=resources.pop_all())
+    return BuiltCuda(runner, pool, _describe(decoder))
+
+
+def _rehearse(
+    decoder: CudaDecoder, gpu: CudaGpu, cache_config: CacheConfig, max_running: int, max_step_tokens: int
+) -> int:
+    """Run the largest steps; returns how many bytes the graphs of one size of batch take."""
+    runner = CudaRunner(decoder, _pool(2, decoder, cache_config), gpu, max_running=max_running)
+    num_tokens = min(max_step_tokens, decoder.config.max_context_tokens)
+    free_bytes = [0, 0]
+    for step, plan in enumerate(_rehearsal(num_tokens, max_running, cache_config.block_size_tokens)):
+        runner.launch(plan)
+        runner.collect()
+        free_bytes = [free_bytes[1], _free_bytes(decoder.device)] if step else [0, _free_bytes(decoder.device)]
+    # The pool and the graphs of the rehearsal go with its runner.
+    del runner
+    torch.cuda.empty_cache()
+    return max(0, free_bytes[0] - free_bytes[1])
+
+
+def _rehearsal(num_tokens: int, max_running: int, block_size_tokens: int) -> Iterator[StepPlan]:
+    """One long prefill, one decode step of all slots, and the same again, which is captured. All in block 1."""
+    num_tokens = max(2, num_tokens - 2)
+    block_id = BlockId(1)
+    params = SamplingParams(temperature=1.0)
+
+    def admission(slot: int, length: int) -> Admission:
+        return Admission(SlotId(slot), 1, (TokenId(0),) * length, length, params, 0, 0, ())
+
+    blocks = (block_id,) * -(-(num_tokens + 2) // block_size_tokens)
+    slots = tuple(map(SlotId, range(max_running)))
+    yield StepPlan(
+        step_id=StepId(0),
+        slots=slots[:1],
+        epochs=(1,),
+        start_positions=(0,),
+        num_query_tokens=(num_tokens,),
+        outputs=(Output.SAMPLE,),
+        admissions=(admission(0, num_tokens),),
+        table_changes=(TableChange(slots[0], 0, blocks),),
+    )
+    for step in (0, 1):
+        yield StepPlan(
+            step_id=StepId(1 + step),
+            slots=slots,
+            epochs=(1,) * max_running,
+            start_positions=(num_tokens + step, *[step] * (max_running - 1)),
+            num_query_tokens=(1,) * max_running,
+            outputs=(Output.SAMPLE,) * max_running,
+            admissions=() if step else tuple(admission(slot, 1) for slot in slots[1:]),
+            table_changes=() if step else tuple(TableChange(slot, 0, (block_id,)) for slot in slots[1:]),
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return free_memory_bytes(device)
+
+
+def _block_bytes(decoder: CudaDecoder, cache_config: CacheConfig) -> int:
+    config = decoder.config
+    return bytes_per_block(
+        block_size_tokens=cache_config.block_size_tokens,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=decoder.dtype,
+    )
+
+
+def _pool(num_blocks: int, decoder: CudaDecoder, cache_config: CacheConfig) -> KVPool:
+    config = decoder.config
+    return KVPool(
+        num_blocks,
+        block_size_tokens=cache_config.block_size_tokens,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=decoder.dtype,
+        device=decoder.device,
+    )
+
+
+def _describe(decoder: CudaDecoder) -> str:
+    exceptions = decoder.proofs.exceptions()
+    if not exceptions:
+        return "Triton; cuBLASLt in order for products of many tokens"
+    return f"Triton; cuBLASLt in order for products of many tokens, but for {'; '.join(exceptions)}"
+
+
+@contextmanager
+def _explained(max_step_tokens: int, max_running: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise InsufficientMemory(
+            f"the buffers of a step do not fit beside the weights: lower max_step_tokens ({max_step_tokens}) or "
+            f"max_running ({max_running}), or close what else holds the GPU's memory"
+        ) from error

@@ -1,0 +1,95 @@
+"""A launched step: what it will say, and how that is read once the device has passed its last mark."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from triode.ids import TokenId
+from triode.kernels.sample.gpu import NOT_FINITE as NOT_FINITE_TOKEN
+from triode.models.cuda.gpu import Mark
+from triode.models.cuda.scores import PendingScores
+from triode.models.sampler import ALL_FORBIDDEN, NOT_FINITE
+from triode.models.slots import SlotState
+from triode.models.step import StepPlan, StepResult, TokenLogprobs
+
+
+@dataclass(slots=True)
+class Flight:
+    """One step between launch and collect."""
+
+    plan: StepPlan
+    begun: Mark
+    computed: Mark
+    """Behind the logits."""
+    ended: Mark
+    sampled: Sequence[int]
+    """The plan's rows that sample, in the order of `token_R`."""
+    token_R: torch.Tensor | None
+    """In host memory: tokens, or why there is none."""
+    scores: PendingScores | None = None
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None
+    embeddings: tuple[tuple[float, ...], ...] | None = None
+    learners: list[tuple[int, int, SlotState]] = field(default_factory=list)
+    """(index in `token_R`, slot, state) of the rows whose host copy must learn their token."""
+
+    def tokens(self) -> list[int]:
+        """What the sampling rows got. Waits for the device."""
+        self.ended.wait()
+        return [] if self.token_R is None else self.token_R[: len(self.sampled)].tolist()
+
+    def result(self) -> StepResult:
+        """Everything. Waits for the device."""
+        plan, tokens = self.plan, self.tokens()
+        forward_s = self.computed.seconds_since(self.begun)
+        sample_s = self.ended.seconds_since(self.computed)
+        logprobs, errors = self._logprobs(tokens), self._errors(tokens)
+        if errors is None and len(tokens) == len(plan.slots) and logprobs is None:
+            # Every row of a steady decode step: its rows are in plan order.
+            num_accepted: Sequence[int] = (1,) * len(tokens)
+            token_ids = tuple(map(TokenId, tokens)) if self._in_order() else self._ordered(tokens)
+        else:
+            counts = [0] * len(plan.slots)
+            for row, token in zip(self.sampled, tokens, strict=True):
+                counts[row] = int(token >= 0)
+            num_accepted = tuple(counts)
+            token_ids = self._ordered(tokens)
+        return StepResult(
+            step_id=plan.step_id,
+            slots=plan.slots,
+            epochs=plan.epochs,
+            num_accepted=tuple(num_accepted),
+            token_ids=token_ids,
+            logprobs=logprobs,
+            errors=errors,
+            prompt_logprobs=self.prompt_logprobs,
+            embeddings=self.embeddings,
+            forward_s=forward_s,
+            sample_s=sample_s,
+        )
+
+    def _in_order(self) -> bool:
+        return self.sampled == range(len(self.plan.slots))
+
+    def _by_row(self, tokens: list[int]) -> list[tuple[int, int, int]]:
+        """(row, index, token) in plan order."""
+        indices = sorted(range(len(tokens)), key=lambda index: self.sampled[index])
+        return [(self.sampled[index], index, tokens[index]) for index in indices]
+
+    def _ordered(self, tokens: list[int]) -> tuple[TokenId, ...]:
+        return tuple(TokenId(token) for _, _, token in self._by_row(tokens) if token >= 0)
+
+    def _logprobs(self, tokens: list[int]) -> tuple[TokenLogprobs | None, ...] | None:
+        if self.scores is None:
+            return None
+        entries = self.scores.read()
+        return tuple(entries.get(index) for _, index, token in self._by_row(tokens) if token >= 0)
+
+    def _errors(self, tokens: list[int]) -> tuple[str | None, ...] | None:
+        if not tokens or min(tokens) >= 0:
+            return None
+        errors: list[str | None] = [None] * len(self.plan.slots)
+        for row, token in zip(self.sampled, tokens, strict=True):
+            if token < 0:
+                errors[row] = NOT_FINITE if token == NOT_FINITE_TOKEN else ALL_FORBIDDEN
+        return tuple(errors)

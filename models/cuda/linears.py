@@ -1,0 +1,82 @@
+"""Matrix products of one weight: the sequential Triton kernel for few tokens, cuBLASLt in order for many.
+
+Which of them serves how many tokens follows from the proof that they agree bit for bit, made once for each shape when
+the model is loaded (`triode.kernels.linear.proof`).
+
+    T tokens    D in features    E out features    F half of a gate-up weight's out features
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.linear.blas import linear_blas
+from triode.kernels.linear.gpu import linear_sequential
+from triode.kernels.linear.proof import LinearProof, prove
+from triode.kernels.linear.tiles import linear_tile, swiglu_tile, swiglu_triton_tokens
+from triode.kernels.swiglu.gpu import swiglu
+
+
+class Proofs:
+    """What was found for each shape of weight."""
+
+    def __init__(self, traits: GpuTraits) -> None:
+        self._traits = traits
+        self._proofs: dict[tuple[int, int, bool, torch.dtype], LinearProof] = {}
+
+    def of(
+        self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, out_dtype: torch.dtype, most_tokens: int
+    ) -> LinearProof:
+        """The proof of a weight's shape, made with the first weight of that shape."""
+        key = (weight_ED.shape[0], weight_ED.shape[1], bias_E is not None, out_dtype)
+        if key not in self._proofs:
+            if self._traits.interpreted:
+                # cuBLASLt is not there: the sequential kernel serves every number of tokens.
+                proof = LinearProof(weight_ED.shape[0], weight_ED.shape[1], (most_tokens,))
+            else:
+                proof = prove(weight_ED, self._traits, bias_N=bias_E, out_dtype=out_dtype, most_tokens=most_tokens)
+            self._proofs[key] = proof
+        return self._proofs[key]
+
+    def exceptions(self) -> list[str]:
+        """The shapes for which both do not agree."""
+        return [str(proof) for proof in self._proofs.values() if proof.differing_tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLinear:
+    """`x @ weight.T + bias`."""
+
+    weight_ED: torch.Tensor
+    bias_E: torch.Tensor | None
+    triton_tokens: int | None
+    """The sequential kernel serves up to this many tokens; None: any number."""
+    traits: GpuTraits
+
+    def __call__(self, x_TD: torch.Tensor, out_TE: torch.Tensor) -> None:
+        """Write the product into `out_TE`, which may be float32."""
+        num_tokens = len(x_TD)
+        if self.triton_tokens is None or num_tokens <= self.triton_tokens:
+            tile = linear_tile(self.weight_ED.shape[0], self.weight_ED.shape[1], num_tokens)
+            linear_sequential(x_TD, self.weight_ED, out_TE, tile, self.traits, bias_N=self.bias_E)
+        else:
+            linear_blas(x_TD, self.weight_ED, out_TE, self.bias_E)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuGateUp:
+    """`silu(gate(x)) * up(x)`, in one kernel for few tokens."""
+
+    product: GpuLinear
+
+    def __call__(self, x_TD: torch.Tensor, gate_up_TF2: torch.Tensor, out_TF: torch.Tensor) -> None:
+        """Write the activations into `out_TF`; `gate_up_TF2` is scratch."""
+        product = self.product
+        num_tokens, (num_rows, num_in) = len(x_TD), product.weight_ED.shape
+        if product.triton_tokens is None or num_tokens <= swiglu_triton_tokens(num_rows // 2, num_in):
+            tile = swiglu_tile(num_rows // 2, num_in, num_tokens)
+            linear_sequential(x_TD, product.weight_ED, out_TF, tile, product.traits, bias_N=product.bias_E, swiglu=True)
+        else:
+            linear_blas(x_TD, product.weight_ED, gate_up_TF2, product.bias_E)
+            swiglu(gate_up_TF2, out_TF, product.traits)

@@ -1,0 +1,206 @@
+"""CudaRunner: the batch lives on the device, and the host runs ahead of it.
+
+A decode step is two pieces of captured work: *forward to logits*, and *sample and advance*. Both read the batch from the
+arena, so a steady decode step sends nothing but new block-table entries, and its successor can be launched before
+anyone has seen its tokens. Prefill and mixed steps run the same kernels one by one on arrays that the host packs.
+
+Where the host waits. `launch` does so in two cases only. Rows whose logits depend on their tokens so far (penalties,
+bad_words, no_repeat_ngram_size, min_tokens) have their passes computed from the host's copy of the history: it waits
+for the tokens of the step before, while the forward of this one runs. And rows that want prompt logprobs or embeddings
+read their step's hidden states. Everything else is read in `collect`, which waits for its own step alone.
+
+`launch` belongs to one thread and `collect` to one thread; they may differ.
+
+    T packed query tokens        R rows        Q rows that sample        D hidden        V vocabulary
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from triode.cache.pool import KVPool
+from triode.models.cuda.arena import Arena, ArenaLayout, Changes, Words
+from triode.models.cuda.batch import HostBatch, has_history, is_decode
+from triode.models.cuda.decoder import CudaDecoder
+from triode.models.cuda.flight import Flight
+from triode.models.cuda.gpu import Gpu, Mark
+from triode.models.cuda.hidden import Embeddings, score_prompts
+from triode.models.cuda.programs import bucket_for
+from triode.models.cuda.sampling import SampledSet, append
+from triode.models.cuda.steps import DeviceSteps, PackedArrays
+from triode.models.pooling import Pooling
+from triode.models.runner import RunnerStatistics
+from triode.models.step import StepPlan, StepResult
+
+
+class CudaRunner:
+    """Runs plans over one decoder and one pool on one GPU. `resources` are released when it is closed."""
+
+    def __init__(
+        self,
+        decoder: CudaDecoder,
+        pool: KVPool,
+        gpu: Gpu,
+        *,
+        max_running: int,
+        pooling: Pooling = Pooling.MEAN,
+        resources: ExitStack | None = None,
+    ) -> None:
+        self._gpu = gpu
+        self._resources = resources or ExitStack()
+        block_size, max_context = pool.block_size_tokens, decoder.config.max_context_tokens
+        layout = ArenaLayout(max_running, bucket_for(max_running), -(-max_context // block_size))
+        self._host = HostBatch(layout, max_context, block_size)
+        self._changes = Changes(layout)
+        with gpu.active():
+            self._steps: DeviceSteps | None = DeviceSteps(decoder, pool, Arena(layout, gpu), gpu)
+        self._embeddings = Embeddings(pooling)
+        self._set_key: object = None
+        self._set: SampledSet | None = None
+        self._flights: deque[Flight] = deque()
+        self._unlearned: deque[Flight] = deque()
+        self._launched = RunnerStatistics()
+        self._collected = RunnerStatistics()
+
+    def launch(self, plan: StepPlan) -> None:
+        """Send the step on its way."""
+        start_s = time.perf_counter()
+        steps = self._steps
+        assert steps is not None, "no launch follows close"
+        with self._gpu.active():
+            self._host.apply(plan, self._changes)
+            for admission in plan.admissions:
+                self._embeddings.forget(admission.slot)
+            slot_R, start_R, end_R = self._host.check(plan)
+            launch = self._launch_decode if is_decode(plan) else self._launch_mixed
+            self._flights.append(launch(steps, plan, slot_R, start_R, end_R))
+        self._count_launch(plan, time.perf_counter() - start_s)
+
+    def is_ready(self) -> bool:
+        """Whether the device is done with the oldest step not collected yet."""
+        return bool(self._flights) and self._flights[0].ended.is_passed()
+
+    def collect(self) -> StepResult:
+        """The result of the oldest step not collected yet; waits for the device."""
+        result = self._flights.popleft().result()
+        before = self._collected
+        self._collected = RunnerStatistics(
+            num_sampled_tokens=before.num_sampled_tokens + len(result.token_ids),
+            forward_s=before.forward_s + result.forward_s,
+            sample_s=before.sample_s + result.sample_s,
+        )
+        return result
+
+    def statistics(self) -> RunnerStatistics:
+        """A snapshot. Forward and sampling are device time, preparing is host time."""
+        launched, collected = self._launched, self._collected
+        return RunnerStatistics(
+            num_steps=launched.num_steps,
+            num_rows=launched.num_rows,
+            num_query_tokens=launched.num_query_tokens,
+            num_sampled_tokens=collected.num_sampled_tokens,
+            prepare_s=launched.prepare_s,
+            forward_s=collected.forward_s,
+            sample_s=collected.sample_s,
+        )
+
+    def close(self) -> None:
+        """Wait for what runs, then give back all memory of the device."""
+        if self._steps is None:
+            return
+        self._steps = self._set = None
+        self._embeddings = Embeddings(Pooling.MEAN)
+        self._flights.clear()
+        self._unlearned.clear()
+        self._gpu.close()
+        self._resources.close()
+
+    def _launch_decode(self, steps: DeviceSteps, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words) -> Flight:
+        num_rows = len(slot_R)
+        self._host.decode(plan, slot_R, start_R, self._changes)
+        steps.prepare(self._changes, plan.copies)
+        begun = self._gpu.mark()
+        logits_RV = steps.decode(num_rows, int(end_R.max()))
+        return self._finish(plan, begun, range(num_rows), logits_RV, lambda: steps.sample_decode(num_rows))
+
+    def _launch_mixed(self, steps: DeviceSteps, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words) -> Flight:
+        packed = self._host.pack(plan, slot_R, start_R, end_R)
+        steps.prepare(self._changes, plan.copies)
+        arrays = PackedArrays(packed, self._gpu)
+        begun = self._gpu.mark()
+        hidden_TD = steps.compute(packed, arrays)
+        # Both read hidden states and wait; the head's buffer is theirs until the sampling rows take it.
+        states = self._host.states(plan)
+        prompt_logprobs = score_prompts(steps.decoder, hidden_TD, packed, plan, states)
+        embeddings = self._embeddings.add(hidden_TD, packed, plan, states)
+        sampled = packed.sampled.tolist()
+        logits_QV = steps.decoder.logits(hidden_TD[arrays.sample_token_Q]) if sampled else None
+        flight = self._finish(plan, begun, sampled, logits_QV, lambda: steps.sample(_given(logits_QV), arrays))
+        flight.prompt_logprobs, flight.embeddings = prompt_logprobs, embeddings
+        return flight
+
+    def _finish(
+        self,
+        plan: StepPlan,
+        begun: Mark,
+        sampled: Sequence[int],
+        logits_QV: torch.Tensor | None,
+        choose: Callable[[], torch.Tensor],
+    ) -> Flight:
+        """From logits to tokens, and tokens and logprobs on their way home."""
+        computed = self._gpu.mark()
+        token_Q, scores = None, None
+        if logits_QV is not None:
+            rows = self._sampled_set(plan, sampled)
+            scores = rows.score(logits_QV, self._gpu)
+            if rows.remembers:
+                self._learn()
+            for change in rows.passes:
+                change(logits_QV)
+            device_token_Q = choose()
+            if scores is not None:
+                scores.finish(device_token_Q)
+            token_Q = self._gpu.download(device_token_Q)
+        flight = Flight(plan, begun, computed, self._gpu.mark(), sampled, token_Q, scores)
+        if logits_QV is not None and rows.remembers:
+            flight.learners = [
+                (index, plan.slots[row], rows.states[index])
+                for index, row in enumerate(sampled)
+                if has_history(rows.states[index])
+            ]
+            self._unlearned.append(flight)
+        return flight
+
+    def _sampled_set(self, plan: StepPlan, sampled: Sequence[int]) -> SampledSet:
+        key = (plan.slots, plan.epochs, sampled)
+        if self._set is None or self._set_key != key:
+            states = self._host.states(plan)
+            self._set, self._set_key = SampledSet([states[row] for row in sampled]), key
+        return self._set
+
+    def _learn(self) -> None:
+        """Bring the host's histories up to the step that is being launched."""
+        while self._unlearned:
+            flight = self._unlearned.popleft()
+            tokens = flight.tokens()
+            for index, slot, state in flight.learners:
+                # A slot's history is overwritten by its next sequence.
+                if self._host.holds(state, slot):
+                    append(state, tokens[index])
+
+    def _count_launch(self, plan: StepPlan, prepare_s: float) -> None:
+        before = self._launched
+        self._launched = RunnerStatistics(
+            num_steps=before.num_steps + 1,
+            num_rows=before.num_rows + len(plan.slots),
+            num_query_tokens=before.num_query_tokens + sum(plan.num_query_tokens),
+            prepare_s=before.prepare_s + prepare_s,
+        )
+
+
+def _given(logits_QV: torch.Tensor | None) -> torch.Tensor:
+    assert logits_QV is not None, "rows that sample have logits"
+    return logits_QV

@@ -1,0 +1,38 @@
+"""The rows that sample in one step: who they are, what changes their logits, who wants logprobs."""
+
+from collections.abc import Sequence
+
+import torch
+
+from triode.ids import TokenId
+from triode.models.cuda.batch import has_history
+from triode.models.cuda.gpu import Gpu
+from triode.models.cuda.scores import PendingScores
+from triode.models.logits import passes_for
+from triode.models.sampling import pack
+from triode.models.slots import SlotState
+
+
+class SampledSet:
+    """What follows from which rows sample together, made once for as long as they do."""
+
+    def __init__(self, states: Sequence[SlotState]) -> None:
+        columns = pack([state.params for state in states])
+        self.states = tuple(states)
+        self.passes = passes_for(columns, states)
+        self.remembers = any(has_history(state) for state in states)
+        """Whether a pass looks at tokens that only the device may have yet."""
+        asked = columns.logprobs or ()
+        self._scored_rows = [row for row, num in enumerate(asked) if num is not None]
+        self._num_alternatives = [num for num in asked if num is not None]
+
+    def score(self, logits_RV: torch.Tensor, gpu: Gpu) -> PendingScores | None:
+        """Logprobs of raw logits, for the rows that asked."""
+        if not self._scored_rows:
+            return None
+        return PendingScores(logits_RV, self._scored_rows, self._num_alternatives, gpu)
+
+
+def append(state: SlotState, token_id: int) -> None:
+    """A token that the device chose becomes part of the host's copy; a row that failed goes on from token 0."""
+    state.append(TokenId(max(token_id, 0)))

@@ -1,0 +1,109 @@
+"""The GPU's runner on Triton's interpreter says what the CPU's runner says."""
+
+from collections.abc import Callable
+
+import pytest
+
+from cuda_world import CudaWorld
+from runner_world import RunnerWorld, Running
+from triode.cache.messages import BlockCopy
+from triode.models.sampling import SamplingParams
+from triode.models.step import Output, TableChange
+
+GREEDY = SamplingParams(temperature=0)
+DRAWN = SamplingParams(temperature=0.9, top_k=40, top_p=0.95)
+PENALISED = SamplingParams(temperature=0.8, repetition_penalty=1.3, frequency_penalty=0.5, min_tokens=3, logprobs=2)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return [(seed * 37 + index * 101 + 7) % 499 for index in range(length)]
+
+
+def outputs(make: Callable[[], RunnerWorld], play: Callable[[RunnerWorld], list[Running]]) -> list[list[int]]:
+    return [running.output for running in play(make())]
+
+
+def play_alone(world: RunnerWorld) -> list[Running]:
+    running = world.admit(2, prompt(9), GREEDY, seed=3)
+    world.prefill(running, chunk=5)
+    world.decode(running, num_tokens=3)
+    return [running]
+
+
+def play_together(world: RunnerWorld) -> list[Running]:
+    drawn = world.admit(1, prompt(4, 1), DRAWN, seed=5, sample_index=1)
+    penalised = world.admit(3, prompt(5, 2), PENALISED, seed=6, stop_token_ids=(7, 8))
+    world.step((drawn, 4, Output.SAMPLE), (penalised, 3, Output.NONE))
+    greedy = world.admit(0, prompt(3, 3), GREEDY)
+    world.step((drawn, 1, Output.SAMPLE), (penalised, 2, Output.SAMPLE), (greedy, 3, Output.SAMPLE))
+    world.decode(greedy, drawn, penalised, num_tokens=3)
+    world.decode(penalised, greedy, num_tokens=1)
+    return [drawn, penalised, greedy]
+
+
+def play_shared_blocks(world: RunnerWorld) -> list[Running]:
+    first = world.admit(0, prompt(18), GREEDY)
+    world.prefill(first)
+    second = world.admit(1, prompt(18), GREEDY)
+    copy = world.free.pop()
+    world.copies.append(BlockCopy(first.blocks[1], copy))
+    second.blocks = [first.blocks[0], copy]
+    world.changes.append(TableChange(second.slot, 0, tuple(second.blocks)))
+    second.num_computed = 17
+    world.step((second, 1, Output.SAMPLE), (first, 1, Output.SAMPLE))
+    world.decode(first, second, num_tokens=1)
+    return [first, second]
+
+
+@pytest.mark.parametrize("play", [play_alone, play_together, play_shared_blocks])
+def test_the_tokens_are_those_of_the_eager_runner(play: Callable[[RunnerWorld], list[Running]]) -> None:
+    assert outputs(CudaWorld, play) == outputs(RunnerWorld, play)
+
+
+def test_logprobs_are_those_of_the_eager_runner() -> None:
+    worlds = CudaWorld(), RunnerWorld()
+    entries = []
+    for world in worlds:
+        running = world.admit(1, prompt(6), SamplingParams(temperature=0, logprobs=3, prompt_logprobs=1))
+        world.step((running, 6, Output.PROMPT_LOGPROBS_AND_SAMPLE))
+        world.decode(running, num_tokens=1)
+        entries.append(running.prompt_logprobs + running.logprobs)
+    for got, want in zip(*entries, strict=True):
+        assert (got.token_id, got.rank, got.top_ids) == (want.token_id, want.rank, want.top_ids)
+        assert got.logprob == pytest.approx(want.logprob, abs=1e-4)
+
+
+def test_an_embedding_is_that_of_the_eager_runner() -> None:
+    embeddings = []
+    for world in (CudaWorld(), RunnerWorld()):
+        running = world.admit(1, prompt(6))
+        world.step((running, 4, Output.HIDDEN))
+        world.step((running, 2, Output.HIDDEN))
+        embeddings.append(running.embedding)
+    assert embeddings[0] == pytest.approx(embeddings[1], abs=1e-4)
+
+
+def test_a_steady_decode_step_sends_nothing_and_replays_what_was_captured() -> None:
+    world = CudaWorld()
+    running = world.admit(0, prompt(3), GREEDY)
+    world.prefill(running)
+    world.decode(running, num_tokens=2)
+    world.gpu.uploads.clear()
+    world.decode(running, num_tokens=3)
+    assert world.gpu.uploads == []
+    assert world.gpu.num_captured == 2
+
+
+def test_steps_may_be_launched_before_the_tokens_of_the_last_are_read() -> None:
+    world = CudaWorld()
+    running = world.admit(0, prompt(3), PENALISED, seed=2)
+    world.runner.launch(world.plan((running, 3, Output.SAMPLE)))
+    for computed in (3, 4, 5):
+        running.num_computed = computed
+        world.runner.launch(world.plan((running, 1, Output.SAMPLE)))
+    ahead = [world.runner.collect().token_ids[0] for _ in range(4)]
+    check = CudaWorld(seed=4)
+    again = check.admit(5, prompt(3), PENALISED, seed=2)
+    check.prefill(again)
+    check.decode(again, num_tokens=3)
+    assert ahead == again.output

@@ -1,0 +1,160 @@
+"""The runner on a GPU: right, the same bits for every batch, and nothing left behind. `pytest -m gpu`."""
+
+import gc
+from functools import partial
+
+import msgspec
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from device_world import CUDA, DeviceWorld
+from runner_world import RunnerWorld, Running, tiny_config
+from triode.models.config import ModelConfig
+from triode.models.random_model import random_config
+from triode.models.sampling import SamplingParams
+from triode.models.step import Output, StepResult
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+
+SCORED = SamplingParams(temperature=0.8, top_p=0.95, logprobs=5)
+KINDS = [
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=0.7),
+    SamplingParams(temperature=1.2, top_k=20),
+    SamplingParams(temperature=0.9, top_p=0.8, min_p=0.01),
+    SamplingParams(temperature=0.5, repetition_penalty=1.2, presence_penalty=0.3),
+]
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return [(seed * 7919 + index * 104_729 + 11) % 499 for index in range(length)]
+
+
+def half_billion() -> ModelConfig:
+    return msgspec.structs.replace(random_config("qwen2.5-0.5b"), max_context_tokens=4096)
+
+
+@pytest.mark.parametrize("params", KINDS)
+def test_float32_tokens_are_those_of_the_cpu(params: SamplingParams) -> None:
+    outputs = []
+    with DeviceWorld(tiny_config(), torch.float32, max_running=8, max_step_tokens=128) as device:
+        for world in (device, RunnerWorld()):
+            rows = [world.admit(slot, prompt(20 + slot, slot), params, seed=slot) for slot in range(3)]
+            world.step(*[(row, 20 + slot, Output.SAMPLE) for slot, row in enumerate(rows)])
+            world.decode(*rows, num_tokens=20)
+            outputs.append([row.output for row in rows])
+    assert outputs[0] == outputs[1]
+
+
+def test_float32_logprobs_are_close_to_those_of_the_cpu() -> None:
+    entries = []
+    with DeviceWorld(tiny_config(), torch.float32, max_running=8, max_step_tokens=128) as device:
+        for world in (device, RunnerWorld()):
+            row = world.admit(3, prompt(70), SamplingParams(temperature=0, logprobs=3, prompt_logprobs=2))
+            world.step((row, 40, Output.PROMPT_LOGPROBS))
+            world.step((row, 30, Output.PROMPT_LOGPROBS_AND_SAMPLE))
+            world.decode(row, num_tokens=10)
+            entries.append(row.prompt_logprobs + row.logprobs)
+    for got, want in zip(*entries, strict=True):
+        assert (got.token_id, got.rank) == (want.token_id, want.rank)
+        assert got.logprob == pytest.approx(want.logprob, abs=2e-4)
+
+
+def scored(world: DeviceWorld, *, slot: int = 5, chunk: int = 4000, num_tokens: int = 24) -> Running:
+    running = world.admit(slot, prompt(700), SCORED, seed=3)
+    world.prefill(running, chunk)
+    world.decode(running, num_tokens=num_tokens - 1)
+    return running
+
+
+def among_neighbours(world: DeviceWorld, num_neighbours: int, num_tokens: int = 24) -> Running:
+    """In one batch with others, some of which are still reading their prompts, in another slot."""
+    neighbours = [
+        world.admit(slot, prompt(30 + 17 * slot, slot), KINDS[slot % len(KINDS)], seed=slot)
+        for slot in range(num_neighbours)
+    ]
+    for first in range(0, num_neighbours, 8):
+        world.step(*[(row, len(row.tokens), Output.SAMPLE) for row in neighbours[first : first + 8]])
+    running = world.admit(num_neighbours, prompt(700), SCORED, seed=3)
+    world.step(*[(row, 1, Output.SAMPLE) for row in neighbours], (running, 300, Output.NONE))
+    world.step((running, 400, Output.SAMPLE), *[(row, 1, Output.SAMPLE) for row in neighbours])
+    for _ in range(num_tokens - 1):
+        world.step(*[(row, 1, Output.SAMPLE) for row in neighbours], (running, 1, Output.SAMPLE))
+    return running
+
+
+def shared_prefix(world: DeviceWorld, num_tokens: int = 24) -> Running:
+    """The first 688 tokens are in blocks that another sequence has computed."""
+    first = world.admit(1, prompt(700), SCORED, seed=9)
+    world.prefill(first, 256)
+    running = world.admit(2, prompt(700), SCORED, seed=3)
+    running.blocks = first.blocks[:43]
+    running.num_computed = 43 * 16
+    world.give_blocks(running, 700)
+    world.changes[-1] = msgspec.structs.replace(world.changes[-1], first_block=0, block_ids=tuple(running.blocks))
+    world.prefill(running)
+    world.decode(running, num_tokens=num_tokens - 1)
+    return running
+
+
+def readmitted(world: DeviceWorld, whole: Running) -> Running:
+    """Preempted after ten tokens and computed again."""
+    running = world.admit(7, whole.tokens[:710], SCORED, num_prompt_tokens=700, seed=3)
+    world.prefill(running, 300)
+    world.decode(running, num_tokens=13)
+    return running
+
+
+def test_logprobs_do_not_depend_on_batch_chunks_prefix_or_preemption() -> None:
+    with DeviceWorld(half_billion(), torch.bfloat16) as world:
+        whole = scored(world)
+        assert len(whole.logprobs) == 24
+        differing = {}
+        ways = {
+            "again": partial(scored, world),
+            "chunks of 64": partial(scored, world, chunk=64),
+            "chunks of 37": partial(scored, world, chunk=37),
+            "chunks of 512": partial(scored, world, chunk=512),
+            "another slot": partial(scored, world, slot=0),
+            "7 neighbours": partial(among_neighbours, world, 7),
+            "63 neighbours": partial(among_neighbours, world, 63),
+            "prefix": partial(shared_prefix, world),
+        }
+        for name, way in ways.items():
+            logprobs = way().logprobs
+            if logprobs != whole.logprobs:
+                differing[name] = sum(got != want for got, want in zip(logprobs, whole.logprobs, strict=True))
+        if readmitted(world, whole).logprobs != whole.logprobs[10:]:
+            differing["preempted"] = 10
+        assert differing == {}
+
+
+def test_steps_launched_ahead_give_the_tokens_of_steps_read_at_once() -> None:
+    with DeviceWorld(half_billion(), torch.bfloat16, max_running=8) as world:
+        at_once = scored(world).output
+        running = world.admit(6, prompt(700), SCORED, seed=3)
+        world.runner.launch(world.plan((running, 700, Output.SAMPLE)))
+        results: list[StepResult] = []
+        for computed in range(700, 723):
+            running.num_computed = computed
+            world.runner.launch(world.plan((running, 1, Output.SAMPLE)))
+            results.append(world.runner.collect())
+        results.append(world.runner.collect())
+        assert [result.token_ids[0] for result in results] == at_once
+
+
+def test_a_closed_runner_leaves_no_memory_behind() -> None:
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    frees = []
+    for _ in range(3):
+        with DeviceWorld(half_billion(), torch.bfloat16, max_running=8) as world:
+            scored(world, num_tokens=4)
+        del world
+        gc.collect()
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_allocated(CUDA) == before
+        frees.append(torch.cuda.mem_get_info()[0])
+    assert abs(frees[2] - frees[1]) < 64 << 20

@@ -1,0 +1,72 @@
+"""`RunnerWorld` with the runner of a GPU: on one, or on Triton's interpreter, which computes on the CPU."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from runner_world import RunnerWorld, tiny_config, tiny_weights
+from triode.kernels.gpu_traits import INTERPRETER
+from triode.models.cuda.decoder import CudaDecoder
+from triode.models.cuda.gpu import Mark
+from triode.models.cuda.runner import CudaRunner
+from triode.models.pooling import Pooling
+
+
+class PassedMark:
+    """Everything before it has been computed: there is no stream."""
+
+    def is_passed(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return
+
+    def seconds_since(self, earlier: Mark) -> float:
+        return 1e-6
+
+
+class InterpretedGpu:
+    """A `Gpu` whose work is done when it is asked for."""
+
+    device = torch.device("cpu")
+    traits = INTERPRETER
+
+    def __init__(self) -> None:
+        self.num_captured = 0
+        self.uploads: list[int] = []
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        with torch.inference_mode():
+            yield
+
+    def upload(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
+        self.uploads.append(array.size)
+        return torch.from_numpy(array.astype(np.int32, copy=True))
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+    def mark(self) -> Mark:
+        return PassedMark()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.num_captured += 1
+        return work
+
+    def close(self) -> None:
+        return
+
+
+class CudaWorld(RunnerWorld):
+    """The same sequences through `CudaRunner`, interpreted."""
+
+    def __init__(self, *, max_running: int = 8, pooling: Pooling = Pooling.MEAN, seed: int = 0) -> None:
+        super().__init__(max_running=max_running, pooling=pooling, seed=seed)
+        self.gpu = InterpretedGpu()
+        with self.gpu.active():
+            decoder = CudaDecoder(tiny_config(), tiny_weights(), self.gpu.traits, max_tokens=64, max_rows=32)
+        self.runner = CudaRunner(decoder, self.pool, self.gpu, max_running=max_running, pooling=pooling)
