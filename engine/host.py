@@ -4,6 +4,7 @@ A call crosses into the thread by one `run_sync_soon`, and its answer comes back
 one step brings to the streams of one asyncio loop crosses back in a single `call_soon_threadsafe`.
 """
 
+import atexit
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -26,25 +27,34 @@ class EngineThread:
     """Opens an engine in a new thread and keeps it open until `stop`."""
 
     def __init__(self, config: EngineConfig, progress: Progress | None) -> None:
-        self.opened: Future[Hub] = Future()
+        self.opened: Future[Hub] = _promise()
         """Done when the engine is open, or could not be opened."""
-        self.ended: Future[None] = Future()
+        self.ended: Future[None] = _promise()
         """Done when the thread has left the engine; holds the engine's fault, if it had one."""
         self._config = config
         self._progress = progress
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
         self._scope = trio.CancelScope()
+        self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="triode-engine", daemon=True)
 
     def start(self) -> None:
         """Begin to open the engine; wait for `opened`."""
+        # At exit the interpreter freezes daemon threads wherever they are, and what they had locked stays locked.
+        atexit.register(self._close)
         self._thread.start()
 
     def stop(self) -> None:
         """Begin to close the engine; wait for `ended`. Idempotent, from any thread."""
+        # In this order, so that a thread which has no loop yet finds the flag when it has one.
+        self._is_stopping = True
         if self._token is not None:
             self._post(self._scope.cancel)
+
+    def _close(self) -> None:
+        self.stop()
+        self._thread.join()
 
     @property
     def hub(self) -> Hub:
@@ -53,7 +63,7 @@ class EngineThread:
 
     def call(self, call: Callable[[Engine], Awaitable[T]]) -> "tuple[Future[T], Callable[[], None]]":
         """Have the engine's loop await something. Returns its future, and a function that cancels it."""
-        future: Future[T] = Future()
+        future: Future[T] = _promise()
         scope = trio.CancelScope()
 
         async def run() -> None:
@@ -64,11 +74,11 @@ class EngineThread:
                 future.set_exception(error)
             finally:
                 if not future.done():
-                    future.set_exception(EngineClosed("the engine was closed before it answered"))
+                    future.set_exception(self.hub.ended())
 
         def start() -> None:
             if self._nursery is None:
-                future.set_exception(EngineClosed("the engine has been closed; open another"))
+                future.set_exception(self.hub.ended())
             else:
                 self._nursery.start_soon(run)
 
@@ -102,9 +112,13 @@ class EngineThread:
             if not self.opened.done():
                 self.opened.set_exception(EngineClosed("opening was cancelled"))
             self.ended.set_result(None)
+        finally:
+            atexit.unregister(self._close)
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
+        if self._is_stopping:
+            self._scope.cancel()
         with self._scope:
             parts = await load(self._config, self._progress)
             async with run_hub(parts) as hub, trio.open_nursery() as self._nursery:
@@ -113,3 +127,10 @@ class EngineThread:
                     await trio.sleep_forever()
                 finally:
                     self._nursery = None
+
+
+def _promise() -> "Future[T]":
+    """A future that those who wait for it cannot cancel: its maker may keep the promise at any moment."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+    return future

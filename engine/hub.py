@@ -125,7 +125,13 @@ class Hub:
             self._token.run_sync_soon(call)
         except trio.RunFinishedError:
             if otherwise is not None:
-                otherwise(EngineClosed("the engine has been closed; open another"))
+                otherwise(self.ended())
+
+    def ended(self) -> Exception:
+        """Why the engine takes no more calls."""
+        if self.fault is not None:
+            return fresh(self.fault)
+        return EngineClosed("the engine has been closed; open another")
 
     def set_priority(self, request_id: RequestId, priority: int) -> None:
         """Move a request in the order of service. Lower goes first.
@@ -247,10 +253,8 @@ class Hub:
             answer(fresh(error))
 
     def _check_open(self) -> None:
-        if self.fault is not None:
-            raise fresh(self.fault)
-        if self._is_closed:
-            raise EngineClosed("the engine has been closed; open another")
+        if self._is_closed or self.fault is not None:
+            raise self.ended()
 
 
 def _without_cancelled(error: BaseException) -> BaseException | None:

@@ -3,6 +3,7 @@
 import random
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -248,7 +249,8 @@ class Storm:
         return "embedded"
 
     async def encode(self, which: tuple[int, int]) -> str:
-        with trio.move_on_after(self.random.random() * 0.02):
+        with trio.move_on_after(self.random.random() * 0.02), suppress(ValueError):
+            # Too long for this cache, which only its encoding shows.
             await self.engine.submit(LONG_TEXT)
         return "encoded"
 

@@ -9,7 +9,7 @@ import trio.testing
 
 import triode
 from crashes import CORES, Bomb, Boom
-from engines import LONG, LONG_TEXT, complete, greedy, open_gated, open_tiny
+from engines import LONG, LONG_TEXT, complete, greedy, open_gated, open_tiny, threads_of_ours
 from triode.cache.manager import CacheManager
 from triode.engine.engine import Engine
 from triode.errors import EngineFault
@@ -191,7 +191,7 @@ async def test_the_thread_of_a_failed_engine_ends(monkeypatch: pytest.MonkeyPatc
             with pytest.raises(EngineFault):
                 async with open_tiny(executor="thread") as engine:
                     await complete(engine, [1, 2, 3], greedy(5))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("triode")]
+    assert threads_of_ours() == []
 
 
 async def test_a_step_that_never_ends_is_abandoned_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,9 +208,8 @@ async def test_a_step_that_never_ends_is_abandoned_at_the_deadline(monkeypatch: 
     monkeypatch.setattr(EagerRunner, "launch", hang)
     monkeypatch.setattr(thread, "CLOSE_DEADLINE_S", 0.05)
     with pytest.raises(EngineFault, match=r"has not ended within 0\.05 s: its thread and memory are abandoned"):
-        async with open_tiny(executor="thread") as engine:
-            async with engine.submit([1, 2, 3], greedy(1)):
-                await trio.testing.wait_all_tasks_blocked()
+        async with open_tiny(executor="thread") as engine, engine.submit([1, 2, 3], greedy(1)):
+            await trio.testing.wait_all_tasks_blocked()
     may_end.set()
 
 

@@ -1,5 +1,6 @@
 """Engines for tests: a tiny random model that opens in a moment, and steps that run only when a test says so."""
 
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sized
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -23,14 +24,14 @@ from triode.models.step import StepPlan, StepResult
 TINY = "random:tiny"
 SMALL: dict[str, Any] = {
     "dtype": "float32",
-    "max_context_tokens": 512,
+    "max_context_tokens": 4096,
     "max_running": 16,
     "max_step_tokens": 64,
     "kv_cache_bytes": 2**21,
 }
 """Settings of an engine for tests: 255 blocks of 16 tokens."""
 
-LONG = 400
+LONG = 3000
 """Tokens of an output that no test waits for."""
 LONG_TEXT = "word " * 4000
 """A prompt so long that a worker thread encodes it."""
@@ -55,6 +56,15 @@ async def complete(engine: Engine, prompt: Prompt, params: triode.SamplingParams
     """Submit and read to the end."""
     async with engine.submit(prompt, params, **options) as stream:
         return await stream.result()
+
+
+def threads_of_ours() -> list[threading.Thread]:
+    """Our threads that go on although their engines have said that they ended."""
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("triode")]
+    for thread in ours:
+        # Its last word is not quite its last instruction.
+        thread.join(1)
+    return [thread for thread in ours if thread.is_alive()]
 
 
 class Gate:
