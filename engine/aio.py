@@ -20,12 +20,12 @@ from triode.engine.config import EngineConfig
 from triode.engine.engine import Engine as TrioEngine
 from triode.engine.host import EngineThread
 from triode.engine.parts import Report
-from triode.engine.request import Prompt, Request, freeze_prompt
+from triode.engine.request import Prompt, Request, check_request_id, freeze_prompt
 from triode.engine.statistics import EngineStatistics
 from triode.engine.stream import RequestStream, Submission
-from triode.ids import RequestId
 from triode.models.progress import Progress
 from triode.models.sampling import SamplingParams
+from triode.models.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -102,6 +102,11 @@ class Engine:
         """What was loaded, and how large it is."""
         return self._hub.parts.report
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, which may be used from any thread."""
+        return self._hub.parts.tokenizer
+
     def submit(
         self,
         prompt: Prompt,
@@ -155,8 +160,16 @@ class Engine:
         """As `triode.Engine.statistics`. Waits for the engine's thread, about a tenth of a millisecond."""
         return self._thread.do(lambda engine: engine.statistics()).result()
 
+    async def ended(self) -> None:
+        """Wait until the engine has ended.
+
+        Raises:
+            EngineFault: if a fault ended it.
+        """
+        await asyncio.shield(asyncio.wrap_future(self._thread.ended))
+
     async def _open(self, request: Request, request_id: str | None) -> RequestStream:
-        name = self._hub.new_request_id() if request_id is None else RequestId(request_id)
+        name = self._hub.new_request_id() if request_id is None else check_request_id(request_id)
         mailbox = Mailbox(name, request.params.n, self._waker)
         self._hub.call_soon(partial(self._hub.submit_from_thread, mailbox, request), otherwise=mailbox.refuse)
         return await RequestStream(mailbox, self._hub.cancel_soon, self._hub.cancel_soon).accepted()

@@ -22,12 +22,13 @@ from triode.engine.hub import Hub
 from triode.engine.lifetime import run_hub
 from triode.engine.loading import load
 from triode.engine.parts import EngineParts, Report
-from triode.engine.request import Prompt, Request, freeze_prompt
+from triode.engine.request import Prompt, Request, check_cache_salt, check_request_id, freeze_prompt
 from triode.engine.statistics import EngineStatistics
 from triode.engine.stream import RequestStream, Submission
 from triode.ids import RequestId, TokenId
 from triode.models.progress import Progress
 from triode.models.sampling import SamplingParams
+from triode.models.tokenizer import Tokenizer
 
 
 @asynccontextmanager
@@ -76,6 +77,11 @@ class Engine:
     def report(self) -> Report:
         """What was loaded, and how large it is."""
         return self._hub.parts.report
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, which may be used from any thread."""
+        return self._hub.parts.tokenizer
 
     def submit(
         self,
@@ -172,7 +178,7 @@ class Engine:
         return lambda prompt, params: self.submit(prompt, params)
 
     async def _open(self, request: Request, request_id: str | None) -> RequestStream:
-        name = self._hub.new_request_id() if request_id is None else RequestId(request_id)
+        name = self._hub.new_request_id() if request_id is None else check_request_id(request_id)
         mailbox = Mailbox(name, request.params.n, self._waker)
         self._hub.submit(mailbox, request)
         return await RequestStream(mailbox, self._hub.cancel, self._hub.cancel_soon).accepted()
@@ -186,11 +192,13 @@ class CacheControl:
 
     async def pin(self, prompt: Prompt, *, cache_salt: str | None = None) -> int:
         """Keep the cached full blocks of a prompt until `unpin`. Returns how many tokens they hold."""
+        check_cache_salt(cache_salt)
         token_ids, namespace = await self._encode(prompt), namespace_of(cache_salt)
         return await self._ask(lambda name: Pin(name, token_ids, namespace, trio.current_time()))
 
     async def unpin(self, prompt: Prompt, *, cache_salt: str | None = None) -> int:
         """Undo one `pin` of the same prompt. Returns how many tokens it held."""
+        check_cache_salt(cache_salt)
         token_ids, namespace = await self._encode(prompt), namespace_of(cache_salt)
         return await self._ask(lambda name: Unpin(name, token_ids, namespace, trio.current_time()))
 

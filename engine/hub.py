@@ -39,7 +39,7 @@ from triode.actors.scheduler.policy import Scheduler
 from triode.actors.tokenizer.actor import run_tokenizer
 from triode.actors.tokenizer.prepare import prepare
 from triode.engine.parts import EngineParts
-from triode.engine.request import Request
+from triode.engine.request import Request, check_priority
 from triode.engine.statistics import ActorStatistics, EngineStatistics
 from triode.errors import EngineBusy, EngineClosed, EngineFault
 from triode.ids import RequestId
@@ -138,8 +138,10 @@ class Hub:
 
         Raises:
             KeyError: if no unfinished request has this id.
+            ValueError: if the priority is no integer.
         """
         self._check_open()
+        check_priority(priority)
         if self.mailboxes.get(request_id) is None:
             raise KeyError(f"no unfinished request has the id {request_id!r}")
         self._to_scheduler.put(SetPriority(request_id, priority))

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from triode.actors.messages import ChatMessages
-from triode.ids import TokenId
-from triode.models.sampling import SamplingParams
+from triode.ids import RequestId, TokenId
+from triode.models.sampling import SamplingParams, is_unicode
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
 """Raw text, token ids, or chat messages in OpenAI's shape (then the model's chat template applies)."""
@@ -27,12 +27,40 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     pool_hidden: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.priority) is not int:
-            raise ValueError(f"priority must be an integer, lower first, got {self.priority!r}")
-        if self.cache_salt is not None and (type(self.cache_salt) is not str or not self.cache_salt):
-            raise ValueError(f"cache_salt must be a non-empty string, got {self.cache_salt!r}")
-        if self.deadline_s is not None and not self.deadline_s > 0:
-            raise ValueError(f"deadline_s must be > 0, got {self.deadline_s!r}")
+        if not isinstance(self.params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, got {self.params!r}")
+        check_priority(self.priority)
+        check_cache_salt(self.cache_salt)
+        deadline_s: object = self.deadline_s
+        if deadline_s is not None and not (isinstance(deadline_s, int | float) and deadline_s > 0):
+            raise ValueError(f"deadline_s must be > 0, got {deadline_s!r}")
+
+
+def check_request_id(request_id: object) -> RequestId:
+    """A caller's own name for a request.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(request_id, str) or not request_id:
+        raise ValueError(f"request_id must be a non-empty string, got {request_id!r}")
+    return RequestId(request_id)
+
+
+def check_priority(priority: object) -> None:
+    """Raise ValueError for what cannot be ordered."""
+    if type(priority) is not int:
+        raise ValueError(f"priority must be an integer, lower first, got {priority!r}")
+
+
+def check_cache_salt(cache_salt: object) -> None:
+    """Raise ValueError for what is neither None nor a text that can be hashed."""
+    if cache_salt is None:
+        return
+    if not isinstance(cache_salt, str) or not cache_salt:
+        raise ValueError(f"cache_salt must be a non-empty string, got {cache_salt!r}")
+    if not is_unicode(cache_salt):
+        raise ValueError(f"cache_salt must be valid Unicode, got {cache_salt!r}")
 
 
 def freeze_prompt(prompt: Prompt) -> str | tuple[TokenId, ...] | ChatMessages:

@@ -166,6 +166,17 @@ def _check_words(name: str, words: object) -> None:
     for word in words:
         if not isinstance(word, str) or not word:
             raise ValueError(f"{name} must hold non-empty strings, got {word!r}")
+        if not is_unicode(word):
+            raise ValueError(f"{name} must hold valid Unicode, got {word!r}")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has a UTF-8 form: half of a surrogate pair has none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_stop_token_ids(token_ids: object) -> None:
