@@ -113,8 +113,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in _SIZES:
             if not 1 <= (value := getattr(self, name)) <= _MAX_SIZE:
                 raise ValueError(f"{name} must be >= 1 and <= {_MAX_SIZE}, got {value}")
-        if self.num_layers > _MAX_LAYERS:
-            raise ValueError(f"num_layers must be <= {_MAX_LAYERS}, got {self.num_layers}")
+        check_num_layers(self.num_layers)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}"
@@ -163,3 +162,13 @@ _SIZES = (
 )
 # No model comes near these; a corrupt file does.
 _MAX_SIZE, _MAX_LAYERS = 2**31 - 1, 4096
+
+
+def check_num_layers(num_layers: int) -> None:
+    """Refuse a number of layers that no model has, before anything is made for each of them.
+
+    Raises:
+        ValueError: naming the limit and the number.
+    """
+    if num_layers > _MAX_LAYERS:
+        raise ValueError(f"num_layers must be <= {_MAX_LAYERS}, got {num_layers}")

@@ -7,7 +7,7 @@ not known here may change the computation, so it is refused by name.
 import math
 
 from triode.errors import CorruptModel, UnsupportedModel
-from triode.models.config import DtypeName, ModelConfig, RopeConfig
+from triode.models.config import DtypeName, ModelConfig, RopeConfig, check_num_layers
 from triode.models.fields import Fields
 from triode.models.gguf import GGUFFile
 from triode.models.gguf_tensors import read_vector
@@ -64,6 +64,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     if (embedding := file.tensors.get("token_embd.weight")) is None:
         raise CorruptModel(f"{file.path}: tensor token_embd.weight is missing")
     try:
+        check_num_layers(layers)
         return ModelConfig(
             architecture=architecture,
             vocab_size=embedding.shape[0],

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from triode.errors import CorruptModel, ModelNotFound, UnsupportedModel
-from triode.models.config import DtypeName, ModelConfig, RopeConfig
+from triode.models.config import DtypeName, ModelConfig, RopeConfig, check_num_layers
 from triode.models.fields import Fields
 from triode.models.registry import Family, family
 from triode.models.rope_config import read_rope
@@ -72,9 +72,10 @@ def parse_config(source: str, values: Mapping[str, object], generation: Mapping[
     layers, heads = config.integer("num_hidden_layers"), config.integer("num_attention_heads")
     head_dim = config.integer("head_dim", members.head_dim or config.integer("hidden_size") // max(heads, 1))
     context_tokens = config.integer("max_position_embeddings")
-    window, sliding_layers = _sliding_window(config, members, layers)
     attention_bias = members.attention_bias_option and config.flag("attention_bias", False)
     try:
+        check_num_layers(layers)
+        window, sliding_layers = _sliding_window(config, members, layers)
         return ModelConfig(
             architecture=config.string("model_type"),
             vocab_size=config.integer("vocab_size"),
