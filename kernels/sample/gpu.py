@@ -226,7 +226,7 @@ def truncate(
         goal = top_p * total.to(tl.float64)
         low = key + 0
         past = PAST_KEYS + 0
-        count_low, weight_low = above(p_row, low, VOCAB, TILE)
+        _, weight_low = above(p_row, low, VOCAB, TILE)
         # Where rounding down has left all weights together short of the goal, nothing is left out.
         if weight_low.to(tl.float64) >= goal:
             while past - low > 1:

@@ -24,14 +24,20 @@ _UNKNOWN = -1
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """A prefill or mixed step as one array of words, rows with several query tokens before those with one."""
+    """A prefill or mixed step as one array of words, rows with several query tokens before those with one.
+
+    Padding rows have no tokens and belong to nobody; padding tokens go to block 0, and no row sees them.
+    """
 
     words: Words
-    """token_T, position_T, kv_slot_T, query_start_R1, start_R, end_R, slot_R, sample_token_Q, sample_end_Q,
-    sample_slot_Q: one after the other."""
+    """query_start_R1, start_R, end_R, slot_R, then sample_token_Q, sample_end_Q, sample_slot_Q, then token_T, position_T,
+    kv_slot_T: one after the other. For a step of fixed shape Q is R, whoever samples."""
     order: Words
     """The plan's row at each packed row."""
     num_tokens: int
+    """T, padding included, like the next two."""
+    num_rows: int
+    num_sampled: int
     num_long: int
     """Rows with several query tokens."""
     num_long_tokens: int
@@ -40,11 +46,6 @@ class PackedRows:
     """The plan's rows that sample, in packed order."""
     query_start_R1: Words
     """On the host, for what reads single rows' hidden states."""
-
-    @property
-    def num_rows(self) -> int:
-        """R."""
-        return len(self.order)
 
 
 class HostBatch:
@@ -108,8 +109,10 @@ class HostBatch:
         self._known_S[slot_R] += 1
         self._newest_S[slot_R] = start_R + 1
 
-    def pack(self, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words) -> PackedRows:
-        """The arrays of any other step."""
+    def pack(
+        self, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words, shape: tuple[int, int] | None = None
+    ) -> PackedRows:
+        """The arrays of any other step; `shape` is the number of tokens and of rows to pad to."""
         num_query_R = end_R - start_R
         order = np.argsort(num_query_R == 1, kind="stable").astype(np.int32)
         slot_R, start_R, end_R, num_query_R = slot_R[order], start_R[order], end_R[order], num_query_R[order]
@@ -120,22 +123,25 @@ class HostBatch:
         position_T = np.arange(num_tokens, dtype=np.int32) - query_start_R1[row_T] + start_R[row_T]
         block_T = self._slots.table_SX[slot_R[row_T], position_T // self._block_size]
         kv_slot_T = block_T * self._block_size + position_T % self._block_size
-        is_sampled = np.fromiter((plan.outputs[row] in SAMPLING for row in order), bool, len(order))
         token_T = self._tokens(plan, slot_R, start_R, end_R, row_T, position_T)
-        sample_slot_Q, sample_end_Q = slot_R[is_sampled], end_R[is_sampled]
-        self._known_S[sample_slot_Q] += 1
-        self._newest_S[sample_slot_Q] = sample_end_Q
-        num_long = int((num_query_R > 1).sum())
+        is_sampled = np.fromiter((plan.outputs[row] in SAMPLING for row in order), bool, len(order))
+        sampled_slots, sampled_ends = slot_R[is_sampled], end_R[is_sampled]
+        self._known_S[sampled_slots] += 1
+        self._newest_S[sampled_slots] = sampled_ends
+        T, R = shape or (num_tokens, len(order))
+        Q = R if shape else len(sampled_slots)
+        nobody, num_long = self._layout.nobody, int((num_query_R > 1).sum())
+        by_row = [_padded(query_start_R1, R + 1, num_tokens), _padded(start_R, R), _padded(end_R, R)]
+        by_row.append(_padded(slot_R, R, nobody))
+        by_sample = [_padded(query_start_R1[1:][is_sampled] - 1, Q), _padded(sampled_ends, Q)]
+        by_sample.append(_padded(sampled_slots, Q, nobody))
+        by_token = [_padded(words, T) for words in (token_T, position_T, kv_slot_T)]
         return PackedRows(
-            words=np.concatenate(
-                [
-                    *(token_T, position_T, kv_slot_T, query_start_R1, start_R, end_R, slot_R),
-                    *(query_start_R1[1:][is_sampled] - 1, sample_end_Q, sample_slot_Q),
-                ],
-                dtype=np.int32,
-            ),
+            words=np.concatenate(by_row + by_sample + by_token, dtype=np.int32),
             order=order,
-            num_tokens=num_tokens,
+            num_tokens=T,
+            num_rows=R,
+            num_sampled=Q,
             num_long=num_long,
             num_long_tokens=int(query_start_R1[num_long]),
             max_query_tokens=int(num_query_R.max()),
@@ -156,6 +162,12 @@ class HostBatch:
         assert (ends <= self._admitted_S[slots]).all(), (
             f"step {plan.step_id} needs tokens that neither host nor device keeps"
         )
+
+
+def _padded(words: IntArray, length: int, value: int = 0) -> IntArray:
+    if len(words) == length:
+        return words
+    return np.concatenate([words, np.full(length - len(words), value, words.dtype)])
 
 
 def is_decode(plan: StepPlan) -> bool:

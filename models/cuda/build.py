@@ -19,7 +19,7 @@ from triode.kernels.linear.blas import split_k_refused
 from triode.models.config import ModelConfig
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.gpu import CudaGpu
-from triode.models.cuda.programs import BUCKETS, bucket_for
+from triode.models.cuda.programs import BUCKETS, PREFILL_TOKENS, bucket_for
 from triode.models.cuda.runner import CudaRunner
 from triode.models.pooling import Pooling
 from triode.models.sampling import SamplingParams
@@ -60,10 +60,14 @@ def build_cuda(
         gpu = CudaGpu(device)
         with gpu.active():
             decoder = CudaDecoder(
-                config, weights, gpu.traits, max_tokens=max(max_step_tokens, max_rows), max_rows=max_rows
+                config,
+                weights,
+                gpu.traits,
+                max_tokens=max(max_step_tokens, max_rows, PREFILL_TOKENS[-1]),
+                max_rows=max_rows,
             )
         graph_bytes = _rehearse(decoder, gpu, cache_config, max_running, max_step_tokens)
-        free_bytes = max(0, free_memory_bytes(device) - graph_bytes * len(BUCKETS))
+        free_bytes = max(0, free_memory_bytes(device) - graph_bytes * (len(BUCKETS) + 2 * len(PREFILL_TOKENS)))
         blocks_a_sequence = -(-config.max_context_tokens // cache_config.block_size_tokens)
         num_blocks = num_blocks_for(
             cache_config, _block_bytes(decoder, cache_config), free_bytes, max_running * blocks_a_sequence
@@ -86,6 +90,7 @@ def _rehearse(
         free_bytes = [free_bytes[1], _free_bytes(decoder.device)] if step else [0, _free_bytes(decoder.device)]
     # The pool and the graphs of the rehearsal go with its runner.
     del runner
+    gpu.forget_captured()
     torch.cuda.empty_cache()
     return max(0, free_bytes[0] - free_bytes[1])
 

@@ -32,15 +32,26 @@ class Flight:
     embeddings: tuple[tuple[float, ...], ...] | None = None
     learners: list[tuple[int, int, SlotState]] = field(default_factory=list)
     """(index in `token_R`, slot, state) of the rows whose host copy must learn their token."""
+    _tokens: list[int] | None = None
 
     def tokens(self) -> list[int]:
-        """What the sampling rows got. Waits for the device."""
+        """What the sampling rows got. Waits for the device. Asked by the thread that launches, before or after the
+        result is taken: only that thread lends the host memory to another step."""
+        if self._tokens is not None:
+            return self._tokens
         self.ended.wait()
-        return [] if self.token_R is None else self.token_R[: len(self.sampled)].tolist()
+        tokens: list[int] = [] if self.token_R is None else self.token_R[: len(self.sampled)].tolist()
+        return tokens
 
     def result(self) -> StepResult:
-        """Everything. Waits for the device."""
-        plan, tokens = self.plan, self.tokens()
+        """Everything, once. Waits for the device."""
+        self._tokens = self.tokens()
+        result = self._result(self._tokens)
+        self.ended.release()
+        return result
+
+    def _result(self, tokens: list[int]) -> StepResult:
+        plan = self.plan
         forward_s = self.computed.seconds_since(self.begun)
         sample_s = self.ended.seconds_since(self.computed)
         logprobs, errors = self._logprobs(tokens), self._errors(tokens)

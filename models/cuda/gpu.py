@@ -2,8 +2,12 @@
 
 Everything that a runner computes is in the order of its one stream. Buffers may therefore be reused by the next step as
 they are, and block copies, table changes and cancelled requests need no other synchronisation.
+
+Host memory of transfers is pinned once and lent to one step after the other. Torch's own allocator of pinned memory must
+not serve here: it marks a freed block in the stream, whichever thread frees it, and a mark within a capture is an error.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -13,6 +17,8 @@ import numpy.typing as npt
 import torch
 
 from triode.kernels.gpu_traits import GpuTraits
+
+_LEAST_PINNED_BYTES = 4096
 
 
 class Mark(Protocol):
@@ -27,6 +33,9 @@ class Mark(Protocol):
     def seconds_since(self, earlier: "Mark") -> float:
         """Device time between two marks that have been passed."""
 
+    def release(self) -> None:
+        """What was transferred has been read. At most once, when the mark has been passed."""
+
 
 class Gpu(Protocol):
     """What a runner asks of a device; `CudaGpu` is the one."""
@@ -38,14 +47,17 @@ class Gpu(Protocol):
     def active(self) -> Iterator[None]:
         """Inside, work goes to the runner's stream."""
 
-    def upload(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
-        """A copy on the device, in stream order."""
+    def upload(self, array: npt.NDArray[np.int32], out: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy on the device, in stream order; into `out` if it is given."""
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy in host memory, there once a later mark has been passed."""
+        """A copy in host memory, there once a later mark has been passed, until the step's last mark is released."""
 
     def mark(self) -> Mark:
         """A mark behind all work so far."""
+
+    def end_step(self) -> Mark:
+        """The step's last mark; its `release` gives back the host memory of the step's transfers."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """The work as one launch. What it has to compile must be compiled already."""
@@ -55,9 +67,10 @@ class Gpu(Protocol):
 
 
 class CudaMark:
-    """An event of the runner's stream."""
+    """An event of the runner's stream, and host memory that is in use until then."""
 
-    def __init__(self) -> None:
+    def __init__(self, release: Callable[[], None] = lambda: None) -> None:
+        self.release = release
         self._event = torch.cuda.Event(enable_timing=True)
         self._event.record()
 
@@ -84,6 +97,8 @@ class CudaGpu:
         self.traits = GpuTraits.of(device)
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._idle: defaultdict[int, deque[torch.Tensor]] = defaultdict(deque)
+        self._lent: list[torch.Tensor] = []
         # What was written before, weights above all, comes first.
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -93,20 +108,42 @@ class CudaGpu:
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             yield
 
-    def upload(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
-        """By way of pinned memory, which torch keeps until the copy is done."""
-        pinned = torch.empty(array.shape, dtype=torch.int32, pin_memory=True)
+    def upload(self, array: npt.NDArray[np.int32], out: torch.Tensor | None = None) -> torch.Tensor:
+        """By way of pinned memory."""
+        pinned = self._borrow(torch.Size(array.shape), torch.int32)
         pinned.numpy()[:] = array
-        return pinned.to(self.device, non_blocking=True)
+        if out is None:
+            out = torch.empty(array.shape, dtype=torch.int32, device=self.device)
+        return out.copy_(pinned, non_blocking=True)
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         """Into pinned memory."""
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True)
+        return self._borrow(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
 
     def mark(self) -> Mark:
         """An event."""
         return CudaMark()
+
+    def end_step(self) -> Mark:
+        """An event."""
+        lent, self._lent = self._lent, []
+
+        def release() -> None:
+            for memory in lent:
+                self._idle[memory.numel()].append(memory)
+
+        return CudaMark(release)
+
+    def _borrow(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Pinned memory, of a size that is a power of two so that it suits many."""
+        num_bytes = shape.numel() * dtype.itemsize
+        size = max(_LEAST_PINNED_BYTES, 1 << (num_bytes - 1).bit_length())
+        try:
+            memory = self._idle[size].popleft()
+        except IndexError:
+            memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self._lent.append(memory)
+        return memory[:num_bytes].view(dtype).view(shape)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph."""
@@ -120,8 +157,14 @@ class CudaGpu:
         replay: Callable[[], None] = graph.replay
         return replay
 
+    def forget_captured(self) -> None:
+        """What was captured so far is gone, and its memory pool with it: what follows gets another one."""
+        self._pool = torch.cuda.graph_pool_handle()
+
     def close(self) -> None:
         """Also returns torch's cached memory to the driver, for whoever comes next."""
         self._stream.synchronize()
+        self._idle.clear()
+        self._lent.clear()
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()

@@ -16,6 +16,8 @@ from triode.models.slots import SlotState
 from triode.models.step import Output, StepPlan, TokenLogprobs
 
 _SCORING = frozenset({Output.PROMPT_LOGPROBS, Output.PROMPT_LOGPROBS_AND_SAMPLE})
+READING_HIDDEN = _SCORING | {Output.HIDDEN}
+"""Outputs that are made here."""
 
 
 def score_prompts(

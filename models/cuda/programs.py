@@ -1,6 +1,7 @@
-"""Decode steps as captured work, for each size of the batch.
+"""Steps as captured work: decode steps for each size of the batch, short prefill steps for a few shapes.
 
-A size is computed operation by operation the first time, which compiles what it needs, and captured the second time.
+Launching a step kernel by kernel takes the host longer than a short step takes the device, so only prefill steps of many
+tokens are launched that way. A size is computed operation by operation the first time, which compiles what it needs, and captured the second time.
 Graphs share one memory pool, and all work on the same buffers; their launch parameters depend on the size alone.
 """
 
@@ -12,6 +13,11 @@ from triode.models.cuda.gpu import Gpu
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Decode steps are padded to one of these numbers of rows, or to a multiple of 64 beyond."""
 
+PREFILL_TOKENS = (16, 32, 64, 128, 256, 384, 512)
+"""Short prefill and mixed steps are padded to one of these numbers of tokens, ..."""
+PREFILL_ROWS = (1, 4, 16, 64, 256)
+"""... and of rows."""
+
 SEGMENT_BUCKETS = (4, 16, 64, 256, 1024)
 """Attention is launched for rows of up to so many segments of 512 tokens."""
 
@@ -19,6 +25,13 @@ SEGMENT_BUCKETS = (4, 16, 64, 256, 1024)
 def bucket_for(num_rows: int) -> int:
     """The smallest size that holds so many rows."""
     return next((bucket for bucket in BUCKETS if num_rows <= bucket), -(-num_rows // 64) * 64)
+
+
+def prefill_shape(num_tokens: int, num_rows: int, max_rows: int) -> tuple[int, int] | None:
+    """Tokens and rows of the smallest captured step that holds so many; None where there is none."""
+    tokens = next((size for size in PREFILL_TOKENS if num_tokens <= size), None)
+    rows = next((size for size in PREFILL_ROWS if num_rows <= size), max_rows)
+    return None if tokens is None else (tokens, min(rows, max_rows))
 
 
 def segment_bucket_for(num_segments: int) -> int:

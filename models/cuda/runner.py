@@ -27,10 +27,10 @@ from triode.models.cuda.batch import HostBatch, has_history, is_decode
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.flight import Flight
 from triode.models.cuda.gpu import Gpu, Mark
-from triode.models.cuda.hidden import Embeddings, score_prompts
-from triode.models.cuda.programs import bucket_for
+from triode.models.cuda.hidden import READING_HIDDEN, Embeddings, score_prompts
+from triode.models.cuda.programs import bucket_for, prefill_shape
 from triode.models.cuda.sampling import SampledSet, append
-from triode.models.cuda.steps import DeviceSteps, PackedArrays
+from triode.models.cuda.steps import DeviceSteps
 from triode.models.pooling import Pooling
 from triode.models.runner import RunnerStatistics
 from triode.models.step import StepPlan, StepResult
@@ -127,18 +127,25 @@ class CudaRunner:
         return self._finish(plan, begun, range(num_rows), logits_RV, lambda: steps.sample_decode(num_rows))
 
     def _launch_mixed(self, steps: DeviceSteps, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words) -> Flight:
-        packed = self._host.pack(plan, slot_R, start_R, end_R)
+        reads_hidden = not READING_HIDDEN.isdisjoint(plan.outputs)
+        num_tokens = sum(plan.num_query_tokens)
+        shape = None if reads_hidden else prefill_shape(num_tokens, len(plan.slots), steps.max_rows)
+        packed = self._host.pack(plan, slot_R, start_R, end_R, shape)
         steps.prepare(self._changes, plan.copies)
-        arrays = PackedArrays(packed, self._gpu)
         begun = self._gpu.mark()
+        if shape is not None:
+            logits_QV = steps.prefill(packed)
+            sampled = packed.sampled.tolist()
+            return self._finish(plan, begun, sampled, logits_QV, lambda: steps.sample_prefill(packed))
+        arrays = steps.upload(packed)
         hidden_TD = steps.compute(packed, arrays)
         # Both read hidden states and wait; the head's buffer is theirs until the sampling rows take it.
         states = self._host.states(plan)
         prompt_logprobs = score_prompts(steps.decoder, hidden_TD, packed, plan, states)
         embeddings = self._embeddings.add(hidden_TD, packed, plan, states)
+        logits_QV = steps.logits(hidden_TD, arrays) if len(packed.sampled) else hidden_TD[:0]
         sampled = packed.sampled.tolist()
-        logits_QV = steps.decoder.logits(hidden_TD[arrays.sample_token_Q]) if sampled else None
-        flight = self._finish(plan, begun, sampled, logits_QV, lambda: steps.sample(_given(logits_QV), arrays))
+        flight = self._finish(plan, begun, sampled, logits_QV, lambda: steps.sample(logits_QV, arrays))
         flight.prompt_logprobs, flight.embeddings = prompt_logprobs, embeddings
         return flight
 
@@ -147,13 +154,14 @@ class CudaRunner:
         plan: StepPlan,
         begun: Mark,
         sampled: Sequence[int],
-        logits_QV: torch.Tensor | None,
+        logits_QV: torch.Tensor,
         choose: Callable[[], torch.Tensor],
     ) -> Flight:
         """From logits to tokens, and tokens and logprobs on their way home."""
         computed = self._gpu.mark()
         token_Q, scores = None, None
-        if logits_QV is not None:
+        rows = None
+        if sampled:
             rows = self._sampled_set(plan, sampled)
             scores = rows.score(logits_QV, self._gpu)
             if rows.remembers:
@@ -164,8 +172,8 @@ class CudaRunner:
             if scores is not None:
                 scores.finish(device_token_Q)
             token_Q = self._gpu.download(device_token_Q)
-        flight = Flight(plan, begun, computed, self._gpu.mark(), sampled, token_Q, scores)
-        if logits_QV is not None and rows.remembers:
+        flight = Flight(plan, begun, computed, self._gpu.end_step(), sampled, token_Q, scores)
+        if rows is not None and rows.remembers:
             flight.learners = [
                 (index, plan.slots[row], rows.states[index])
                 for index, row in enumerate(sampled)
@@ -199,8 +207,3 @@ class CudaRunner:
             num_query_tokens=before.num_query_tokens + sum(plan.num_query_tokens),
             prepare_s=before.prepare_s + prepare_s,
         )
-
-
-def _given(logits_QV: torch.Tensor | None) -> torch.Tensor:
-    assert logits_QV is not None, "rows that sample have logits"
-    return logits_QV

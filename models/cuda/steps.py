@@ -5,7 +5,7 @@ T packed query tokens    R rows    Q rows that sample    D hidden    V vocabular
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -19,20 +19,23 @@ from triode.models.cuda.arena import Arena, Changes
 from triode.models.cuda.batch import PackedRows
 from triode.models.cuda.decoder import CudaDecoder, RowGroup, TokenPlaces
 from triode.models.cuda.gpu import Gpu
-from triode.models.cuda.programs import Programs, bucket_for, segment_bucket_for
+from triode.models.cuda.programs import PREFILL_TOKENS, Programs, bucket_for, segment_bucket_for
 
 
 class PackedArrays:
     """`PackedRows.words` on the device, cut into its arrays."""
 
-    def __init__(self, packed: PackedRows, gpu: Gpu) -> None:
-        words = gpu.upload(packed.words)
-        num_tokens, num_rows, num_sampled = packed.num_tokens, packed.num_rows, len(packed.sampled)
-        sizes = [num_tokens] * 3 + [num_rows + 1] + [num_rows] * 3 + [num_sampled] * 3
-        bounds = pairwise([0, *np.cumsum(sizes).tolist()])
-        parts = [words[first:last] for first, last in bounds]
-        self.token_T, self.position_T, self.kv_slot_T, self.query_start_R1, self.start_R, self.end_R = parts[:6]
-        self.slot_R, self.sample_token_Q, self.sample_end_Q, self.sample_slot_Q = parts[6:]
+    def __init__(self, words: torch.Tensor, num_tokens: int, num_rows: int, num_sampled: int) -> None:
+        sizes = [num_rows + 1] + [num_rows] * 3 + [num_sampled] * 3 + [num_tokens] * 3
+        parts = [words[first:last] for first, last in pairwise([0, *accumulate(sizes)])]
+        self.query_start_R1, self.start_R, self.end_R, self.slot_R = parts[:4]
+        self.sample_token_Q, self.sample_end_Q, self.sample_slot_Q = parts[4:7]
+        self.token_T, self.position_T, self.kv_slot_T = parts[7:]
+
+    @staticmethod
+    def num_words(num_tokens: int, num_rows: int) -> int:
+        """Of a step of fixed shape."""
+        return 7 * num_rows + 1 + 3 * num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class _StepTensors:
     """0, 1, 2, ..."""
     table_RX: torch.Tensor
     token_R: torch.Tensor
+    words: torch.Tensor
+    """A packed step of fixed shape."""
 
     @classmethod
     def allocate(cls, num_rows: int, num_entries: int, device: torch.device) -> "_StepTensors":
@@ -59,6 +64,7 @@ class _StepTensors:
             query_start_R1=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
             table_RX=zeros(num_rows, num_entries),
             token_R=zeros(num_rows),
+            words=zeros(PackedArrays.num_words(PREFILL_TOKENS[-1], num_rows)),
         )
 
 
@@ -75,11 +81,19 @@ class DeviceSteps:
         self._workspace = SampleWorkspace.allocate(layout.num_rows, decoder.config.vocab_size, gpu.device)
         self._forward = Programs(self._compute_decode, gpu)
         self._sample = Programs(self._sample_decode, gpu)
+        self._prefill = Programs(self._compute_prefill, gpu)
+        self._sample_packed = Programs(self._sample_prefill, gpu)
+
+    @property
+    def max_rows(self) -> int:
+        """The most rows of one step."""
+        return self._arena.layout.num_rows
 
     @property
     def num_graphs(self) -> int:
         """How many pieces of work have been captured."""
-        return self._forward.num_captured + self._sample.num_captured
+        kinds = (self._forward, self._sample, self._prefill, self._sample_packed)
+        return sum(programs.num_captured for programs in kinds)
 
     def prepare(self, changes: Changes, copies: Sequence[BlockCopy]) -> None:
         """Bring the arena up to date, then copy blocks."""
@@ -103,20 +117,66 @@ class DeviceSteps:
 
     def compute(self, packed: PackedRows, arrays: PackedArrays) -> torch.Tensor:
         """Hidden states of all query tokens of a packed step: a view that the next step overwrites."""
-        decoder, tensors = self.decoder, self._tensors
-        last_token_S = self._arena.columns.last_token_S
-        embed(arrays.token_T, last_token_S, decoder.embed_VD, decoder.buffers.residual_TD, decoder.traits)
-        block_size = self._pool.block_size_tokens
-        gather_tables(arrays.slot_R, arrays.end_R, self._arena.table_SX, tensors.table_RX, block_size, decoder.traits)
-        groups = self._groups(packed, arrays)
-        places = TokenPlaces(packed.num_tokens, arrays.position_T, arrays.kv_slot_T, groups)
-        return decoder.forward(places, self._pool.keys, self._pool.values)
+        assert packed.num_tokens <= self.decoder.max_tokens, f"a step of {packed.num_tokens} tokens"
+        return self._compute(arrays, packed.num_tokens, self._groups(packed, arrays))
+
+    def upload(self, packed: PackedRows) -> PackedArrays:
+        """A packed step's arrays, in memory of their own."""
+        words = self._gpu.upload(packed.words)
+        return PackedArrays(words, packed.num_tokens, packed.num_rows, packed.num_sampled)
+
+    def logits(self, hidden_TD: torch.Tensor, arrays: PackedArrays) -> torch.Tensor:
+        """Of the rows that sample: a view that the next step overwrites."""
+        # The residual stream has ended; its buffer is free.
+        hidden_QD = self.decoder.buffers.x_TD[: len(arrays.sample_token_Q)]
+        torch.index_select(hidden_TD, 0, arrays.sample_token_Q, out=hidden_QD)
+        return self.decoder.logits(hidden_QD)
 
     def sample(self, logits_QV: torch.Tensor, arrays: PackedArrays) -> torch.Tensor:
         """Choose the tokens of a packed step's sampling rows and advance their slots."""
         token_Q = self._tensors.token_R[: len(logits_QV)]
         self._choose(logits_QV, arrays.sample_slot_Q, arrays.sample_end_Q, token_Q)
         return token_Q
+
+    def prefill(self, packed: PackedRows) -> torch.Tensor:
+        """Logits of the sampling rows of a packed step of fixed shape."""
+        self._gpu.upload(packed.words, self._tensors.words[: len(packed.words)])
+        self._prefill.run(packed.num_tokens, packed.num_rows)
+        return self.decoder.buffers.logits_RV[: len(packed.sampled)]
+
+    def sample_prefill(self, packed: PackedRows) -> torch.Tensor:
+        """Choose their tokens and advance their slots; a view that the next step overwrites."""
+        self._sample_packed.run(packed.num_rows)
+        return self._tensors.token_R[: len(packed.sampled)]
+
+    def _compute_prefill(self, num_tokens: int, num_rows: int) -> None:
+        arrays = self._fixed_arrays(num_tokens, num_rows)
+        group = RowGroup(
+            num_tokens=num_tokens,
+            query_start_R1=arrays.query_start_R1,
+            start_R=arrays.start_R,
+            table_RX=self._tensors.table_RX,
+            max_query_tokens=num_tokens,
+            num_splits=1,
+        )
+        self.logits(self._compute(arrays, num_tokens, (group,)), arrays)
+
+    def _sample_prefill(self, num_rows: int) -> None:
+        # Where these arrays lie does not depend on the number of tokens.
+        arrays = self._fixed_arrays(0, num_rows)
+        self.sample(self.decoder.buffers.logits_RV[:num_rows], arrays)
+
+    def _fixed_arrays(self, num_tokens: int, num_rows: int) -> PackedArrays:
+        return PackedArrays(self._tensors.words, num_tokens, num_rows, num_rows)
+
+    def _compute(self, arrays: PackedArrays, num_tokens: int, groups: tuple[RowGroup, ...]) -> torch.Tensor:
+        decoder, tensors, block_size = self.decoder, self._tensors, self._pool.block_size_tokens
+        last_token_S = self._arena.columns.last_token_S
+        embed(arrays.token_T, last_token_S, decoder.embed_VD, decoder.buffers.residual_TD, decoder.traits)
+        table_SX = self._arena.table_SX
+        gather_tables(arrays.slot_R, arrays.end_R, table_SX, tensors.table_RX, block_size, decoder.traits)
+        places = TokenPlaces(num_tokens, arrays.position_T, arrays.kv_slot_T, groups)
+        return decoder.forward(places, self._pool.keys, self._pool.values)
 
     def _compute_decode(self, bucket: int, num_splits: int) -> None:
         decoder, tensors, columns = self.decoder, self._tensors, self._arena.columns

@@ -27,6 +27,9 @@ class PassedMark:
     def seconds_since(self, earlier: Mark) -> float:
         return 1e-6
 
+    def release(self) -> None:
+        return
+
 
 class InterpretedGpu:
     """A `Gpu` whose work is done when it is asked for."""
@@ -43,14 +46,18 @@ class InterpretedGpu:
         with torch.inference_mode():
             yield
 
-    def upload(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
+    def upload(self, array: npt.NDArray[np.int32], out: torch.Tensor | None = None) -> torch.Tensor:
         self.uploads.append(array.size)
-        return torch.from_numpy(array.astype(np.int32, copy=True))
+        copy = torch.from_numpy(array.astype(np.int32, copy=True))
+        return copy if out is None else out.copy_(copy)
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
 
     def mark(self) -> Mark:
+        return PassedMark()
+
+    def end_step(self) -> Mark:
         return PassedMark()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -68,5 +75,5 @@ class CudaWorld(RunnerWorld):
         super().__init__(max_running=max_running, pooling=pooling, seed=seed)
         self.gpu = InterpretedGpu()
         with self.gpu.active():
-            decoder = CudaDecoder(tiny_config(), tiny_weights(), self.gpu.traits, max_tokens=64, max_rows=32)
+            decoder = CudaDecoder(tiny_config(), tiny_weights(), self.gpu.traits, max_tokens=512, max_rows=32)
         self.runner = CudaRunner(decoder, self.pool, self.gpu, max_running=max_running, pooling=pooling)

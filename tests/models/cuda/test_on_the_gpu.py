@@ -72,7 +72,7 @@ def scored(world: DeviceWorld, *, slot: int = 5, chunk: int = 4000, num_tokens: 
 def among_neighbours(world: DeviceWorld, num_neighbours: int, num_tokens: int = 24) -> Running:
     """In one batch with others, some of which are still reading their prompts, in another slot."""
     neighbours = [
-        world.admit(slot, prompt(30 + 17 * slot, slot), KINDS[slot % len(KINDS)], seed=slot)
+        world.admit(slot, prompt(30 + 5 * slot, slot), KINDS[slot % len(KINDS)], seed=slot)
         for slot in range(num_neighbours)
     ]
     for first in range(0, num_neighbours, 8):
