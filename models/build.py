@@ -8,11 +8,11 @@ import torch
 
 from triode.cache.config import CacheConfig
 from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_blocks_for
-from triode.kernels.dispatch import choose_kernels
-from triode.models.config import ModelConfig
-from triode.models.decoder import Decoder
+from triode.models.config import KernelChoice, ModelConfig
+from triode.models.cpu import choose_native, cpu_program
 from triode.models.eager import EagerRunner, cpu_threads
 from triode.models.pooling import Pooling
+from triode.models.program import StepProgram
 from triode.models.progress import NullProgress, Progress
 from triode.models.runner import Runner
 from triode.models.weights import DecoderWeights, LayerWeights, places
@@ -41,6 +41,7 @@ def build_runner(
     max_running: int,
     max_step_tokens: int = 512,
     num_threads: int | None = None,
+    kernels: KernelChoice = "auto",
     pooling: Pooling = Pooling.MEAN,
     progress: Progress | None = None,
 ) -> BuiltRunner:
@@ -53,11 +54,14 @@ def build_runner(
 
     Raises:
         InsufficientMemory: the cache does not fit beside the weights.
+        ValueError: `kernels` names some that this machine does not have.
     """
     progress = progress or NullProgress()
     weights_bytes = sum(view.nbytes for _, view in places(config, weights))
-    progress.stage("Preparing kernels", None, "")
     if weights.embed_VD.device.type == "cuda":
+        if kernels != "auto":
+            raise ValueError(f"kernels must be auto on a GPU, got {kernels!r}")
+        progress.stage("Preparing kernels", None, "")
         # Imported here: no CPU path needs Triton.
         from triode.models.cuda.build import build_cuda
 
@@ -79,12 +83,13 @@ def build_runner(
             kv_dtype=weights.embed_VD.dtype,
             kernels=cuda.kernels,
         )
+    native = choose_native(weights.embed_VD.dtype, kernels, progress)
+    progress.stage("Preparing kernels", None, "")
     with torch.inference_mode(), cpu_threads(num_threads):
         num_threads_used = torch.get_num_threads()
-        kernels = choose_kernels(weights.embed_VD.device, weights.embed_VD.dtype)
         layers = deque(weights.layers)
         weights = replace(weights, layers=())
-        decoder = Decoder(config, weights, kernels, _freed_one_by_one(layers))
+        decoder = cpu_program(config, weights, _freed_one_by_one(layers), native.library)
     del weights
     progress.done()
     pool = _build_pool(config, cache_config, max_running, decoder)
@@ -96,7 +101,7 @@ def build_runner(
         weights_bytes=weights_bytes,
         kv_cache_bytes=pool.num_bytes,
         kv_dtype=decoder.dtype,
-        kernels=_describe(decoder.kernels.names),
+        kernels=_describe(decoder.kernels.names, native.missing),
     )
 
 
@@ -105,7 +110,7 @@ def _freed_one_by_one(layers: deque[LayerWeights]) -> Iterator[LayerWeights]:
         yield layers.popleft()
 
 
-def _build_pool(config: ModelConfig, cache_config: CacheConfig, max_running: int, decoder: Decoder) -> KVPool:
+def _build_pool(config: ModelConfig, cache_config: CacheConfig, max_running: int, decoder: StepProgram) -> KVPool:
     block_bytes = bytes_per_block(
         block_size_tokens=cache_config.block_size_tokens,
         num_layers=config.num_layers,
@@ -128,8 +133,9 @@ def _build_pool(config: ModelConfig, cache_config: CacheConfig, max_running: int
     )
 
 
-def _describe(names: dict[str, str]) -> str:
+def _describe(names: dict[str, str], missing: str | None) -> str:
     operations: dict[str, list[str]] = defaultdict(list)
     for operation, implementation in names.items():
         operations[implementation].append(operation)
-    return "; ".join(f"{implementation}: {', '.join(users)}" for implementation, users in operations.items())
+    found = [f"{implementation}: {', '.join(users)}" for implementation, users in operations.items()]
+    return "; ".join(found if missing is None else [*found, f"no native step: {missing}"])

@@ -12,6 +12,7 @@ import msgspec
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+KernelChoice = Literal["auto", "reference", "native"]
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "factors"]
 
 
@@ -24,6 +25,9 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The weights' dtype; auto takes the fastest one that the device computes in."""
     device: DeviceChoice = "auto"
     """Where the model runs; auto takes the GPU if there is one."""
+    kernels: KernelChoice = "auto"
+    """What computes a step on the CPU: native code, compiled at first use, or torch operations (reference); auto takes
+    native code where there is a C++ compiler."""
     max_context_tokens: int | None = None
     """The longest sequence to serve; None takes what the model is made for."""
     weights_seed: int = 0
@@ -32,7 +36,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if type(self.model) is not str or not self.model:
             raise ValueError(f"model must be a non-empty string, got {self.model!r}")
-        for name, choices in (("dtype", get_args(DtypeChoice)), ("device", get_args(DeviceChoice))):
+        for name, choice in (("dtype", DtypeChoice), ("device", DeviceChoice), ("kernels", KernelChoice)):
+            choices = get_args(choice)
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         limit = self.max_context_tokens

@@ -8,12 +8,13 @@ sequence alone.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from triode.kernels.native.isa import InstructionSet
 from triode.kernels.native.library import BatchStruct, LayerStruct, MatrixStruct, ModelStruct, NativeLibrary
 from triode.models.batch import StepBatch
 from triode.models.config import ModelConfig
@@ -21,6 +22,7 @@ from triode.models.rope import rope_table
 from triode.models.weights import DecoderWeights, LayerWeights
 
 DTYPES = (torch.float32, torch.bfloat16)
+OPERATIONS = ("linear", "rms_norm", "rotary", "store_kv", "swiglu", "paged_attention")
 _PANEL = 64
 _HALF_PANEL = 16
 _ALIGNMENT_BYTES = 64
@@ -34,21 +36,38 @@ class NativeKernels:
     row_multiple: int = 1
 
 
+def native_names(isa: InstructionSet) -> dict[str, str]:
+    """Operation to implementation, for a build."""
+    return dict.fromkeys(OPERATIONS, f"native ({isa.name})")
+
+
 class NativeDecoder:
     """Packs the weights once, which may be dropped then, and computes steps from the packed copy.
 
     A step runs on as many threads as torch would use (`torch.get_num_threads`).
+
+    Args:
+        config: the model's sizes.
+        weights: its tensors.
+        library: what computes with them.
+        layers: taken instead of `weights.layers`, one at a time, so that each can be freed before the next is packed.
     """
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, library: NativeLibrary) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        library: NativeLibrary,
+        layers: Iterable[LayerWeights] | None = None,
+    ) -> None:
         if weights.embed_VD.dtype not in DTYPES:
             raise ValueError(f"dtype must be float32 or bfloat16 for native kernels, got {weights.embed_VD.dtype}")
         self.config = config
-        self.kernels = NativeKernels({"step": f"native ({library.isa.name})"})
+        self.kernels = NativeKernels(native_names(library.isa))
         self.device = weights.embed_VD.device
         self.dtype = weights.embed_VD.dtype
         self._library = library
-        self._memory = _ModelMemory(library, config, weights)
+        self._memory = _ModelMemory(library, config, weights, weights.layers if layers is None else layers)
         self._model = self._memory.model
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._pool: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None
@@ -127,19 +146,20 @@ class NativeDecoder:
 class _ModelMemory:
     """The packed matrices in one allocation, the small tensors as floats, and the table of addresses."""
 
-    def __init__(self, library: NativeLibrary, config: ModelConfig, weights: DecoderWeights) -> None:
+    def __init__(
+        self, library: NativeLibrary, config: ModelConfig, weights: DecoderWeights, layers: Iterable[LayerWeights]
+    ) -> None:
         self._library = library
         self._is_bf16 = weights.embed_VD.dtype == torch.bfloat16
         self._kept: list[torch.Tensor] = []
-        matrices = [m for layer in weights.layers for m in _matrices(layer)]
-        num_bytes = sum(self._packed_bytes(m, halves) for m, halves in [*matrices, (weights.head_VD, False)])
+        num_bytes = self._num_bytes(config)
         self._panels = torch.empty(num_bytes + _ALIGNMENT_BYTES, dtype=torch.uint8)
         self._next = _rounded_up(self._panels.data_ptr(), _ALIGNMENT_BYTES)
         library.prefer_huge_pages(self._next, num_bytes)
 
         rope = rope_table(config, torch.device("cpu"))
         self.layers = (LayerStruct * config.num_layers)(
-            *(self._layer(layer, config.window_tokens(index)) for index, layer in enumerate(weights.layers))
+            *(self._layer(layer, config.window_tokens(index)) for index, layer in enumerate(layers))
         )
         self.model = ModelStruct(
             is_bf16=self._is_bf16,
@@ -160,6 +180,17 @@ class _ModelMemory:
             head=self._matrix(weights.head_VD, None),
         )
 
+    def _num_bytes(self, config: ModelConfig) -> int:
+        """Of all packed matrices."""
+        D, F = config.hidden_size, config.intermediate_size
+        layer_bytes = (
+            self._packed_bytes(config.q_size + 2 * config.kv_size, D)
+            + self._packed_bytes(D, config.q_size)
+            + self._packed_bytes(2 * F, D, halves=True)
+            + self._packed_bytes(D, F)
+        )
+        return config.num_layers * layer_bytes + self._packed_bytes(config.vocab_size, D)
+
     def _layer(self, layer: LayerWeights, window_tokens: int | None) -> LayerStruct:
         return LayerStruct(
             input_norm=self._floats(layer.input_norm_D),
@@ -178,13 +209,13 @@ class _ModelMemory:
         rows, columns = weight.shape
         panels = self._next
         self._library.pack(weight.data_ptr(), rows, columns, panels, is_bf16=self._is_bf16, halves=halves)
-        self._next += self._packed_bytes(weight, halves)
+        self._next += self._packed_bytes(rows, columns, halves=halves)
         if bias is not None and halves:
             bias = _interleaved(bias)
         return MatrixStruct(panels=panels, bias=self._floats(bias), out_features=rows, in_features=columns)
 
-    def _packed_bytes(self, weight: torch.Tensor, halves: bool) -> int:
-        return self._library.packed_bytes(*weight.shape, is_bf16=self._is_bf16, halves=halves)
+    def _packed_bytes(self, rows: int, columns: int, *, halves: bool = False) -> int:
+        return self._library.packed_bytes(rows, columns, is_bf16=self._is_bf16, halves=halves)
 
     def _floats(self, vector: torch.Tensor | None) -> int | None:
         """Address of a copy in float32, padded with zeros to whole panels."""
@@ -198,11 +229,6 @@ class _ModelMemory:
         tensor = tensor.contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
-
-
-def _matrices(layer: LayerWeights) -> list[tuple[torch.Tensor, bool]]:
-    """A layer's matrices, and whether their halves are interleaved."""
-    return [(layer.qkv_ED, False), (layer.o_DE, False), (layer.gate_up_FD, True), (layer.down_DF, False)]
 
 
 def _interleaved(bias_F: torch.Tensor) -> torch.Tensor:

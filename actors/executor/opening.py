@@ -30,6 +30,7 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
         max_running=order.max_running,
         max_step_tokens=order.max_step_tokens,
         num_threads=order.num_threads,
+        kernels=order.options.kernels,
         progress=progress,
     )
     return built.runner, Built(

@@ -46,9 +46,14 @@ def examine() -> Report:
     import torch
 
     from triode.kernels.dispatch import choose_kernels
+    from triode.models.cpu import auto_kernel_names
     from triode.models.loader import resolve_device
 
     device = resolve_device("auto")
+
+    def kernel_names(dtype: torch.dtype) -> dict[str, str]:
+        return auto_kernel_names(dtype) if device.type == "cpu" else choose_kernels(device, dtype).names
+
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     return Report(
         versions=read_versions(),
@@ -56,7 +61,7 @@ def examine() -> Report:
         memory=read_memory(),
         gpus=read_gpus(),
         device=str(device),
-        kernels={str(dtype).removeprefix("torch."): choose_kernels(device, dtype).names for dtype in dtypes},
+        kernels={str(dtype).removeprefix("torch."): kernel_names(dtype) for dtype in dtypes},
         num_threads=torch.get_num_threads(),
         models=_models(),
     )

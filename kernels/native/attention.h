@@ -31,8 +31,22 @@ struct CachedHead {
     long block_size;
     long token_stride;  // numbers from one position of a block to the next
 
-    long offset(long position) const {
-        return (blocks[position / block_size] * block_size + position % block_size) * token_stride;
+    // Where `count` consecutive positions are, counted in numbers from the first block.
+    void locate(long first, long count, long* offsets) const {
+        long column = first / block_size, in_block = first % block_size;
+        for (long i = 0; i < count; i++) {
+            offsets[i] = (blocks[column] * block_size + in_block) * token_stride;
+            if (++in_block == block_size) in_block = 0, column++;
+        }
+    }
+
+    // The rows of a head lie apart, in blocks that lie anywhere: no hardware sees the next one coming.
+    void prefetch(const long* offsets, long count, long head_dim) const {
+        for (long i = 0; i < count; i++)
+            for (long d = 0; d < head_dim; d += 64 / long(sizeof(T))) {
+                __builtin_prefetch(keys + offsets[i] + d);
+                __builtin_prefetch(values + offsets[i] + d);
+            }
     }
 };
 
@@ -60,12 +74,13 @@ struct AttentionScratch {
     }
 };
 
-// The keys of `count` positions from `first` as a panel. The rest of the 64 are zeros: they may never have been written.
+// The keys of `count` positions as a panel. The rest of the 64 are zeros: they may never have been written.
 template <class T>
-void pack_keys(const CachedHead<T>& head, long first, long count, long head_dim, const T* nothing, uint32_t* panel) {
+void pack_keys(const CachedHead<T>& head, const long* offsets, long count, long head_dim, const T* nothing,
+               uint32_t* panel) {
     const uint32_t* key[TILE];
     for (long i = 0; i < TILE; i++) {
-        const T* numbers = i < count ? head.keys + head.offset(first + i) : nothing;
+        const T* numbers = i < count ? head.keys + offsets[i] : nothing;
         key[i] = reinterpret_cast<const uint32_t*>(numbers);
     }
     const long words = words_of<T>(head_dim);
@@ -85,9 +100,9 @@ void pack_keys(const CachedHead<T>& head, long first, long count, long head_dim,
 
 // The values of `count` positions as float panels [head_dim / 64][count][64]; what is past head_dim is not touched.
 template <class T>
-void pack_values(const CachedHead<T>& head, long first, long count, long head_dim, float* panels) {
+void pack_values(const CachedHead<T>& head, const long* offsets, long count, long head_dim, float* panels) {
     for (long i = 0; i < count; i++) {
-        const T* value = head.values + head.offset(first + i);
+        const T* value = head.values + offsets[i];
         for (long at = 0; at < head_dim; at += PANEL) {
             float* to = panels + at * TILE + i * PANEL;
             const long width = std::min<long>(PANEL, head_dim - at);
@@ -136,10 +151,15 @@ void attend(const CachedHead<T>& head, const HeadShape& shape, long position, lo
     memset(scratch.out, 0, shape.panels() * rows * PANEL * sizeof(float));
 
     const long lowest = window ? std::max(0L, position - window + 1) : 0;
+    long offsets[TILE];
+    head.locate(lowest / TILE * TILE, std::min(TILE, last + 1 - lowest / TILE * TILE), offsets);
     for (long first = lowest / TILE * TILE; first <= last; first += TILE) {
         const long count = std::min(TILE, last + 1 - first);
-        pack_keys(head, first, count, head_dim, scratch.nothing, scratch.keys);
-        pack_values(head, first, count, head_dim, scratch.values);
+        pack_keys(head, offsets, count, head_dim, scratch.nothing, scratch.keys);
+        pack_values(head, offsets, count, head_dim, scratch.values);
+        const long next = std::clamp(last + 1 - (first + TILE), 0L, TILE);
+        head.locate(first + TILE, next, offsets);
+        head.prefetch(offsets, next, head_dim);
         multiply_panel(scratch.queries, head_dim, rows, scratch.keys, words, scratch.scores, true);
         for (long r = 0; r < rows; r++) {
             const long own = position + r / shape.group - first;

@@ -1,0 +1,86 @@
+"""Which program computes the steps of a model on the CPU: compiled code where it can be had, torch operations elsewhere."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from triode.kernels.dispatch import choose_kernels
+from triode.kernels.native.build import NativeUnavailable, find_compiler
+from triode.kernels.native.isa import chosen
+from triode.kernels.native.library import NativeLibrary, load_library
+from triode.models.config import KernelChoice, ModelConfig
+from triode.models.decoder import Decoder
+from triode.models.native import DTYPES, NativeDecoder, native_names
+from triode.models.program import StepProgram
+from triode.models.progress import Progress
+from triode.models.weights import DecoderWeights, LayerWeights
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class NativeChoice:
+    """The compiled step, or why there is none."""
+
+    library: NativeLibrary | None
+    missing: str | None = None
+    """The reason why torch operations take its place, unless they were asked for."""
+
+
+def choose_native(dtype: torch.dtype, choice: KernelChoice, progress: Progress) -> NativeChoice:
+    """Load the compiled step, and compile it if need be.
+
+    Raises:
+        ValueError: `choice` is "native", and it cannot be had.
+    """
+    if choice == "reference":
+        return NativeChoice(None)
+    try:
+        _check_dtype(dtype)
+        return NativeChoice(_load(progress))
+    except NativeUnavailable as reason:
+        if choice == "native":
+            raise ValueError(f"kernels must be auto or reference here, got 'native': {reason}") from reason
+        return NativeChoice(None, str(reason))
+
+
+def _load(progress: Progress) -> NativeLibrary:
+    announced: list[str] = []
+
+    def announce(text: str) -> None:
+        announced.append(text)
+        progress.stage(text, None, "")
+
+    library = load_library(announce)
+    if announced:
+        progress.done()
+    return library
+
+
+def cpu_program(
+    config: ModelConfig, weights: DecoderWeights, layers: Iterable[LayerWeights], library: NativeLibrary | None
+) -> StepProgram:
+    """The program over `layers`, which are taken one at a time."""
+    if library is not None:
+        return NativeDecoder(config, weights, library, layers)
+    return Decoder(config, weights, choose_kernels(CPU, weights.embed_VD.dtype), layers)
+
+
+def auto_kernel_names(dtype: torch.dtype) -> dict[str, str]:
+    """What "auto" takes here, operation to implementation, found out without compiling anything."""
+    try:
+        _check_dtype(dtype)
+        find_compiler()
+    except NativeUnavailable as reason:
+        return {**choose_kernels(CPU, dtype).names, "native step": f"none ({reason})"}
+    return native_names(chosen())
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise NativeUnavailable(f"native kernels compute in float32 and bfloat16, not in {_name(dtype)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
