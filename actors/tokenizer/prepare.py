@@ -1,5 +1,6 @@
 """From what the caller wrote to tokens the scheduler can queue, or the reason why it cannot."""
 
+from itertools import chain
 from typing import cast
 
 import msgspec
@@ -33,6 +34,7 @@ def prepare(submit: Submit, tokenizer: Tokenizer, limits: Limits) -> Tokenized |
         token_ids = encode(submit.prompt, tokenizer, limits)
         params = resolve(submit.params, len(token_ids), limits, pool_hidden=submit.pool_hidden)
         bad_word_ids = encode_bad_words(params.bad_words, tokenizer)
+        check_token_ids("bad_words", chain.from_iterable(bad_word_ids), limits.vocab_size)
     except ValueError as error:
         return Rejected(submit.request_id, submit.arrival, str(error))
     eos_token_ids = () if params.ignore_eos else limits.eos_token_ids
@@ -84,7 +86,11 @@ def _encode_text(text: str, tokenizer: Tokenizer, limits: Limits, *, add_special
             f"prompt must have fewer than {limits.max_sequence_tokens} tokens, to leave room for at least one more in "
             f"{_bound(limits)}, got a text of at least {num_tokens}"
         )
-    return tuple(map(TokenId, tokenizer.encode(text, add_special_tokens=add_special_tokens)))
+    token_ids = tuple(map(TokenId, tokenizer.encode(text, add_special_tokens=add_special_tokens)))
+    # A tokenizer may know more tokens than the model has embeddings for.
+    if token_ids and max(token_ids) >= limits.vocab_size:
+        check_token_ids("prompt", token_ids, limits.vocab_size)
+    return token_ids
 
 
 def resolve(params: SamplingParams, num_prompt_tokens: int, limits: Limits, *, pool_hidden: bool) -> SamplingParams:
