@@ -64,8 +64,15 @@ def test_constraints_pin_every_direct_dependency_within_its_range() -> None:
     pins = dict(line.split("==") for line in lines if line)
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     groups = [line for group in PROJECT["dependency-groups"].values() for line in group if isinstance(line, str)]
-    for requirement in [*DEPENDENCIES, *map(Requirement, groups)]:
+    extras = [line for extra in PROJECT["project"]["optional-dependencies"].values() for line in extra]
+    for requirement in [*DEPENDENCIES, *map(Requirement, groups + extras)]:
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_tests_install_every_optional_dependency() -> None:
+    tested = {Requirement(line).name for line in PROJECT["dependency-groups"]["test"]}
+    for extra in PROJECT["project"]["optional-dependencies"].values():
+        assert {Requirement(line).name for line in extra} <= tested
 
 
 def test_the_version_is_the_same_everywhere() -> None:

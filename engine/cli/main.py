@@ -30,6 +30,7 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "run": _Command("triode.engine.cli.run", "stream the reply to one prompt"),
     "chat": _Command("triode.engine.cli.chat", "talk with a model"),
+    "serve": _Command("triode.engine.cli.serve", "serve a model over HTTP, as OpenAI's clients expect it"),
     "bench": _Command("triode.engine.cli.bench.command", "measure latency, throughput, prefill, prefix hits, start-up"),
     "doctor": _Command("triode.engine.cli.doctor", "show what this machine offers and what would be used"),
 }

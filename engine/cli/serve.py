@@ -1,0 +1,85 @@
+"""`triode serve`: a model over HTTP and WebSocket, in OpenAI's shape, until a signal.
+
+A setting comes from its flag, else from the environment (`TRIODE_PORT` for `--port`), else from the file that `--config`
+names, else from its default.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from triode.engine.cli.flags import add_flags, given
+from triode.engine.cli.opening import add_engine_arguments, engine_settings
+from triode.engine.cli.progress import shown_progress
+from triode.engine.cli.settings import field_types, from_environment, from_file
+from triode.engine.config import EngineConfig
+from triode.engine.server.config import ServerConfig
+from triode.engine.server.extra import require_extra
+
+_EXAMPLES = """examples:
+  triode serve smollm2-135m
+  TRIODE_API_KEYS=secret triode serve ./Qwen2.5-7B-Instruct --host 0.0.0.0 --served-name qwen
+  triode serve smollm2-135m --config serve.toml        # lines such as: port = 9000
+
+  curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'
+
+Every flag may be given in the environment, as TRIODE_PORT=9000 for --port 9000, several API keys with commas between."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, a settings file, and a flag for every field of EngineConfig and ServerConfig."""
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_engine_arguments(parser)
+    parser.add_argument("--config", metavar="FILE", help="a TOML file with settings by their names, as max_running = 8")
+    add_flags(parser.add_argument_group("server"), ServerConfig)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Check all that needs no model, take the port, then load and serve."""
+    require_extra()
+    from triode.engine.server.running import take_port
+
+    engine, server = read_settings(arguments, os.environ)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    with take_port(server) as bound:
+        asyncio.run(_serve(arguments.model, engine, server, bound))
+    return 0
+
+
+def read_settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> tuple[EngineConfig, ServerConfig]:
+    """The settings from flags, environment and file.
+
+    Raises:
+        ValueError: for a wrong value, or a name in the file that is no setting.
+    """
+    types = field_types([EngineConfig, ServerConfig], omit={"model"})
+    values = {} if arguments.config is None else from_file(Path(arguments.config), types)
+    values |= from_environment(environment, types)
+    values |= engine_settings(arguments) | given(arguments, ServerConfig)
+    of_server = {name: values.pop(name) for name in ServerConfig.__struct_fields__ if name in values}
+    # The structs check what the flags' and the file's types do not.
+    return EngineConfig().override(values), ServerConfig(**of_server)  # type: ignore[arg-type]
+
+
+async def _serve(model: str, engine_config: EngineConfig, server_config: ServerConfig, bound: socket.socket) -> None:
+    # Imported here: they import torch's neighbours and uvicorn, which `--help` does without.
+    from triode.engine.aio import open_engine
+    from triode.engine.server.running import Server, run_server
+
+    with ExitStack() as shown:
+        progress = shown.enter_context(shown_progress())
+        async with open_engine(model, engine_config, progress=progress) as engine:
+            shown.close()
+            await run_server(Server(engine, server_config, _report), bound)
+
+
+def _report(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

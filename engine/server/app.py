@@ -1,0 +1,82 @@
+"""The ASGI app: which path is answered by whom, and how what they raise is answered."""
+
+from http import HTTPStatus
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from triode.engine.server.chat import ChatEndpoint
+from triode.engine.server.completions import CompletionEndpoint
+from triode.engine.server.errors import RequestError
+from triode.engine.server.guard import Guard, error_response
+from triode.engine.server.service import Service
+from triode.engine.server.status import StatusEndpoints
+from triode.engine.server.tokens import TokenEndpoints
+
+
+def build_app(service: Service) -> Starlette:
+    """The app. It needs no lifespan, so that it can be mounted anywhere."""
+    status, tokens = StatusEndpoints(service), TokenEndpoints(service)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", ChatEndpoint(service).create, methods=["POST"]),
+            Route("/v1/completions", CompletionEndpoint(service).create, methods=["POST"]),
+            Route("/v1/models", status.models),
+            Route("/v1/models/{name:path}", status.model),
+            Route("/tokenize", tokens.tokenize, methods=["POST"]),
+            Route("/detokenize", tokens.detokenize, methods=["POST"]),
+            Route("/health", status.health),
+            Route("/ready", status.ready),
+            Route("/version", status.version),
+            Route("/metrics", status.metrics),
+        ],
+        middleware=_middleware(service),
+        exception_handlers={
+            RequestError: _on_request_error,
+            HTTPException: _on_http_error,
+            ClientDisconnect: _on_disconnect,
+            Exception: _on_bug,
+        },
+    )
+    app.state.gate = service.gate
+    return app
+
+
+def _middleware(service: Service) -> list[Middleware]:
+    config = service.config
+    guard = Middleware(Guard, config=config)
+    if not config.allowed_origins:
+        return [guard]
+    # Outside of the guard: a browser asks for permission without the key.
+    return [
+        Middleware(CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"]),
+        guard,
+    ]
+
+
+async def _on_request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """No such path, or not with this method."""
+    assert isinstance(error, HTTPException)
+    phrase = HTTPStatus(error.status_code).phrase.lower()
+    message = f"{request.method} {request.url.path}: {phrase}"
+    return error_response(RequestError(error.status_code, message, headers=error.headers))
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    """Nobody reads the answer to a request whose client left while sending it."""
+    return Response(status_code=400)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    """The server logs the error; the client learns no more than that."""
+    return error_response(RequestError(500, "the server failed; its log says why", code="internal_error"))

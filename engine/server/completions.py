@@ -1,0 +1,121 @@
+"""POST /v1/completions."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from triode.actors.messages import Delta, FinishReason
+from triode.engine.completion import Completion, Result
+from triode.engine.request import Prompt
+from triode.engine.server.connection import decode, read_body
+from triode.engine.server.dialect import head, usage_of
+from triode.engine.server.generation import Generation, Job
+from triode.engine.server.logprobs import prompt_logprobs, text_logprobs
+from triode.engine.server.openai_requests import CompletionRequest
+from triode.engine.server.openai_responses import TextChoice, TextChunk, TextCompletion, TextLogprobs, Usage
+from triode.engine.server.parameters import completion_params, refused
+from triode.engine.server.service import Service
+
+_DECODER = msgspec.json.Decoder(CompletionRequest)
+
+
+class CompletionEndpoint:
+    """Continues texts."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def create(self, request: Request) -> Response:
+        """One prompt or several, `n` samples of each."""
+        body = decode(await read_body(request, self._service.config.max_body_bytes), _DECODER)
+        self._service.check_model(body.model)
+        prompts = split_prompts(body.prompt, self._service.config.max_prompts)
+        job = Job.of(body, prompts, completion_params(body))
+        return Generation(self._service, job, TextDialect(self._service, job.params.n), request)
+
+
+def split_prompts(prompt: str | list[str | int | list[int]], max_prompts: int) -> list[Prompt]:
+    """The prompts of a request: a text, token ids, or a list of one of them.
+
+    Raises:
+        RequestError: 400 if it is none of these, empty, or too many.
+    """
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = {type(item) for item in prompt}
+    if len(kinds) != 1:
+        raise refused(
+            "prompt", "prompt must be a text, token ids, or a non-empty list of texts or of lists of token ids"
+        )
+    if kinds == {int}:
+        return [cast("list[int]", prompt)]
+    if len(prompt) > max_prompts:
+        raise refused("prompt", f"prompt must be <= {max_prompts} prompts, got {len(prompt)}")
+    return [item for item in prompt if not isinstance(item, int)]
+
+
+class TextDialect:
+    """`text_completion`, whole and in chunks."""
+
+    def __init__(self, service: Service, n: int) -> None:
+        self._tokenizer = service.tokenizer
+        self._head = head(service, "text_completion", "cmpl")
+        self._n = n
+        self._offsets: dict[int, int] = {}
+        self.answer_id = str(self._head["id"])
+
+    def opening(self, num_choices: int) -> Sequence[TextChunk]:
+        """Nothing comes before the text."""
+        return []
+
+    def chunk(self, choice: int, delta: Delta) -> TextChunk:
+        """Text, its logprobs and, in the last one, why it ends."""
+        logprobs = None
+        if delta.logprobs is not None:
+            logprobs = text_logprobs(self._tokenizer, delta.logprobs, self._offsets.get(choice, 0))
+            self._offsets[choice] = _end(logprobs, self._offsets.get(choice, 0))
+        return self._chunk([TextChoice(choice, delta.text, logprobs, delta.finish_reason, delta.stop_reason)])
+
+    def end(self, choice: int, reason: FinishReason) -> TextChunk:
+        """Why the text ends."""
+        return self._chunk([TextChoice(choice, "", None, reason, None)])
+
+    def usage(self, usage: Usage) -> TextChunk:
+        """The tokens of the whole request."""
+        return msgspec.structs.replace(self._chunk([]), usage=usage)
+
+    def answer(self, results: Sequence[Result]) -> TextCompletion:
+        """The samples of each prompt, prompt by prompt."""
+        return TextCompletion(
+            **self._head,  # type: ignore[arg-type]
+            choices=[
+                self._choice(place * self._n + sample.index, sample, result)
+                for place, result in enumerate(results)
+                for sample in result.completions
+            ],
+            usage=usage_of([result.usage for result in results]),
+        )
+
+    def _choice(self, index: int, sample: Completion, result: Result) -> TextChoice:
+        scores = result.prompt_logprobs
+        return TextChoice(
+            index=index,
+            text=sample.text,
+            logprobs=None if sample.logprobs is None else text_logprobs(self._tokenizer, sample.logprobs, 0),
+            finish_reason=sample.finish_reason,
+            stop_reason=sample.stop_reason,
+            seed=sample.seed,
+            prompt_logprobs=UNSET if scores is None else prompt_logprobs(self._tokenizer, scores),
+        )
+
+    def _chunk(self, choices: list[TextChoice]) -> TextChunk:
+        return TextChunk(**self._head, choices=choices)  # type: ignore[arg-type]
+
+
+def _end(logprobs: TextLogprobs, start: int) -> int:
+    """Where the tokens end, in characters of tokens."""
+    return logprobs.text_offset[-1] + len(logprobs.tokens[-1]) if logprobs.tokens else start

@@ -1,0 +1,59 @@
+"""ServerConfig: what a server can be told besides the engine's settings."""
+
+import msgspec
+from msgspec.structs import force_setattr
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a server listens, whom it serves and how much it takes.
+
+    Raises:
+        ValueError: at construction, for a value outside its limits.
+    """
+
+    host: str = "127.0.0.1"
+    """The address to listen at; 0.0.0.0 is every network of this machine."""
+    port: int = 8000
+    """0 takes any free one, which the start-up report names."""
+    served_name: str | None = None
+    """What clients call the model; None takes MODEL as it was given."""
+    api_keys: tuple[str, ...] = ()
+    """A key that clients may show; without any, everybody is served. The environment hides it from `ps`."""
+    allowed_origins: tuple[str, ...] = ()
+    """A web origin whose pages may call from browsers, or * for all; by default only the server's own."""
+    tls_certificate: str | None = None
+    """A PEM file with the certificate chain; serves HTTPS."""
+    tls_key: str | None = None
+    """A PEM file with the certificate's key."""
+    max_body_bytes: int = 8 * 2**20
+    """The largest request body or WebSocket message."""
+    max_prompts: int = 128
+    """Prompts in one request at most."""
+    max_concurrent_per_key: int | None = None
+    """Unfinished requests of one key at most, or of everybody without a key; None sets no limit."""
+    write_timeout_s: float = 10.0
+    """A client that takes nothing for so long is dropped, and its requests are cancelled."""
+    drain_s: float = 30.0
+    """After SIGTERM, unfinished requests may go on for so long."""
+    log_requests: bool = True
+    """Log a line for every request; texts are never logged."""
+
+    def __post_init__(self) -> None:
+        for name in ("api_keys", "allowed_origins"):
+            force_setattr(self, name, tuple(getattr(self, name)))
+        if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
+            raise ValueError("api_keys must be non-empty printable ASCII, got one that is not")
+        if type(self.port) is not int or not 0 <= self.port < 2**16:
+            raise ValueError(f"port must be an integer >= 0 and < 65536, got {self.port!r}")
+        for name in ("max_body_bytes", "max_prompts", "max_concurrent_per_key"):
+            value = getattr(self, name)
+            if not (value is None and name == "max_concurrent_per_key") and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if not 0 < self.write_timeout_s <= 3600:
+            raise ValueError(f"write_timeout_s must be > 0 and <= 3600, got {self.write_timeout_s!r}")
+        if not 0 <= self.drain_s <= 86_400:
+            raise ValueError(f"drain_s must be >= 0 and <= 86400, got {self.drain_s!r}")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key must be given together")
+        if self.served_name == "":
+            raise ValueError("served_name must not be empty")

@@ -1,0 +1,161 @@
+"""The answer to one generation request: its streams are opened, read and written while the client is connected.
+
+What one step brings to one prompt is one write. Whatever ends the response early, the client's leaving included, leaves
+the gate's block, and that cancels the streams.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from triode.actors.messages import FinishReason
+from triode.engine.completion import Result
+from triode.engine.request import Prompt
+from triode.engine.server.connection import Writer, first_of, together, until_left
+from triode.engine.server.dialect import Dialect, usage_of
+from triode.engine.server.errors import engine_error, wrong_value
+from triode.engine.server.guard import caller_of
+from triode.engine.server.openai_requests import GenerationRequest
+from triode.engine.server.service import Service
+from triode.engine.stream import RequestStream
+from triode.errors import TriodeError
+from triode.models.sampling import SamplingParams
+
+_ENCODER = msgspec.json.Encoder()
+_DONE = b"data: [DONE]\n\n"
+_JSON = [(b"content-type", b"application/json")]
+_EVENTS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # Proxies of nginx's kind would hold the events back.
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be generated, checked as far as it can be without the engine."""
+
+    prompts: list[Prompt]
+    params: SamplingParams
+    priority: int
+    cache_salt: str | None
+    deadline_s: float | None
+    is_streamed: bool
+    wants_usage: bool
+    """As the stream's last chunk; a whole answer always has it."""
+
+    @classmethod
+    def of(cls, body: GenerationRequest, prompts: Sequence[Prompt], params: SamplingParams) -> "Job":
+        """The parts of a request that chat and text completions share."""
+        return cls(
+            prompts=list(prompts),
+            params=params,
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt,
+            deadline_s=body.deadline_s,
+            is_streamed=bool(body.stream),
+            wants_usage=body.stream_options is not None and body.stream_options.include_usage,
+        )
+
+
+class Generation(Response):
+    """Runs a job and answers in a dialect."""
+
+    def __init__(self, service: Service, job: Job, dialect: Dialect, request: Request) -> None:
+        # A Response only by type: nothing of it is known before the engine has begun.
+        self.background = None
+        self._service = service
+        self._job = job
+        self._dialect = dialect
+        self._key = caller_of(request.scope).key
+        self._places = range(len(job.prompts))
+        self._streams: dict[int, RequestStream] = {}
+        self._results: dict[int, Result] = {}
+        self._timings = [service.metrics.timing() for _ in job.prompts]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Open, read, write.
+
+        Raises:
+            RequestError: as long as nothing has been sent.
+        """
+        writer = Writer(send, self._service.config.write_timeout_s)
+        with self._service.gate.admitted(self._key) as admitted:
+            self._admitted = admitted
+            try:
+                await first_of(partial(until_left, receive), writer.until_stuck, partial(self._answer, writer))
+            finally:
+                for timing in self._timings:
+                    timing.close()
+
+    async def _answer(self, writer: Writer) -> None:
+        try:
+            await together([partial(self._open, place) for place in self._places])
+            if not self._job.is_streamed:
+                await together([partial(self._read, place) for place in self._places])
+        except TriodeError as error:
+            raise engine_error(error) from error
+        if self._job.is_streamed:
+            await self._stream(writer)
+        else:
+            body = _ENCODER.encode(self._dialect.answer([self._results[place] for place in self._places]))
+            await writer.start(200, [*_JSON, (b"content-length", str(len(body)).encode())])
+            await writer.write(body, more=False)
+
+    async def _open(self, place: int) -> None:
+        """Submit one prompt."""
+        job, answer_id = self._job, self._dialect.answer_id
+        try:
+            stream = await self._service.engine.submit(
+                job.prompts[place],
+                job.params,
+                priority=job.priority,
+                cache_salt=job.cache_salt,
+                deadline_s=job.deadline_s,
+                request_id=answer_id if len(job.prompts) == 1 else f"{answer_id}-{place}",
+            )
+        except ValueError as error:
+            raise wrong_value(error) from None
+        self._admitted.append(stream)
+        self._streams[place] = stream
+
+    async def _read(
+        self, place: int, write: Callable[[Sequence[msgspec.Struct]], Awaitable[None]] | None = None
+    ) -> None:
+        """Read one prompt's output to its end; `write` gets the chunks of each step."""
+        stream, first_choice = self._streams[place], place * self._job.params.n
+        unfinished = set(range(self._job.params.n))
+        while deltas := await stream.batch():
+            self._timings[place].saw(deltas)
+            unfinished -= {delta.index for delta in deltas if delta.finish_reason is not None}
+            if write is not None:
+                await write([self._dialect.chunk(first_choice + delta.index, delta) for delta in deltas])
+        self._results[place] = result = await stream.result()
+        self._timings[place].ended(result)
+        if write is not None and unfinished:
+            ends = [(index, result.completions[index].finish_reason or FinishReason.ERROR) for index in unfinished]
+            await write([self._dialect.end(first_choice + index, reason) for index, reason in ends])
+
+    async def _stream(self, writer: Writer) -> None:
+        async def write(chunks: Sequence[msgspec.Struct]) -> None:
+            await writer.write(b"".join(map(event, chunks)))
+
+        await writer.start(200, _EVENTS)
+        try:
+            await write(self._dialect.opening(len(self._places) * self._job.params.n))
+            await together([partial(self._read, place, write) for place in self._places])
+            if self._job.wants_usage:
+                await write([self._dialect.usage(usage_of([result.usage for result in self._results.values()]))])
+            await writer.write(_DONE, more=False)
+        except TriodeError as error:
+            # The status has been sent; the error is the stream's last event.
+            await writer.write(b"data: " + engine_error(error).encode() + b"\n\n", more=False)
+
+
+def event(chunk: msgspec.Struct) -> bytes:
+    """A chunk as a server-sent event."""
+    return b"data: " + _ENCODER.encode(chunk) + b"\n\n"

@@ -1,0 +1,119 @@
+"""What OpenAI's clients send. A field that is not listed here is refused by name; null is the same as leaving it out.
+
+Fields named like those of `SamplingParams` mean what they mean there. The others are OpenAI's, or vLLM's where OpenAI
+has none.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+TokenIds = list[int]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Ignored(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Fields that are accepted and change nothing: they are about accounts, billing and storage elsewhere."""
+
+    user: object = None
+    metadata: object = None
+    store: object = None
+    service_tier: object = None
+    safety_identifier: object = None
+    prompt_cache_key: object = None
+    """Prompts are cached by their tokens; `cache_salt` keeps callers apart."""
+    prompt_cache_retention: object = None
+    parallel_tool_calls: object = None
+    """Without tools there are no calls."""
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """How a stream ends."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    """Accepted; no padding is sent."""
+
+
+class ResponseFormat(msgspec.Struct):
+    """Only plain text so far."""
+
+    type: str
+
+
+class GenerationRequest(Ignored, kw_only=True):
+    """What chat and text completions have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    """-1 is vLLM's way to say 0: keep all."""
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    logit_bias: dict[int, float] | None = None
+    bad_words: list[str] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    n: int | None = None
+    priority: int | None = None
+    """Lower goes first."""
+    cache_salt: str | None = None
+    deadline_s: float | None = None
+    """Cancels the request when so many seconds have passed."""
+    response_format: ResponseFormat | None = None
+
+
+class ChatRequest(GenerationRequest, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[dict[str, object]], msgspec.Meta(min_length=1)]
+    max_completion_tokens: int | None = None
+    """OpenAI's newer name of `max_tokens`."""
+    logprobs: bool | None = None
+    top_logprobs: Count | None = None
+    modalities: list[Literal["text"]] | None = None
+    tools: list[object] | None = None
+    tool_choice: object = None
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[str | int | TokenIds]
+    logprobs: Count | None = None
+    best_of: int | None = None
+    """Only the value of `n`: the best of more is not chosen here."""
+    echo: bool | None = None
+    suffix: str | None = None
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /tokenize: a text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, object]] | None = None
+    add_special_tokens: bool | None = None
+    """By default as the engine encodes them: with a prompt yes, with messages no, whose template has its own."""
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]

@@ -1,0 +1,188 @@
+"""What OpenAI's clients read. Where OpenAI has no field, the names are vLLM's; `seed` is Triode's own."""
+
+from collections.abc import Mapping
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from triode.actors.messages import FinishReason
+from triode.ids import TokenId
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """Of the prompt's tokens, those whose KV entries came from the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of one request, all its choices together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """One token at one position. `bytes` are its own: half a character has no text."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob, frozen=True, kw_only=True):
+    """The token that was taken, beside the most probable ones."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """Token by token."""
+
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class TextLogprobs(msgspec.Struct, frozen=True):
+    """The same for text completions, in parallel lists."""
+
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
+class PromptLogprob(msgspec.Struct, frozen=True):
+    """One token at one position of the prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[Mapping[TokenId, PromptLogprob] | None]
+"""By position; the first token has nothing to be predicted from."""
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """The reply."""
+
+    content: str
+    role: str = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    """One sample."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    seed: int
+    """Asked for again, with everything else equal, it draws the same reply."""
+
+
+class TextChoice(msgspec.Struct, frozen=True):
+    """One sample, whole or the part of it that one chunk brings."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    seed: int | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+
+
+class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one chunk adds to the reply."""
+
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True):
+    """What one chunk adds to one sample."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What all answers and chunks begin with."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class ChatCompletion(Answer, frozen=True, kw_only=True):
+    """A whole answer."""
+
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+
+
+class ChatChunk(Answer, frozen=True, kw_only=True):
+    """A part of a streamed answer; the last one has the usage and no choices."""
+
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class TextCompletion(Answer, frozen=True, kw_only=True):
+    """A whole answer to one or several prompts."""
+
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class TextChunk(Answer, frozen=True, kw_only=True):
+    """A part of a streamed answer."""
+
+    choices: list[TextChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """What is served."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "triode"
+    root: str
+    """What was loaded."""
+    max_model_len: int
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /v1/models."""
+
+    object: str = "list"
+    data: list[Model]
+
+
+class Tokens(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(msgspec.Struct, frozen=True):
+    """The answer to /detokenize."""
+
+    prompt: str

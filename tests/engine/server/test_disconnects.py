@@ -1,0 +1,80 @@
+"""A client that leaves, however it leaves, has its request cancelled at once; one that reads nothing is given up."""
+
+import socket
+import struct
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from servers import ENDLESS, WIDE, Running, running
+
+CANCEL_S = 0.1
+NUM_TRIES = 5
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running() as server:
+        yield server
+
+
+def finish(connection: socket.socket) -> None:
+    connection.close()
+
+
+def reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def half_close(connection: socket.socket) -> None:
+    connection.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+@pytest.mark.parametrize("leave", [finish, reset, half_close])
+def test_leaving_frees_everything_within_a_tenth_of_a_second(
+    server: Running, leave: Callable[[socket.socket], None], is_streamed: bool
+) -> None:
+    waits_s: list[float] = []
+    # A busy machine may hold one of them up.
+    while len(waits_s) < NUM_TRIES and min(waits_s, default=1) > CANCEL_S:
+        with server.send({**ENDLESS, "stream": is_streamed}) as connection:
+            server.wait_until_running(1)
+            leave(connection)
+            waits_s.append(server.wait_until_idle())
+    assert min(waits_s) <= CANCEL_S
+
+
+def test_leaving_before_the_prompt_is_read_cancels_it_too(server: Running) -> None:
+    for _ in range(20):
+        reset(server.send({**ENDLESS, "prompt": "word " * 6000, "max_tokens": 100}))
+    server.wait_until_idle()
+
+
+def test_half_a_request_is_no_request(server: Running) -> None:
+    with server.connect() as connection:
+        connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"prompt": ')
+    with server.client() as client:
+        assert client.get("/health").status_code == 200
+    server.wait_until_idle()
+
+
+def test_a_storm_of_clients_that_leave_leaves_nothing_behind(server: Running) -> None:
+    for round_ in range(10):
+        connections = [server.send({**ENDLESS, "stream": index % 2 == 0}) for index in range(12)]
+        if round_ % 2:
+            server.wait_until_running(1)
+        for index, connection in enumerate(connections):
+            (finish, reset, half_close)[index % 3](connection)
+        for connection in connections:
+            connection.close()
+    server.wait_until_idle()
+
+
+def test_a_client_that_reads_nothing_is_dropped_and_slows_nobody() -> None:
+    with running(write_timeout_s=0.3) as server, server.send(WIDE, receive_bytes=4096), server.client() as client:
+        server.wait_until_running(4)
+        answer = client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 20, "ignore_eos": True})
+        assert answer.json()["usage"]["completion_tokens"] == 20
+        server.wait_until_idle()

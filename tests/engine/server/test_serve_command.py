@@ -1,0 +1,142 @@
+"""`triode serve` as an operator uses it: settings, the start, signals and the end."""
+
+import argparse
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from triode.engine.cli.main import main
+from triode.engine.cli.serve import add_arguments, read_settings
+from triode.engine.server import extra
+from triode.engine.server.config import ServerConfig
+
+TINY = ["random:tiny", "--dtype", "float32", "--kv-cache-bytes", "16000000", "--port", "0"]
+LONG = {"prompt": "Once", "max_tokens": 7000, "ignore_eos": True, "stream": True}
+SOME = {"prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True}
+
+
+def settings(*words: str, environment: dict[str, str] | None = None) -> ServerConfig:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return read_settings(parser.parse_args(["random:tiny", *words]), environment or {})[1]
+
+
+@contextmanager
+def serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "triode.engine.cli.main", "serve", *TINY, *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    with process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                if found := re.search(r" at (http://\S+) ", line):
+                    yield process, found.group(1)
+                    break
+            else:
+                pytest.fail("the server did not start")
+        finally:
+            process.kill()
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text('port = 1\nserved_name = "file"\ndrain_s = 3.5\nmax_running = 8\n')
+    environment = {"TRIODE_PORT": "2", "TRIODE_SERVED_NAME": "environment", "TRIODE_API_KEYS": "a,b"}
+    config = settings("--config", str(file), "--port", "3", environment=environment)
+    assert (config.port, config.served_name, config.drain_s) == (3, "environment", 3.5)
+    assert config.api_keys == ("a", "b")
+    assert settings(environment={"TRIODE_LOG_REQUESTS": "false"}).log_requests is False
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prot = 1", "settings must be among .*, got prot"),
+        ('port = "1"', "port must be of the setting's type: expected `int`, got `str`"),
+        ("port = 70000", "port must be an integer >= 0 and < 65536, got 70000"),
+        ("max_running = 0", "max_running must be an integer >= 1, got 0"),
+        ("port = ", "--config must be a TOML file"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        settings("--config", str(file))
+
+
+def test_a_wrong_variable_is_refused_without_repeating_it() -> None:
+    with pytest.raises(ValueError, match="TRIODE_PORT must be of the setting's type") as caught:
+        settings(environment={"TRIODE_PORT": "hidden"})
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(extra, "find_spec", lambda name: None if name == "uvicorn" else object())
+    assert main(["serve", *TINY]) == 1
+    assert "serving needs uvicorn: pip install 'triode[serve]'" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_known_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "no-such-model", "--port", str(port)]) == 1
+    assert f"cannot listen at 127.0.0.1 port {port}: Address already in use" in capsys.readouterr().err
+
+
+def test_help_shows_examples_and_imports_no_server() -> None:
+    code = (
+        "import sys; from triode.engine.cli.main import main\n"
+        "try: main(['serve', '--help'])\n"
+        "except SystemExit: print(*{'torch', 'starlette', 'uvicorn', 'prometheus_client'} & set(sys.modules), 'end')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "triode serve smollm2-135m" in done.stdout
+    assert done.stdout.splitlines()[-1] == "end"
+
+
+def is_listening(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/ready")
+    except httpx.TransportError:
+        return False
+    return True
+
+
+def test_a_signal_drains_and_the_process_ends_well() -> None:
+    with serving() as (process, url), httpx.Client(base_url=url, timeout=60) as client:
+        with client.stream("POST", "/v1/completions", json=SOME) as stream:
+            parts = stream.iter_text()
+            text = next(parts)
+            process.send_signal(signal.SIGTERM)
+            while is_listening(url):
+                pass
+            text += "".join(parts)
+        assert text.endswith("data: [DONE]\n\n")
+        assert '"finish_reason":"length"' in text
+        assert process.wait(timeout=20) == 0
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with serving() as (process, url), httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as stream:
+        parts = stream.iter_bytes()
+        next(parts)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=2) == 128 + signal.SIGTERM
