@@ -15,12 +15,11 @@ namespace {
 
 // Calls `work(Worker&)` on up to `num_threads` threads; the system may grant fewer.
 template <class Work>
-void together(Counter* counters, long num_phases, int num_threads, Work work) {
-    for (long i = 0; i < num_phases; i++) new (counters + i) Counter{};
-    Team team(counters);
+void together(Phase* phases, long num_phases, int num_threads, Work work) {
+    for (long i = 0; i < num_phases; i++) new (phases + i) Phase{};
 #pragma omp parallel num_threads(num_threads)
     {
-        Worker worker(team, omp_get_thread_num(), omp_get_num_threads());
+        Worker worker(phases, omp_get_thread_num());
         work(worker);
     }
 }
@@ -41,12 +40,12 @@ void forward(const TriodeModel& model, const TriodeBatch& batch, void* scratch, 
         std::fill(row + model.num_heads * model.head_dim, row + buffers.attended_stride, T{});
     }
     const Step<T> step(model, batch, buffers);
-    together(buffers.counters, Buffers<T>::num_phases(model), num_threads, [&](Worker& worker) { step.run(worker); });
+    together(buffers.phases, Buffers<T>::num_phases(model), num_threads, [&](Worker& worker) { step.run(worker); });
 }
 
 template <class T>
 struct HeadBuffers {
-    Counter* counters;
+    Phase* phases;
     T* x;
     float* products;
     long stride;
@@ -54,7 +53,7 @@ struct HeadBuffers {
     long take(void* base, const TriodeModel& model, long rows, int num_threads) {
         stride = rounded_up(model.hidden_size, PANEL);
         Arena arena(base);
-        counters = arena.take<Counter>(1);
+        phases = arena.take<Phase>(1);
         x = arena.take<T>(rows * stride);
         products = arena.take<float>(num_threads * ITEM_ROWS * PANEL);
         return arena.used();
@@ -71,12 +70,13 @@ void logits(const TriodeModel& model, const T* hidden, long rows, float* out, vo
         std::fill(to + model.hidden_size, to + buffers.stride, T{});
     }
     const long out_stride = rounded_up(model.vocab_size, PANEL);
-    together(buffers.counters, 1, num_threads, [&](Worker& worker) {
+    together(buffers.phases, 1, num_threads, [&](Worker& worker) {
         Private<T> mine{};
         mine.product = buffers.products + worker.index * ITEM_ROWS * PANEL;
-        linear(worker, mine, model.head, buffers.x, buffers.stride, rows, [&](long row, long output, const float* sums) {
+        auto write = [&](long row, long output, const float* sums) {
             memcpy(out + row * out_stride + output, sums, PANEL * sizeof(float));
-        });
+        };
+        linear(worker, mine, model.head, [&] { return buffers.x; }, buffers.stride, rows, write);
     });
 }
 

@@ -48,7 +48,7 @@ struct Private {
 template <class T>
 struct Buffers {
     long hidden_stride, qkv_stride, attended_stride, inner_stride;
-    Counter* counters;
+    Phase* phases;
     float* residual;
     T* normed;
     float* qkv;
@@ -63,7 +63,7 @@ struct Buffers {
         attended_stride = rounded_up(model.num_heads * model.head_dim, PANEL);
         inner_stride = rounded_up(model.intermediate_size, PANEL);
         Arena arena(base);
-        counters = arena.take<Counter>(num_phases(model));
+        phases = arena.take<Phase>(num_phases(model));
         threads = arena.take<Private<T>>(num_threads);
         residual = arena.take<float>(tokens * hidden_stride);
         normed = arena.take<T>(tokens * hidden_stride);
@@ -94,16 +94,16 @@ void rms_norm(const float* x, const float* weight, long size, float eps, T* out)
     for (i = 0; i < size; i++) narrow(x[i] * inverse * weight[i], out[i]);
 }
 
-// x W^T, given to `write(row, first output, 64 sums)` panel by panel.
-template <class T, class Write>
-void linear(Worker& worker, const Private<T>& mine, const TriodeMatrix& matrix, const T* x, long stride, long rows,
+// x W^T, given to `write(row, first output, 64 sums)` panel by panel. `inputs()` is x, asked for once an item.
+template <class T, class Inputs, class Write>
+void linear(Worker& worker, const Private<T>& mine, const TriodeMatrix& matrix, Inputs inputs, long stride, long rows,
             Write write) {
     const long words = words_of<T>(matrix.in_features), panels = (matrix.out_features + PANEL - 1) / PANEL;
     const long parts = (rows + ITEM_ROWS - 1) / ITEM_ROWS;
     worker.share(panels * parts, [&](long item) {
         const long panel = item % panels, part = item / panels;
         const long first = rows * part / parts, end = rows * (part + 1) / parts;
-        multiply_panel(x + first * stride, stride, end - first, matrix.panels + panel * words * PANEL, words,
+        multiply_panel(inputs() + first * stride, stride, end - first, matrix.panels + panel * words * PANEL, words,
                        mine.product, true);
         for (long row = first; row < end; row++) write(row, panel * PANEL, mine.product + (row - first) * PANEL);
     });
@@ -162,30 +162,40 @@ class Step {
         rms_norm(residual(token), weight, model_.hidden_size, float(model_.norm_eps), out);
     }
 
-    // The normalised residual stream, padded.
-    const T* normed(Worker& worker, const Private<T>& mine, const float* weight) const {
-        const bool alone = batch_.num_tokens <= FEW_TOKENS;
-        T* out = alone ? mine.normed : buffers_.normed;
-        auto norm_padded = [&](long token) {
-            T* to = out + token * buffers_.hidden_stride;
-            norm(token, weight, to);
-            std::fill(to + model_.hidden_size, to + buffers_.hidden_stride, T{});
+    void norm_padded(long token, const float* weight, T* rows) const {
+        T* to = rows + token * buffers_.hidden_stride;
+        norm(token, weight, to);
+        std::fill(to + model_.hidden_size, to + buffers_.hidden_stride, T{});
+    }
+
+    // The product of a matrix with the normalised residual stream.
+    //
+    // Few tokens are normalised by each thread for itself, which is quicker than another phase.
+    template <class Write>
+    void linear_of_norm(Worker& worker, const Private<T>& mine, const float* weight, const TriodeMatrix& matrix,
+                        Write write) const {
+        const long tokens = batch_.num_tokens;
+        if (tokens > FEW_TOKENS) {
+            share_tokens(worker, [&](long token) { norm_padded(token, weight, buffers_.normed); });
+            linear(worker, mine, matrix, [&] { return buffers_.normed; }, buffers_.hidden_stride, tokens, write);
+            return;
+        }
+        bool is_normed = false;
+        auto inputs = [&] {
+            for (long token = 0; !is_normed && token < tokens; token++) norm_padded(token, weight, mine.normed);
+            is_normed = true;
+            return mine.normed;
         };
-        if (alone)
-            for (long token = 0; token < batch_.num_tokens; token++) norm_padded(token);
-        else
-            share_tokens(worker, norm_padded);
-        return out;
+        linear(worker, mine, matrix, inputs, buffers_.hidden_stride, tokens, write);
     }
 
     void attention(Worker& worker, const Private<T>& mine, long index) const {
         const TriodeLayer& layer = model_.layers[index];
-        const T* x = normed(worker, mine, layer.input_norm);
-        linear(worker, mine, layer.qkv, x, buffers_.hidden_stride, batch_.num_tokens,
-               [&](long token, long output, const float* sums) {
-                   float* to = buffers_.qkv + token * buffers_.qkv_stride + output;
-                   for (int i = 0; i < PANEL; i += LANES) store(to + i, with_bias(layer.qkv, output + i, sums + i));
-               });
+        auto write_qkv = [&](long token, long output, const float* sums) {
+            float* to = buffers_.qkv + token * buffers_.qkv_stride + output;
+            for (int i = 0; i < PANEL; i += LANES) store(to + i, with_bias(layer.qkv, output + i, sums + i));
+        };
+        linear_of_norm(worker, mine, layer.input_norm, layer.qkv, write_qkv);
         // A row of one query reads no other token's new key: whoever attends for it stores its key as well.
         if (!is_decode_)
             share_tokens(worker, [&](long token) {
@@ -196,12 +206,11 @@ class Step {
     }
 
     void feed_forward(Worker& worker, const Private<T>& mine, const TriodeLayer& layer) const {
-        const T* x = normed(worker, mine, layer.post_norm);
-        linear(worker, mine, layer.gate_up, x, buffers_.hidden_stride, batch_.num_tokens,
-               [&](long token, long output, const float* sums) {
-                   T* to = buffers_.inner + token * buffers_.inner_stride + output / 2;
-                   for (int pair = 0; pair < PANEL; pair += 32) gate(layer.gate_up, output + pair, sums + pair, to + pair / 2);
-               });
+        auto write_inner = [&](long token, long output, const float* sums) {
+            T* to = buffers_.inner + token * buffers_.inner_stride + output / 2;
+            for (int i = 0; i < PANEL; i += 32) gate(layer.gate_up, output + i, sums + i, to + i / 2);
+        };
+        linear_of_norm(worker, mine, layer.post_norm, layer.gate_up, write_inner);
         add_product(worker, mine, layer.down, buffers_.inner, buffers_.inner_stride);
     }
 
@@ -217,11 +226,12 @@ class Step {
 
     // residual += x W^T + bias
     void add_product(Worker& worker, const Private<T>& mine, const TriodeMatrix& matrix, const T* x, long stride) const {
-        linear(worker, mine, matrix, x, stride, batch_.num_tokens, [&](long token, long output, const float* sums) {
+        auto add = [&](long token, long output, const float* sums) {
             float* to = residual(token) + output;
             for (int i = 0; i < PANEL; i += LANES)
                 store(to + i, load(to + i) + with_bias(matrix, output + i, sums + i));
-        });
+        };
+        linear(worker, mine, matrix, [x] { return x; }, stride, batch_.num_tokens, add);
     }
 
     // Normalises and rotates, in place, the queries of a KV head's group and its key; stores key and value.

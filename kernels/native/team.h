@@ -1,18 +1,14 @@
 // Threads that compute a step together.
 //
-// A step is a sequence of phases. In a phase the threads claim items of work one by one, so that a thread which the
-// system has put aside holds up no more than its current item; between phases they meet at a barrier. Waiting spins for
-// a bounded time and then gives the processor away: on a busy machine the others need it to arrive.
+// A step is a sequence of phases, each so many items of work. Threads claim items one by one, and a phase is over when
+// its items are done, not when every thread has arrived: a thread that the system has put aside holds up the others only
+// if it holds an item. When it runs again it finds the phases that it missed exhausted and catches up. Waiting for
+// others' items spins for a bounded time and then gives the processor away: on a busy machine they need it to finish.
 #pragma once
 
 #include <atomic>
-#include <cstdint>
-
-#if defined(_WIN32)
+#include <chrono>
 #include <thread>
-#else
-#include <sched.h>
-#endif
 
 namespace triode {
 
@@ -24,69 +20,45 @@ inline void relax() {
 #endif
 }
 
-inline void give_way() {
-#if defined(_WIN32)
-    std::this_thread::yield();
-#else
-    sched_yield();
-#endif
-}
-
-// One claim counter a cache line.
-struct alignas(64) Counter {
-    std::atomic<long> next;
+// Items of one phase; the two counters do not share a cache line.
+struct Phase {
+    alignas(64) std::atomic<long> claimed;
+    alignas(64) std::atomic<long> done;
 };
 
-class Team {
-  public:
-    // `counters` are as many as there are phases, all zero.
-    explicit Team(Counter* counters) : counters_(counters) {}
-
-    // To be called by each thread, with the number of threads that really run, before anything else.
-    void meet(int size) {
-        const uint32_t generation = generation_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
-            arrived_.store(0, std::memory_order_relaxed);
-            generation_.store(generation + 1, std::memory_order_release);
-            return;
-        }
-        for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; spins++) {
-            if (spins < MAX_SPINS)
-                relax();
-            else
-                give_way();
-        }
-    }
-
-    long claim(long phase) { return counters_[phase].next.fetch_add(1, std::memory_order_relaxed); }
-
-  private:
-    static constexpr int MAX_SPINS = 2000;
-
-    Counter* counters_;
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<uint32_t> generation_{0};
-};
-
-// One thread's place in the team.
+// One thread's way through the phases.
 class Worker {
   public:
-    Worker(Team& team, int index, int size) : index(index), size(size), team_(team) {}
+    // `phases` are zero when the first thread begins.
+    Worker(Phase* phases, int index) : index(index), phase_(phases) {}
 
     const int index;
-    const int size;
 
-    // Calls `work(item)` for the items of this phase that nobody else has claimed, and ends the phase.
+    // Calls `work(item)` for the items of this phase that nobody else has claimed; all are done when it returns.
+    //
+    // Only within `work` may a thread read what the previous phases wrote: outside it the others may be far ahead.
     template <class Work>
     void share(long items, Work work) {
-        for (long item; (item = team_.claim(phase_)) < items;) work(item);
-        team_.meet(size);
+        long mine = 0;
+        for (long item; (item = phase_->claimed.fetch_add(1, std::memory_order_relaxed)) < items; mine++) work(item);
+        if (mine) phase_->done.fetch_add(mine, std::memory_order_release);
+        for (int waits = 0; phase_->done.load(std::memory_order_acquire) < items; waits++) {
+            if (waits < MAX_SPINS)
+                relax();
+            else if (waits < MAX_SPINS + MAX_YIELDS)
+                std::this_thread::yield();
+            else
+                std::this_thread::sleep_for(std::chrono::microseconds(SLEEP_US));
+        }
         phase_++;
     }
 
   private:
-    Team& team_;
-    long phase_ = 0;
+    static constexpr int MAX_SPINS = 2000;
+    static constexpr int MAX_YIELDS = 20;
+    static constexpr int SLEEP_US = 30;
+
+    Phase* phase_;
 };
 
 }  // namespace triode
