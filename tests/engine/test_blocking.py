@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import triode
-from crashes import CORES, Bomb, Boom
+from crashes import CORES, Bomb, Boom, pausable_steps
 from engines import LONG, SMALL, TINY, drawn, greedy, threads_of_ours
 from triode.errors import EngineClosed, EngineFault
 
@@ -131,12 +131,17 @@ def test_an_engine_that_cannot_open_says_why() -> None:
 @pytest.mark.parametrize("actor", CORES)
 def test_whoever_waits_learns_the_cause(actor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = Bomb(monkeypatch, actor)
+    may_run = pausable_steps(monkeypatch)
     llm = open_tiny()
     stream = llm.stream(PROMPT, greedy(LONG))
     next(stream)
+    may_run.clear()
     bomb.is_armed = True
+    if actor != "tokenizer":
+        may_run.set()
     with pytest.raises(EngineFault, match=f"^the {actor} failed: Boom: it broke$") as raised:
         llm.generate([PROMPT] * 3, greedy(LONG))
+    may_run.set()
     assert isinstance(raised.value.__cause__, Boom)
     with pytest.raises(EngineFault, match=f"the {actor} failed"):
         list(stream)

@@ -1,4 +1,6 @@
-"""Makes one actor of an engine fail, when a test says so."""
+"""Makes one actor of an engine fail, or its steps stand still, when a test says so."""
+
+import threading
 
 import pytest
 
@@ -7,6 +9,7 @@ from triode.actors.scheduler.policy import Scheduler
 from triode.cache.manager import CacheManager
 from triode.engine import hub
 from triode.models.eager import EagerRunner
+from triode.models.step import StepPlan
 
 CORES: dict[str, tuple[object, str]] = {
     "tokenizer": (hub, "prepare"),
@@ -36,3 +39,16 @@ class Bomb:
             return original(*args, **options)
 
         patch.setattr(owner, name, core)
+
+
+def pausable_steps(patch: pytest.MonkeyPatch) -> threading.Event:
+    """While the returned event is cleared, no step of an engine with an executor thread begins."""
+    may_run, launch = threading.Event(), EagerRunner.launch
+    may_run.set()
+
+    def launch_later(self: EagerRunner, plan: StepPlan) -> None:
+        may_run.wait(10)
+        launch(self, plan)
+
+    patch.setattr(EagerRunner, "launch", launch_later)
+    return may_run
