@@ -41,12 +41,9 @@ struct CachedHead {
     }
 
     // The rows of a head lie apart, in blocks that lie anywhere: no hardware sees the next one coming.
-    void prefetch(const long* offsets, long count, long head_dim) const {
+    static void prefetch(const T* heads, const long* offsets, long count, long head_dim) {
         for (long i = 0; i < count; i++)
-            for (long d = 0; d < head_dim; d += 64 / long(sizeof(T))) {
-                __builtin_prefetch(keys + offsets[i] + d);
-                __builtin_prefetch(values + offsets[i] + d);
-            }
+            for (long d = 0; d < head_dim; d += 64 / long(sizeof(T))) __builtin_prefetch(heads + offsets[i] + d);
     }
 };
 
@@ -139,8 +136,37 @@ inline float soften(float* scores, long from, long to, float scale, float& highe
     return rescale;
 }
 
+// Turns the scores of one tile into weights, and rescales the output so far to them.
+template <class T>
+void weigh(const HeadShape& shape, long position, long first, long rows, long window, float scale,
+           const AttentionScratch<T>& scratch) {
+    for (long r = 0; r < rows; r++) {
+        const long own = position + r / shape.group - first;
+        const long from = window ? std::clamp(own - window + 1, 0L, TILE) : 0;
+        const long to = std::clamp(own + 1, 0L, TILE);
+        const float rescale =
+            soften(scratch.scores + r * TILE, from, to, scale, scratch.highest[r], scratch.total + r * LANES);
+        if (rescale == 1.f) continue;
+        for (long p = 0; p < shape.panels(); p++) {
+            float* earlier = scratch.out + (p * rows + r) * PANEL;
+            for (int i = 0; i < PANEL; i++) earlier[i] *= rescale;
+        }
+    }
+}
+
+// Divides by the sums of weights: query i, head g goes to out + i * out_stride + g * head_dim.
+template <class T>
+void finish(const HeadShape& shape, long rows, const AttentionScratch<T>& scratch, T* out, long out_stride) {
+    for (long r = 0; r < rows; r++) {
+        const float inverse = 1.f / sum(load(scratch.total + r * LANES));
+        T* to = out + r / shape.group * out_stride + r % shape.group * shape.head_dim;
+        for (long d = 0; d < shape.head_dim; d++)
+            narrow(scratch.out[(d / PANEL * rows + r) * PANEL + d % PANEL] * inverse, to[d]);
+    }
+}
+
 // Queries of one row at consecutive positions: `num_queries` from `position`, `shape.group` heads each, already in
-// `scratch.queries`. Writes query i, head g to out + i * out_stride + g * head_dim.
+// `scratch.queries`. Tiles are fetched one ahead, keys while the scores are computed and values while the output is.
 template <class T>
 void attend(const CachedHead<T>& head, const HeadShape& shape, long position, long num_queries, long window, float scale,
             const AttentionScratch<T>& scratch, T* out, long out_stride) {
@@ -151,39 +177,26 @@ void attend(const CachedHead<T>& head, const HeadShape& shape, long position, lo
     memset(scratch.out, 0, shape.panels() * rows * PANEL * sizeof(float));
 
     const long lowest = window ? std::max(0L, position - window + 1) : 0;
-    long offsets[TILE];
-    head.locate(lowest / TILE * TILE, std::min(TILE, last + 1 - lowest / TILE * TILE), offsets);
-    for (long first = lowest / TILE * TILE; first <= last; first += TILE) {
-        const long count = std::min(TILE, last + 1 - first);
+    const long begin = lowest / TILE * TILE;
+    long offsets[TILE], next_offsets[TILE];
+    head.locate(begin, std::min(TILE, last + 1 - begin), offsets);
+    head.prefetch(head.values, offsets, std::min(TILE, last + 1 - begin), head_dim);
+    for (long first = begin; first <= last; first += TILE) {
+        const long count = std::min(TILE, last + 1 - first), next = std::clamp(last + 1 - (first + TILE), 0L, TILE);
+        head.locate(first + TILE, next, next_offsets);
         pack_keys(head, offsets, count, head_dim, scratch.nothing, scratch.keys);
-        pack_values(head, offsets, count, head_dim, scratch.values);
-        const long next = std::clamp(last + 1 - (first + TILE), 0L, TILE);
-        head.locate(first + TILE, next, offsets);
-        head.prefetch(offsets, next, head_dim);
+        head.prefetch(head.keys, next_offsets, next, head_dim);
         multiply_panel(scratch.queries, head_dim, rows, scratch.keys, words, scratch.scores, true);
-        for (long r = 0; r < rows; r++) {
-            const long own = position + r / shape.group - first;
-            const long from = window ? std::clamp(own - window + 1, 0L, TILE) : 0;
-            const long to = std::clamp(own + 1, 0L, TILE);
-            const float rescale =
-                soften(scratch.scores + r * TILE, from, to, scale, scratch.highest[r], scratch.total + r * LANES);
-            if (rescale == 1.f) continue;
-            for (long p = 0; p < shape.panels(); p++) {
-                float* earlier = scratch.out + (p * rows + r) * PANEL;
-                for (int i = 0; i < PANEL; i++) earlier[i] *= rescale;
-            }
-        }
+        weigh(shape, position, first, rows, window, scale, scratch);
+        pack_values(head, offsets, count, head_dim, scratch.values);
+        head.prefetch(head.values, next_offsets, next, head_dim);
+        std::copy_n(next_offsets, next, offsets);
         for (long p = 0; p < shape.panels(); p++) {
             const uint32_t* panel = reinterpret_cast<const uint32_t*>(scratch.values + p * TILE * PANEL);
             multiply_panel(scratch.scores, TILE, rows, panel, count, scratch.out + p * rows * PANEL, false);
         }
     }
-    for (long r = 0; r < rows; r++) {
-        const float inverse = 1.f / sum(load(scratch.total + r * LANES));
-        T* to = out + r / shape.group * out_stride + r % shape.group * head_dim;
-        for (long d = 0; d < head_dim; d++)
-            narrow(scratch.out[(d / PANEL * rows + r) * PANEL + d % PANEL] * inverse, to[d]);
-    }
+    finish(shape, rows, scratch, out, out_stride);
 }
 
 }  // namespace triode
