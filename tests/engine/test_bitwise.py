@@ -16,19 +16,28 @@ PROMPT = list(range(500, 543))
 PARAMS = drawn(14, logprobs=3, top_p=0.95, repetition_penalty=1.1)
 NEIGHBOURS = [[1000 + 7 * index + step for step in range(1 + (13 * index) % 60)] for index in range(32)]
 
-TINY_MODELS = [("random:tiny", "float32"), ("random:tiny", "bfloat16"), ("random:tiny-mistral", "float32")]
-REAL_MODELS = [
-    pytest.param("smollm2-135m", "float32", marks=pytest.mark.slow),
-    pytest.param("smollm2-135m", "bfloat16", marks=pytest.mark.slow),
-    pytest.param("random:tiny-qwen2", "bfloat16", marks=pytest.mark.slow),
-    pytest.param("random:tiny-qwen3", "float32", marks=pytest.mark.slow),
+TINY_MODELS = [
+    ("random:tiny", "float32", "auto"),
+    ("random:tiny", "bfloat16", "auto"),
+    ("random:tiny-mistral", "float32", "reference"),
 ]
-every_model = pytest.mark.parametrize(("model", "dtype"), [*TINY_MODELS, *REAL_MODELS])
+OTHER_MODELS = [
+    ("smollm2-135m", "float32", "auto"),
+    ("smollm2-135m", "bfloat16", "auto"),
+    ("smollm2-135m", "float32", "reference"),
+    ("random:tiny-qwen2", "bfloat16", "reference"),
+    ("random:tiny-qwen3", "float32", "auto"),
+]
+NAMES = ("model", "dtype", "kernels")
+tiny_models = pytest.mark.parametrize(NAMES, TINY_MODELS)
+every_model = pytest.mark.parametrize(
+    NAMES, [*TINY_MODELS, *(pytest.param(*names, marks=pytest.mark.slow) for names in OTHER_MODELS)]
+)
 
 
-def settings(model: str, dtype: str, **others: Any) -> dict[str, Any]:
+def settings(model: str, dtype: str, kernels: str, **others: Any) -> dict[str, Any]:
     memory = {"kv_cache_bytes": 2**27} if model == "smollm2-135m" else {}
-    return {**SMALL, **memory, "model": model, "dtype": dtype, "executor": "thread", **others}
+    return {**SMALL, **memory, "model": model, "dtype": dtype, "kernels": kernels, "executor": "thread", **others}
 
 
 def same(first: Sequence[Completion], second: Sequence[Completion]) -> bool:
@@ -48,9 +57,9 @@ async def keep_busy(engine: Engine, prompt: list[int]) -> None:
 
 
 @every_model
-async def test_neighbours_change_nothing(model: str, dtype: str) -> None:
-    expected = await alone(**settings(model, dtype))
-    async with triode.open_engine(**settings(model, dtype, max_running=33)) as engine:
+async def test_neighbours_change_nothing(model: str, dtype: str, kernels: str) -> None:
+    expected = await alone(**settings(model, dtype, kernels))
+    async with triode.open_engine(**settings(model, dtype, kernels, max_running=33)) as engine:
         async with trio.open_nursery() as nursery:
             for prompt in NEIGHBOURS:
                 nursery.start_soon(keep_busy, engine, prompt)
@@ -62,8 +71,8 @@ async def test_neighbours_change_nothing(model: str, dtype: str) -> None:
 
 
 @every_model
-async def test_a_prefix_hit_changes_nothing(model: str, dtype: str) -> None:
-    async with triode.open_engine(**settings(model, dtype)) as engine:
+async def test_a_prefix_hit_changes_nothing(model: str, dtype: str, kernels: str) -> None:
+    async with triode.open_engine(**settings(model, dtype, kernels)) as engine:
         cold = await complete(engine, PROMPT, PARAMS)
         warm = await complete(engine, PROMPT, PARAMS)
         assert (cold.usage.cached_tokens, warm.usage.cached_tokens) == (0, 32)
@@ -72,19 +81,19 @@ async def test_a_prefix_hit_changes_nothing(model: str, dtype: str) -> None:
         half = cold.completion.token_ids[:7]
         turn = await complete(engine, [*PROMPT, *half], greedy(4, logprobs=3))
         assert turn.usage.cached_tokens == 48
-    async with triode.open_engine(**settings(model, dtype, prefix_cache=False)) as engine:
+    async with triode.open_engine(**settings(model, dtype, kernels, prefix_cache=False)) as engine:
         fresh = await complete(engine, [*PROMPT, *half], greedy(4, logprobs=3))
         assert fresh.usage.cached_tokens == 0
         assert same(fresh.completions, turn.completions)
 
 
 @every_model
-async def test_how_the_prompt_is_cut_changes_nothing(model: str, dtype: str) -> None:
+async def test_how_the_prompt_is_cut_changes_nothing(model: str, dtype: str, kernels: str) -> None:
     scored = drawn(14, logprobs=3, prompt_logprobs=2, top_p=0.95, repetition_penalty=1.1)
     results, embeddings = [], []
     for max_step_tokens, block_size_tokens in ((512, 16), (64, 32), (17, 16), (9, 64), (7, 16)):
         cut = {"max_step_tokens": max_step_tokens, "max_running": 6, "block_size_tokens": block_size_tokens}
-        async with triode.open_engine(**settings(model, dtype, **cut)) as engine:
+        async with triode.open_engine(**settings(model, dtype, kernels, **cut)) as engine:
             results.append(await complete(engine, PROMPT, scored))
             embeddings += await engine.embed([PROMPT])
     assert results[0].prompt_logprobs is not None
@@ -95,8 +104,8 @@ async def test_how_the_prompt_is_cut_changes_nothing(model: str, dtype: str) -> 
 
 
 @every_model
-async def test_siblings_change_nothing(model: str, dtype: str) -> None:
-    async with triode.open_engine(**settings(model, dtype)) as engine:
+async def test_siblings_change_nothing(model: str, dtype: str, kernels: str) -> None:
+    async with triode.open_engine(**settings(model, dtype, kernels)) as engine:
         expected = await complete(engine, PROMPT, PARAMS)
         fields = {"logprobs": 3, "top_p": 0.95, "repetition_penalty": 1.1}
         four = await complete(engine, PROMPT, drawn(14, n=4, **fields))
@@ -105,13 +114,13 @@ async def test_siblings_change_nothing(model: str, dtype: str) -> None:
         assert same(four.completions[:2], two.completions)
 
 
-@pytest.mark.parametrize(("model", "dtype"), TINY_MODELS)
-async def test_a_preemption_changes_nothing(model: str, dtype: str) -> None:
-    expected = await alone(**settings(model, dtype))
-    probe = settings(model, dtype)
+@tiny_models
+async def test_a_preemption_changes_nothing(model: str, dtype: str, kernels: str) -> None:
+    expected = await alone(**settings(model, dtype, kernels))
+    probe = settings(model, dtype, kernels)
     async with triode.open_engine(**probe) as engine:
         bytes_per_block = engine.report.kv_cache_bytes // engine.report.num_blocks
-    scarce = settings(model, dtype, executor="inline", kv_cache_bytes=8 * bytes_per_block)
+    scarce = settings(model, dtype, kernels, executor="inline", kv_cache_bytes=8 * bytes_per_block)
     async with open_gated(**scarce) as (engine, gate):
         stream = await engine.submit(PROMPT, PARAMS)
         await gate.step(6)
@@ -124,12 +133,12 @@ async def test_a_preemption_changes_nothing(model: str, dtype: str) -> None:
         assert engine.statistics().scheduler.num_preemptions > 0
 
 
-@pytest.mark.parametrize(("model", "dtype"), TINY_MODELS)
-async def test_the_number_of_threads_changes_nothing(model: str, dtype: str) -> None:
-    one, two = [await alone(**settings(model, dtype, num_threads=number)) for number in (1, 2)]
+@tiny_models
+async def test_the_number_of_threads_changes_nothing(model: str, dtype: str, kernels: str) -> None:
+    one, two = [await alone(**settings(model, dtype, kernels, num_threads=number)) for number in (1, 2)]
     assert same(one.completions, two.completions)
 
 
 async def test_inline_and_thread_are_the_same() -> None:
-    inline, thread = [await alone(**settings("random:tiny", "float32", executor=mode)) for mode in ("inline", "thread")]
+    inline, thread = [await alone(**settings(*TINY_MODELS[0], executor=mode)) for mode in ("inline", "thread")]
     assert same(inline.completions, thread.completions)

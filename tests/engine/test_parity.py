@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import triode
 from engines import greedy
 from triode.engine.request import Prompt
-from triode.models.config import ModelConfig, ModelOptions
+from triode.models.config import KernelChoice, ModelConfig, ModelOptions
 from triode.models.loader import open_checkpoint
 from triode.models.tokenizer import Tokenizer
 from triode.models.weights import DecoderWeights
@@ -134,7 +134,7 @@ def oracle() -> Oracle:
     return Oracle()
 
 
-async def outputs(max_tokens: int, kv_cache_bytes: int) -> list[tuple[int, ...]]:
+async def outputs(max_tokens: int, kv_cache_bytes: int, kernels: KernelChoice = "auto") -> list[tuple[int, ...]]:
     """All prompts at once, twice: cold, and with the prefix cache full of them. Prompts are cut into chunks."""
     async with triode.open_engine(
         MODEL,
@@ -143,6 +143,7 @@ async def outputs(max_tokens: int, kv_cache_bytes: int) -> list[tuple[int, ...]]
         max_step_tokens=80,
         max_context_tokens=512,
         kv_cache_bytes=kv_cache_bytes,
+        kernels=kernels,
     ) as engine:
         params = greedy(max_tokens, ignore_eos=False)
         cold = await engine.generate(PROMPTS, params)
@@ -154,13 +155,22 @@ async def outputs(max_tokens: int, kv_cache_bytes: int) -> list[tuple[int, ...]]
 
 async def test_greedy_tokens_are_those_of_transformers(oracle: Oracle) -> None:
     assert len(PROMPTS) >= 20
-    for prompt, output in zip(PROMPTS, await outputs(8, kv_cache_bytes=2**27), strict=True):
+    for prompt, output in zip(PROMPTS, await outputs(8, 2**27), strict=True):
         assert list(output) == oracle.agrees(prompt, output)
 
 
 @pytest.mark.slow
-async def test_sixty_four_greedy_tokens_are_those_of_transformers(oracle: Oracle) -> None:
-    plenty, scarce = [await outputs(64, kv_cache_bytes=2**power) for power in (28, 26)]
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+async def test_sixty_four_greedy_tokens_are_those_of_transformers(oracle: Oracle, kernels: KernelChoice) -> None:
+    # The smaller cache holds about half of what the prompts and their outputs take: requests are preempted.
+    plenty, scarce = [await outputs(64, 2**power, kernels) for power in (28, 26)]
     assert plenty == scarce
     for prompt, output in zip(PROMPTS, plenty, strict=True):
-        assert list(output) == oracle.agrees(prompt, output) == oracle.generate(prompt, 64)
+        assert list(output) == oracle.agrees(prompt, output)
+
+
+@pytest.mark.slow
+async def test_the_oracle_generates_what_it_agrees_with(oracle: Oracle) -> None:
+    for prompt in PROMPTS[:4]:
+        output = oracle.generate(prompt, 16)
+        assert oracle.agrees(prompt, output) == output
