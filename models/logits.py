@@ -52,7 +52,7 @@ class LogitBias:
     def __call__(self, logits_RV: torch.Tensor) -> None:
         """Add the biases; no entry occurs twice."""
         device = logits_RV.device
-        logits_RV[self._row_E.to(device), self._token_E.to(device)] += self._bias_E.to(device)
+        logits_RV[_sent(self._row_E, device), _sent(self._token_E, device)] += _sent(self._bias_E, device)
 
 
 class BadWords:
@@ -82,7 +82,7 @@ class NoRepeatNgram:
         for row, state in self._rows:
             followers = _followers(state.tokens, state.params.no_repeat_ngram_size)
             if len(followers):
-                logits_RV[row, torch.from_numpy(followers)] = -torch.inf
+                logits_RV[row, _sent(torch.from_numpy(followers), logits_RV.device)] = -torch.inf
 
 
 def _followers(tokens: IntArray, size: int) -> IntArray:
@@ -135,20 +135,26 @@ class Penalties:
         counts = [state.counts for state in self._states]
         num_distinct = torch.tensor([len(count.token_ids) for count in counts])
         index_E = torch.arange(len(counts)).repeat_interleave(num_distinct)
-        row_E = torch.tensor(self._rows)[index_E].to(device)
-        token_E = torch.from_numpy(np.concatenate([count.token_ids for count in counts])).to(device)
-        count_E = torch.from_numpy(np.concatenate([count.output_counts for count in counts])).to(device)
+        row_E = _sent(torch.tensor(self._rows)[index_E], device)
+        token_E = _sent(torch.from_numpy(np.concatenate([count.token_ids for count in counts])), device)
+        count_E = _sent(torch.from_numpy(np.concatenate([count.output_counts for count in counts])), device)
         logits_E = logits_RV[row_E, token_E]
         if self._repetition_R is not None:
-            penalty_E = self._repetition_R[index_E].to(device)
+            penalty_E = _sent(self._repetition_R[index_E], device)
             logits_E = torch.where(logits_E > 0, logits_E / penalty_E, logits_E * penalty_E)
         if self._presence_R is not None:
-            logits_E = logits_E - self._presence_R[index_E].to(device) * (count_E > 0)
+            logits_E = logits_E - _sent(self._presence_R[index_E], device) * (count_E > 0)
         if self._frequency_R is not None:
-            logits_E = logits_E - self._frequency_R[index_E].to(device) * count_E
+            logits_E = logits_E - _sent(self._frequency_R[index_E], device) * count_E
         logits_RV[row_E, token_E] = logits_E
 
 
 def _forbid(logits_RV: torch.Tensor, rows: list[int], token_ids: Sequence[int]) -> None:
     if rows:
-        logits_RV[rows, token_ids] = -torch.inf
+        device = logits_RV.device
+        logits_RV[_sent(torch.tensor(rows), device), _sent(torch.tensor(token_ids), device)] = -torch.inf
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device. A copy to a GPU comes from pinned memory: any other would wait for all that the GPU has to do."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -81,15 +81,17 @@ class HostBatch:
         """Whether the slot still belongs to this sequence."""
         return bool(self._epoch_S[slot] == state.epoch)
 
-    def check(self, plan: StepPlan) -> tuple[Words, Words, Words]:
+    def check(self, plan: StepPlan, *, every_row_samples: bool) -> tuple[Words, Words, Words]:
         """Slot, start and end of each row. A plan that contradicts the slots is a bug of ours: AssertionError."""
         slot_R = np.array(plan.slots, np.int32)
         start_R = np.array(plan.start_positions, np.int32)
         end_R = start_R + np.array(plan.num_query_tokens, np.int32)
         known_R = self._known_S[slot_R]
         assert (end_R <= known_R).all(), f"step {plan.step_id} computes tokens that its slots do not have"
-        is_sampled_R = np.fromiter((output in SAMPLING for output in plan.outputs), bool, len(slot_R))
-        assert (end_R == known_R)[is_sampled_R].all(), f"step {plan.step_id} samples before the end of a sequence"
+        ends_R = end_R == known_R
+        if not every_row_samples:
+            ends_R |= np.fromiter((output not in SAMPLING for output in plan.outputs), bool, len(slot_R))
+        assert ends_R.all(), f"step {plan.step_id} samples before the end of a sequence"
         last_block_R = self._slots.table_SX[slot_R, (end_R - 1) // self._block_size]
         assert last_block_R.all(), f"step {plan.step_id} lacks a block"
         return slot_R, start_R, end_R

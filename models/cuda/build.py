@@ -89,6 +89,7 @@ def _rehearse(
         runner.collect()
         free_bytes = [free_bytes[1], _free_bytes(decoder.device)] if step else [0, _free_bytes(decoder.device)]
     # The pool and the graphs of the rehearsal go with its runner.
+    runner.forget()
     del runner
     gpu.forget_captured()
     torch.cuda.empty_cache()

@@ -16,7 +16,9 @@ from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.paged_attention.gpu import (
     SEGMENT_TOKENS,
     AttentionWorkspace,
+    decode_tile,
     paged_attention,
+    prefill_tile,
     splits_for,
 )
 from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
@@ -25,6 +27,9 @@ from triode.models.config import ModelConfig
 from triode.models.cuda.linears import GpuGateUp, GpuLinear, Proofs
 from triode.models.rope import rope_table
 from triode.models.weights import DecoderWeights, LayerWeights
+
+# States of programs that share a long context between the tiles of a short chunk.
+_WORKSPACE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,7 @@ class CudaLayer:
         self._traits = decoder.traits
         self._rope = decoder.rope
         self._workspace = decoder.workspace
+        self._prefill_workspace = decoder.prefill_workspace
         self._window_tokens = config.window_tokens(index) or 0
         # The bias of queries, keys and values is added after the product, by the kernel that rotates them.
         self._qkv = decoder.linear(weights.qkv_ED, None)
@@ -154,7 +160,7 @@ class CudaLayer:
                 traits=self._traits,
                 window_tokens=self._window_tokens,
                 num_splits=group.num_splits,
-                workspace=self._workspace,
+                workspace=self._workspace if group.max_query_tokens == 1 else self._prefill_workspace,
             )
         self._o(buffers.attended_TNH.flatten(1), buffers.x_TD)
 
@@ -196,6 +202,7 @@ class CudaDecoder:
         self.max_rows = max_rows
         self.max_segments = -(-config.max_context_tokens // SEGMENT_TOKENS)
         self.workspace = self._allocate_workspace()
+        self.prefill_workspace = self._allocate_prefill_workspace()
         self.buffers = Buffers.allocate(config, max_tokens, max_rows, self.dtype, self.device)
         self._weights = weights
         self._layers = [CudaLayer(config, index, layer, self) for index, layer in enumerate(weights.layers)]
@@ -237,11 +244,31 @@ class CudaDecoder:
         """How many programs share the KV of a row, for so many rows of at most so many segments."""
         return splits_for(num_rows, self.config.num_kv_heads, min(max_segments, self.max_segments), self.traits)
 
+    def prefill_splits(self, num_tokens: int, num_rows: int) -> int:
+        """The same for a packed step of so many tokens and rows; 1 where the workspace cannot hold the states."""
+        group = self.config.num_heads // self.config.num_kv_heads
+        tile = prefill_tile(group, self.config.head_dim, self.traits)
+        if num_tokens <= decode_tile(group, self.config.head_dim, self.dtype).pairs // group:
+            # Such rows take the decode tile: one program a row.
+            return 1
+        num_tiles = num_tokens // (tile.pairs // group) + num_rows
+        if num_tiles * self.config.num_kv_heads > len(self.prefill_workspace.arrivals_W):
+            return 1
+        return self.splits(num_tiles, self.max_segments)
+
     def _allocate_workspace(self) -> AttentionWorkspace:
         # More than one program shares a row only while that leaves the GPU unfilled.
         num_programs = 2 * self.traits.num_sms + self.config.num_kv_heads
         group = self.config.num_heads // self.config.num_kv_heads
         return AttentionWorkspace.allocate(num_programs, self.max_segments, group, self.config.head_dim, self.device)
+
+    def _allocate_prefill_workspace(self) -> AttentionWorkspace:
+        """For as many programs as fit, of tiles that a long chunk takes."""
+        config = self.config
+        pairs = prefill_tile(config.num_heads // config.num_kv_heads, config.head_dim, self.traits).pairs
+        state_bytes = self.max_segments * pairs * (config.head_dim + 2) * 4
+        num_programs = min(2 * self.traits.num_sms + config.num_kv_heads, max(1, _WORKSPACE_BYTES // state_bytes))
+        return AttentionWorkspace.allocate(num_programs, self.max_segments, pairs, config.head_dim, self.device)
 
     def _bind_head(self, head_VD: torch.Tensor) -> GpuLinear:
         proof = self.proofs.of(head_VD, None, torch.float32, self.max_rows)

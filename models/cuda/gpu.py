@@ -62,17 +62,20 @@ class Gpu(Protocol):
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """The work as one launch. What it has to compile must be compiled already."""
 
+    def wait(self) -> None:
+        """Until all work is done."""
+
     def close(self) -> None:
-        """Wait for all work, then give back what the device keeps for it."""
+        """Give back what the device keeps for work that nobody will ask for again."""
 
 
 class CudaMark:
     """An event of the runner's stream, and host memory that is in use until then."""
 
-    def __init__(self, release: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, stream: torch.cuda.Stream, release: Callable[[], None] = lambda: None) -> None:
         self.release = release
         self._event = torch.cuda.Event(enable_timing=True)
-        self._event.record()
+        self._event.record(stream)
 
     def is_passed(self) -> bool:
         """Asks the driver."""
@@ -122,7 +125,7 @@ class CudaGpu:
 
     def mark(self) -> Mark:
         """An event."""
-        return CudaMark()
+        return CudaMark(self._stream)
 
     def end_step(self) -> Mark:
         """An event."""
@@ -132,7 +135,7 @@ class CudaGpu:
             for memory in lent:
                 self._idle[memory.numel()].append(memory)
 
-        return CudaMark(release)
+        return CudaMark(self._stream, release)
 
     def _borrow(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """Pinned memory, of a size that is a power of two so that it suits many."""
@@ -157,13 +160,16 @@ class CudaGpu:
         replay: Callable[[], None] = graph.replay
         return replay
 
+    def wait(self) -> None:
+        """Synchronises the stream."""
+        self._stream.synchronize()
+
     def forget_captured(self) -> None:
         """What was captured so far is gone, and its memory pool with it: what follows gets another one."""
         self._pool = torch.cuda.graph_pool_handle()
 
     def close(self) -> None:
         """Also returns torch's cached memory to the driver, for whoever comes next."""
-        self._stream.synchronize()
         self._idle.clear()
         self._lent.clear()
         torch._C._cuda_clearCublasWorkspaces()

@@ -52,6 +52,11 @@ class Programs:
         """How many graphs there are."""
         return sum(replay is not None for replay in self._captured.values())
 
+    def forget(self) -> None:
+        """Drop the graphs, and the work itself, which holds on to whoever holds this."""
+        self._captured.clear()
+        del self._work
+
     def run(self, *sizes: int) -> None:
         """Do the work for these launch parameters."""
         if sizes not in self._captured:

@@ -74,8 +74,9 @@ class CudaRunner:
             self._host.apply(plan, self._changes)
             for admission in plan.admissions:
                 self._embeddings.forget(admission.slot)
-            slot_R, start_R, end_R = self._host.check(plan)
-            launch = self._launch_decode if is_decode(plan) else self._launch_mixed
+            decodes = is_decode(plan)
+            slot_R, start_R, end_R = self._host.check(plan, every_row_samples=decodes)
+            launch = self._launch_decode if decodes else self._launch_mixed
             self._flights.append(launch(steps, plan, slot_R, start_R, end_R))
         self._count_launch(plan, time.perf_counter() - start_s)
 
@@ -111,12 +112,19 @@ class CudaRunner:
         """Wait for what runs, then give back all memory of the device."""
         if self._steps is None:
             return
+        self.forget()
+        self._gpu.close()
+        self._resources.close()
+
+    def forget(self) -> None:
+        """Wait for what runs, then drop decoder, pool and all that was captured, but leave the device in use."""
+        self._gpu.wait()
+        if self._steps is not None:
+            self._steps.close()
         self._steps = self._set = None
         self._embeddings = Embeddings(Pooling.MEAN)
         self._flights.clear()
         self._unlearned.clear()
-        self._gpu.close()
-        self._resources.close()
 
     def _launch_decode(self, steps: DeviceSteps, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words) -> Flight:
         num_rows = len(slot_R)

@@ -30,7 +30,8 @@ class PendingScores:
         """The tokens are chosen: start to bring home their logprobs, ranks and alternatives."""
         # A row without a token is scored as token 0 and left out by the reader.
         token_Q1 = token_R[self._row_Q].long().clamp(min=0)[:, None]
-        num = min(max(self._num_alternatives), self._logprobs_QV.shape[1])
+        # At least one, so that there is a least one.
+        num = min(max(1, *self._num_alternatives), self._logprobs_QV.shape[1])
         for tile_QV, token_T1 in zip(self._logprobs_QV.split(_TILE_ROWS), token_Q1.split(_TILE_ROWS), strict=True):
             logprob_T1 = tile_QV.gather(1, token_T1)
             rank_T = (tile_QV > logprob_T1).sum(-1) + 1
@@ -59,12 +60,21 @@ class PendingScores:
 def most_probable(logprobs_RV: torch.Tensor, num: int) -> torch.Tensor:
     """The `num` most probable tokens of each row in descending order, the lowest id first among equals.
 
-    By one integer key a token: topk takes any of equal values, and here no two are equal.
+    topk takes any of equal values. So it finds only the least value that belongs to the answer, and what lies above it;
+    among the tokens of that value the lowest ids are found by a second one, over the ids themselves.
     """
-    # Adding zero turns -0 into 0, whose bits compare as the value does.
-    bits_RV = (logprobs_RV + 0.0).view(torch.int32)
-    ordered_RV = torch.where(bits_RV < 0, bits_RV ^ 0x7FFFFFFF, bits_RV).long()
     vocab_size = logprobs_RV.shape[1]
-    backwards_V = torch.arange(vocab_size - 1, -1, -1, device=logprobs_RV.device)
-    top_RK = ((ordered_RV << 32) | backwards_V).topk(num, dim=-1).values
-    return vocab_size - 1 - (top_RK & 0xFFFFFFFF)
+    above = logprobs_RV.topk(num, dim=-1)
+    least_R1 = above.values[:, -1:]
+    # float32 holds every id exactly.
+    id_V = torch.arange(vocab_size, dtype=torch.float32, device=logprobs_RV.device)
+    equal_RV = id_V.where(logprobs_RV == least_R1, torch.inf)
+    equal_RK = equal_RV.topk(num, dim=-1, largest=False).values
+    id_RK = above.indices.where(above.values > least_R1, vocab_size)
+    id_RL = torch.cat([id_RK, equal_RK.clamp(max=vocab_size).long()], dim=1)
+    value_RL = torch.cat([above.values, least_R1.expand_as(above.values)], dim=1)
+    value_RL = value_RL.masked_fill(id_RL == vocab_size, -torch.inf)
+    # By id, then by value: a stable sort keeps the first order among equals of the second.
+    by_id = id_RL.argsort(dim=1)
+    by_value = value_RL.gather(1, by_id).argsort(dim=1, descending=True, stable=True)[:, :num]
+    return id_RL.gather(1, by_id.gather(1, by_value)).clamp(max=vocab_size - 1)

@@ -83,6 +83,7 @@ class DeviceSteps:
         self._sample = Programs(self._sample_decode, gpu)
         self._prefill = Programs(self._compute_prefill, gpu)
         self._sample_packed = Programs(self._sample_prefill, gpu)
+        self._programs = (self._forward, self._sample, self._prefill, self._sample_packed)
 
     @property
     def max_rows(self) -> int:
@@ -92,8 +93,12 @@ class DeviceSteps:
     @property
     def num_graphs(self) -> int:
         """How many pieces of work have been captured."""
-        kinds = (self._forward, self._sample, self._prefill, self._sample_packed)
-        return sum(programs.num_captured for programs in kinds)
+        return sum(programs.num_captured for programs in self._programs)
+
+    def close(self) -> None:
+        """Drop what was captured. Memory then goes with the last reference, and waits for no collector."""
+        for programs in self._programs:
+            programs.forget()
 
     def prepare(self, changes: Changes, copies: Sequence[BlockCopy]) -> None:
         """Bring the arena up to date, then copy blocks."""
@@ -157,7 +162,7 @@ class DeviceSteps:
             start_R=arrays.start_R,
             table_RX=self._tensors.table_RX,
             max_query_tokens=num_tokens,
-            num_splits=1,
+            num_splits=self.decoder.prefill_splits(num_tokens, num_rows),
         )
         self.logits(self._compute(arrays, num_tokens, (group,)), arrays)
 

@@ -30,11 +30,12 @@ class DeviceWorld(RunnerWorld):
         max_running: int = 64,
         max_step_tokens: int = 4096,
         seed: int = 0,
+        kv_cache_bytes: int = 2**30,
     ) -> None:
         built = build_runner(
             config,
             load_weights(config, RandomTensors(config, 0), dtype, CUDA, NullProgress()),
-            cache_config=CacheConfig(kv_cache_bytes=2**30),
+            cache_config=CacheConfig(kv_cache_bytes=kv_cache_bytes),
             max_running=max_running,
             max_step_tokens=max_step_tokens,
         )
