@@ -21,7 +21,6 @@ awaits, reads a clock or touches a device: time comes in as an argument, and wha
 `outbox` for the shell to send.
 """
 
-import heapq
 from bisect import insort
 from collections import deque
 from operator import attrgetter
@@ -45,6 +44,7 @@ from triode.actors.messages import (
 )
 from triode.actors.scheduler.admission import ArrivalLog, match_row, namespace_of, pick_candidates
 from triode.actors.scheduler.config import SchedulerConfig
+from triode.actors.scheduler.deadlines import Deadlines
 from triode.actors.scheduler.launch import Launch, build_plan
 from triode.actors.scheduler.outbox import Outbox
 from triode.actors.scheduler.request import Request, Sequence
@@ -71,7 +71,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._slots = SlotPool(config.max_running)
         self._arrivals = ArrivalLog()
-        self._deadlines: list[tuple[float, int, RequestId]] = []
+        self._deadlines = Deadlines()
         self._candidates: list[Sequence] = []
         self._wants: list[Want] = []
         self._is_asking = False
@@ -93,7 +93,7 @@ class Scheduler:
         insort(self._waiting, request.sequences[0], key=_BY_RANK)
         self._unblock()
         if tokenized.deadline_at_s is not None:
-            heapq.heappush(self._deadlines, (tokenized.deadline_at_s, request.arrival, request.request_id))
+            self._deadlines.add(tokenized.deadline_at_s, request)
         self.outbox.to_detokenizer(
             Opened(
                 request_id=request.request_id,
@@ -141,16 +141,13 @@ class Scheduler:
 
     def expire(self, now_s: float) -> None:
         """Cancel the requests whose deadline has passed."""
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, arrival, request_id = heapq.heappop(self._deadlines)
-            request = self._requests.get(request_id)
-            if request is not None and request.arrival == arrival:
-                self._end(request, RequestStatus.CANCELLED, "its deadline has passed")
+        for request in self._deadlines.due(now_s):
+            self._end(request, RequestStatus.CANCELLED, "its deadline has passed")
 
     @property
     def next_deadline_s(self) -> float:
         """When `expire` has something to do."""
-        return self._deadlines[0][0] if self._deadlines else float("inf")
+        return self._deadlines.next_s
 
     # Planning
 
@@ -327,6 +324,7 @@ class Scheduler:
     def _forget(self, request: Request) -> None:
         if any(sequence.sequence_id in self._sequences for sequence in request.sequences):
             return
+        self._deadlines.discard(request)
         # Its id may belong to a new request already: the old one had ended, only its last steps had not.
         if self._requests.get(request.request_id) is request:
             del self._requests[request.request_id]

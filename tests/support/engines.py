@@ -161,6 +161,7 @@ async def check_nothing_is_left(engine: Engine) -> None:
         "answers": hub._answers,
         "detokenizer": hub._detokenizer,
         "arrivals": scheduler._arrivals,
+        "deadlines": scheduler._deadlines._requests,
         "requests": scheduler._requests,
         "sequences": scheduler._sequences,
     }
