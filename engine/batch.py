@@ -14,6 +14,12 @@ from triode.models.sampling import SamplingParams
 Submitter = Callable[[Prompt, SamplingParams], Submission]
 
 
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError for one text, which is a sequence too: of its characters."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of prompts, got one text: {prompts[:40]!r}")
+
+
 def params_for_each(
     prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
 ) -> Sequence[SamplingParams]:
@@ -22,8 +28,7 @@ def params_for_each(
     Raises:
         ValueError: if the prompts are no list, or the params no match for it.
     """
-    if isinstance(prompts, str):
-        raise ValueError(f"prompts must be a list of prompts, got one text: {prompts[:40]!r}")
+    check_prompts(prompts)
     if params is None:
         params = SamplingParams()
     if isinstance(params, SamplingParams):

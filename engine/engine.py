@@ -15,7 +15,7 @@ from triode.actors.mailbox import Mailbox, TrioWaker
 from triode.actors.messages import Clear, Pin, RequestStatus, Unpin
 from triode.actors.scheduler.admission import namespace_of
 from triode.actors.tokenizer.prepare import encode
-from triode.engine.batch import Submitter, run_batch
+from triode.engine.batch import Submitter, check_prompts, run_batch
 from triode.engine.completion import Result
 from triode.engine.config import EngineConfig
 from triode.engine.hub import Hub
@@ -141,7 +141,12 @@ class Engine:
         return await run_batch(self._submitter(), prompts, params, self._hub.parts.config.scheduler, progress)
 
     async def embed(self, prompts: Sequence[Prompt]) -> list[tuple[float, ...]]:
-        """The mean of each prompt's final hidden states, as the model gives them: not scaled to length 1."""
+        """The mean of each prompt's final hidden states, as the model gives them: not scaled to length 1.
+
+        Raises:
+            ValueError: for the first prompt that is refused, or for a text where a list of prompts is wanted.
+        """
+        check_prompts(prompts)
         vectors = []
         for prompt in prompts:
             request = Request(prompt=freeze_prompt(prompt), params=SamplingParams(max_tokens=1), pool_hidden=True)
@@ -167,6 +172,7 @@ class Engine:
 
         Raises:
             KeyError: if no unfinished request has this id.
+            ValueError: if the priority is no integer.
         """
         self._hub.set_priority(RequestId(request_id), priority)
 

@@ -176,7 +176,7 @@ class Hub:
                 detokenizer=self._to_detokenizer.statistics(),
             ),
             scheduler=self._scheduler.statistics(),
-            cache=self.parts.cache.statistics(),
+            cache=self.parts.cache.statistics(trio.current_time()),
             runner=self.parts.executor.statistics(),
         )
 

@@ -1,6 +1,8 @@
 """What a caller asks for, checked as far as it can be without the model's tokenizer."""
 
+import sys
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import msgspec
 
@@ -31,9 +33,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"params must be SamplingParams, got {self.params!r}")
         check_priority(self.priority)
         check_cache_salt(self.cache_salt)
-        deadline_s: object = self.deadline_s
-        if deadline_s is not None and not (isinstance(deadline_s, int | float) and deadline_s > 0):
-            raise ValueError(f"deadline_s must be > 0, got {deadline_s!r}")
+        check_deadline_s(self.deadline_s)
 
 
 def check_request_id(request_id: object) -> RequestId:
@@ -51,6 +51,16 @@ def check_priority(priority: object) -> None:
     """Raise ValueError for what cannot be ordered."""
     if type(priority) is not int:
         raise ValueError(f"priority must be an integer, lower first, got {priority!r}")
+
+
+def check_deadline_s(deadline_s: object) -> None:
+    """Raise ValueError for what is neither None nor a time from now."""
+    if deadline_s is None:
+        return
+    # An int may be larger than any float, and no clock could be set to it.
+    if type(deadline_s) in (int, float) and 0 < cast("float", deadline_s) <= sys.float_info.max:
+        return
+    raise ValueError(f"deadline_s must be > 0 and finite, got {deadline_s!r}")
 
 
 def check_cache_salt(cache_salt: object) -> None:
@@ -75,8 +85,17 @@ def freeze_prompt(prompt: Prompt) -> str | tuple[TokenId, ...] | ChatMessages:
     if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
         raise ValueError(f"prompt must be text, token ids or chat messages, got {type(prompt).__name__}")
     if all(isinstance(item, Mapping) for item in prompt):
-        return tuple(dict(item) for item in prompt if isinstance(item, Mapping))
+        return _freeze_messages([dict(item) for item in prompt if isinstance(item, Mapping)])
     if all(type(item) is int for item in prompt):
         return tuple(TokenId(item) for item in prompt if isinstance(item, int))
     kinds = sorted({type(item).__name__ for item in prompt})
     raise ValueError(f"prompt must hold either token ids (int) or chat messages (dict), got {', '.join(kinds)}")
+
+
+def _freeze_messages(messages: list[dict[str, object]]) -> ChatMessages:
+    """Copies of plain values, all the way down: no code of the caller's runs in the engine, nor does a later change
+    reach it."""
+    try:
+        return tuple(msgspec.to_builtins(messages, builtin_types=(bytes, bytearray)))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"prompt must hold messages of text, numbers, lists and dicts: {error}") from error

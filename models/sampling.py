@@ -28,6 +28,8 @@ MIN_TEMPERATURE = 1e-6
 MAX_LOGIT_BIAS = 100.0
 """The largest finite logit bias, up or down: it outweighs every other token, and stays exact beside the logits."""
 MAX_SEED = 2**64 - 1
+MAX_COUNT = 2**31 - 1
+"""The largest `top_k` and `no_repeat_ngram_size`: columns hold what fits a machine word."""
 
 Value = TypeVar("Value")
 
@@ -115,9 +117,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 _INTEGERS: tuple[tuple[str, int, float, bool], ...] = (
     ("max_tokens", 1, math.inf, True),
     ("min_tokens", 0, math.inf, False),
-    ("top_k", 0, math.inf, False),
+    ("top_k", 0, MAX_COUNT, False),
     ("seed", 0, MAX_SEED, True),
-    ("no_repeat_ngram_size", 0, math.inf, False),
+    ("no_repeat_ngram_size", 0, MAX_COUNT, False),
     ("logprobs", 0, MAX_LOGPROBS, True),
     ("prompt_logprobs", 0, MAX_LOGPROBS, True),
     ("n", 1, MAX_N, False),

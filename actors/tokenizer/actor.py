@@ -35,7 +35,15 @@ async def _prepare_in_thread(
 
 
 def _size_bytes(submit: Submit) -> int:
-    """About how much text there is to encode."""
+    """About how much text there is to encode: a character takes a byte or a few."""
     if isinstance(submit.prompt, str):
         return len(submit.prompt)
-    return sum(len(str(message.get("content"))) for message in submit.prompt if isinstance(message, dict))
+    contents = (message.get("content") for message in submit.prompt if isinstance(message, dict))
+    return sum(_content_size(content) for content in contents)
+
+
+def _content_size(content: object) -> int:
+    if isinstance(content, str):
+        return len(content)
+    parts = content if isinstance(content, list) else ()
+    return sum(len(text) for part in parts if isinstance(part, dict) and isinstance(text := part.get("text"), str))

@@ -7,7 +7,7 @@ import msgspec
 
 from triode.actors.messages import ChatMessages, Rejected, Submit, Tokenized
 from triode.ids import TokenId
-from triode.models.sampling import SamplingParams, check_token_ids
+from triode.models.sampling import SamplingParams, check_token_ids, is_unicode
 from triode.models.tokenizer import Tokenizer
 
 
@@ -37,6 +37,8 @@ def prepare(submit: Submit, tokenizer: Tokenizer, limits: Limits) -> Tokenized |
         check_token_ids("bad_words", chain.from_iterable(bad_word_ids), limits.vocab_size)
     except ValueError as error:
         return Rejected(submit.request_id, submit.arrival, str(error))
+    except RecursionError:
+        return Rejected(submit.request_id, submit.arrival, "prompt must hold messages that are nested less deeply")
     eos_token_ids = () if params.ignore_eos else limits.eos_token_ids
     return Tokenized(
         request_id=submit.request_id,
@@ -80,6 +82,8 @@ def encode(
 
 
 def _encode_text(text: str, tokenizer: Tokenizer, limits: Limits, *, add_special_tokens: bool) -> tuple[TokenId, ...]:
+    if not is_unicode(text):
+        raise ValueError("prompt must be valid Unicode, got text without a UTF-8 form")
     # A token stands for so many bytes at most, so a text far too long is refused before the work of encoding it.
     if (num_tokens := tokenizer.min_tokens(text)) >= limits.max_sequence_tokens:
         raise ValueError(

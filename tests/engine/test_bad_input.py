@@ -89,8 +89,34 @@ async def test_a_malformed_message_is_refused(message: dict[str, object], compla
     await refused(complaint, prompt=[message])
 
 
-async def test_text_that_is_not_unicode_is_refused() -> None:
-    await refused("surrogates not allowed", prompt="half a pair: \ud83d")
+class Hostile:
+    """Code of the caller's that would run in the engine if it came there."""
+
+    def __repr__(self) -> str:
+        raise ZeroDivisionError("in the engine")
+
+
+def nested(depth: int) -> list[Any]:
+    content: list[Any] = []
+    for _ in range(depth):
+        content = [content]
+    return content
+
+
+@pytest.mark.parametrize("content", [Hostile(), [Hostile()], nested(100_000)], ids=["object", "part", "nested"])
+async def test_a_message_that_is_not_plain_data_is_refused(content: Any) -> None:
+    message = {"role": "user", "content": content}
+    await refused("^prompt must hold messages of text, numbers, lists and dicts: ", prompt=[message])
+
+
+@pytest.mark.parametrize("depth", [100, 900])
+async def test_nested_messages_never_reach_the_actors_stack(depth: int) -> None:
+    await refused("must", prompt=[{"role": "user", "content": nested(depth)}])
+
+
+@pytest.mark.parametrize("prompt", ["half a pair: \ud83d", [{"role": "user", "content": "half a pair: \ud83d"}]])
+async def test_text_that_is_not_unicode_is_refused(prompt: Any) -> None:
+    await refused("^prompt must be valid Unicode, got text without a UTF-8 form$", prompt=prompt)
 
 
 # Parameters that only the model, or the memory, can judge
@@ -165,9 +191,11 @@ def test_parameters_outside_their_limits_are_refused(fields: dict[str, Any], mes
         ({"cache_salt": ""}, "cache_salt must be a non-empty string, got ''"),
         ({"cache_salt": 7}, "cache_salt must be a non-empty string, got 7"),
         ({"cache_salt": "\ud83d"}, "cache_salt must be valid Unicode, got '.ud83d'"),
-        ({"deadline_s": 0}, "deadline_s must be > 0, got 0"),
-        ({"deadline_s": math.nan}, "deadline_s must be > 0, got nan"),
-        ({"deadline_s": "soon"}, "deadline_s must be > 0, got 'soon'"),
+        ({"deadline_s": 0}, "deadline_s must be > 0 and finite, got 0"),
+        ({"deadline_s": math.nan}, "deadline_s must be > 0 and finite, got nan"),
+        ({"deadline_s": "soon"}, "deadline_s must be > 0 and finite, got 'soon'"),
+        ({"deadline_s": math.inf}, "deadline_s must be > 0 and finite, got inf"),
+        ({"deadline_s": 10**400}, f"deadline_s must be > 0 and finite, got {10**400}"),
         ({"request_id": ""}, "request_id must be a non-empty string, got ''"),
         ({"request_id": 7}, "request_id must be a non-empty string, got 7"),
     ],
@@ -196,6 +224,12 @@ async def test_a_wrong_batch_is_refused(prompts: Any, params: Any, message: str)
         with pytest.raises(ValueError, match=message):
             await engine.generate(prompts, params)
         await check_nothing_is_left(engine)
+
+
+async def test_one_text_is_no_list_of_prompts_to_embed() -> None:
+    async with open_tiny(executor="inline") as engine:
+        with pytest.raises(ValueError, match="prompts must be a list of prompts, got one text: 'The quick"):
+            await engine.embed(PROMPT)
 
 
 @pytest.mark.parametrize("prompt", ["", [-1], [IMAGE]])

@@ -140,6 +140,15 @@ async def test_pinned_prefixes_survive_clear() -> None:
         assert (await complete(engine, prompt, greedy(1))).usage.cached_tokens == 0
 
 
+async def test_statistics_count_no_prefix_that_has_expired(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_tiny(executor="inline", prefix_cache_ttl_s=60) as engine:
+        await complete(engine, list(range(64)), greedy(1))
+        await trio.sleep(30)
+        assert engine.statistics().cache.num_cached_blocks == 4
+        await trio.sleep(31)
+        assert (engine.statistics().cache.num_cached_blocks, engine.statistics().cache.num_expired_blocks) == (0, 4)
+
+
 async def test_a_stop_token_ends_the_output_where_it_is_sampled() -> None:
     async with open_tiny(executor="inline") as engine:
         plain = await complete(engine, PROMPT, greedy(12))

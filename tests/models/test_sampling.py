@@ -5,7 +5,16 @@ import math
 import msgspec
 import pytest
 
-from triode.models.sampling import MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_STOPS, SamplingParams, check_token_ids, pack
+from triode.models.sampling import (
+    MAX_COUNT,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_SEED,
+    MAX_STOPS,
+    SamplingParams,
+    check_token_ids,
+    pack,
+)
 
 
 def make(name: str, value: object) -> SamplingParams:
@@ -19,10 +28,12 @@ REFUSED: list[tuple[str, object, str]] = [
     ("max_tokens", True, "max_tokens must be an integer >= 1, got True"),
     ("min_tokens", -1, "min_tokens must be an integer >= 0, got -1"),
     ("min_tokens", None, "min_tokens must be an integer >= 0, got None"),
-    ("top_k", -1, "top_k must be an integer >= 0, got -1"),
+    ("top_k", -1, f"top_k must be an integer >= 0 and <= {MAX_COUNT}, got -1"),
+    ("top_k", 10**30, f"top_k must be an integer >= 0 and <= {MAX_COUNT}, got {10**30}"),
     ("seed", -1, f"seed must be an integer >= 0 and <= {MAX_SEED}, got -1"),
     ("seed", MAX_SEED + 1, f"seed must be an integer >= 0 and <= {MAX_SEED}, got {MAX_SEED + 1}"),
-    ("no_repeat_ngram_size", -1, "no_repeat_ngram_size must be an integer >= 0, got -1"),
+    ("no_repeat_ngram_size", -1, f"no_repeat_ngram_size must be an integer >= 0 and <= {MAX_COUNT}, got -1"),
+    ("no_repeat_ngram_size", 2**31, f"no_repeat_ngram_size must be an integer >= 0 and <= {MAX_COUNT}, got {2**31}"),
     ("logprobs", -1, f"logprobs must be an integer >= 0 and <= {MAX_LOGPROBS}, got -1"),
     ("logprobs", MAX_LOGPROBS + 1, f"logprobs must be an integer >= 0 and <= {MAX_LOGPROBS}, got {MAX_LOGPROBS + 1}"),
     ("prompt_logprobs", "5", f"prompt_logprobs must be an integer >= 0 and <= {MAX_LOGPROBS}, got '5'"),
