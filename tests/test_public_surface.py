@@ -1,6 +1,8 @@
 """What a caller may rely on: names, signatures and parameters. A change here is a change of the interface."""
 
 import inspect
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -65,6 +67,11 @@ def test_the_public_names_are_exactly_these() -> None:
 @pytest.mark.parametrize("name", PUBLIC_NAMES)
 def test_every_public_name_loads_and_is_documented(name: str) -> None:
     assert inspect.getdoc(getattr(triode, name))
+
+
+@pytest.mark.parametrize("use", ["import triode; triode.aio", "import triode.aio", "from triode import aio"])
+def test_the_asyncio_surface_is_a_module_that_can_be_imported(use: str) -> None:
+    subprocess.run([sys.executable, "-c", use], check=True, timeout=60)
 
 
 def test_another_name_is_an_attribute_error() -> None:

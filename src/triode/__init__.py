@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from triode import aio as aio
     from triode.actors.messages import Delta, FinishReason, RequestStatus
-    from triode.engine import aio as aio
     from triode.engine.blocking import LLM
     from triode.engine.completion import Completion, Usage
     from triode.engine.config import EngineConfig
@@ -39,7 +39,7 @@ else:
 
     def __getattr__(name):
         if name == "aio":
-            return import_module("triode.engine.aio")
+            return import_module("triode.aio")
         if (module := _HOMES.get(name)) is None:
             raise AttributeError(f"module 'triode' has no attribute {name!r}")
         return getattr(import_module(module), name)
