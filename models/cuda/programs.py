@@ -47,11 +47,6 @@ class Programs:
         self._gpu = gpu
         self._captured: dict[tuple[int, ...], Callable[[], None] | None] = {}
 
-    @property
-    def num_captured(self) -> int:
-        """How many graphs there are."""
-        return sum(replay is not None for replay in self._captured.values())
-
     def forget(self) -> None:
         """Drop the graphs, and the work itself, which holds on to whoever holds this."""
         self._captured.clear()

@@ -11,9 +11,6 @@ from triode.ids import TokenId
 from triode.models.cuda.gpu import Gpu
 from triode.models.step import TokenLogprobs
 
-# Sorting keys are as large as the logits twice over.
-_TILE_ROWS = 32
-
 
 class PendingScores:
     """Logprobs on their way to the host. Made of raw logits, before anything changes them."""
@@ -24,7 +21,7 @@ class PendingScores:
         self._num_alternatives = tuple(num_alternatives)
         self._row_Q = gpu.upload(torch.tensor(rows, dtype=torch.int32).numpy()).long()
         self._logprobs_QV = torch.log_softmax(logits_RV[self._row_Q], dim=-1)
-        self._downloads: list[tuple[torch.Tensor, ...]] = []
+        self._downloads: tuple[torch.Tensor, ...] = ()
 
     def finish(self, token_R: torch.Tensor) -> None:
         """The tokens are chosen: start to bring home their logprobs, ranks and alternatives."""
@@ -32,17 +29,16 @@ class PendingScores:
         token_Q1 = token_R[self._row_Q].long().clamp(min=0)[:, None]
         # At least one, so that there is a least one.
         num = min(max(1, *self._num_alternatives), self._logprobs_QV.shape[1])
-        for tile_QV, token_T1 in zip(self._logprobs_QV.split(_TILE_ROWS), token_Q1.split(_TILE_ROWS), strict=True):
-            logprob_T1 = tile_QV.gather(1, token_T1)
-            rank_T = (tile_QV > logprob_T1).sum(-1) + 1
-            top_TK = most_probable(tile_QV, num)
-            parts = (token_T1[:, 0], logprob_T1[:, 0], rank_T, top_TK, tile_QV.gather(1, top_TK))
-            self._downloads.append(tuple(self._gpu.download(part) for part in parts))
+        logprob_Q1 = self._logprobs_QV.gather(1, token_Q1)
+        rank_Q = (self._logprobs_QV > logprob_Q1).sum(-1) + 1
+        top_QK = most_probable(self._logprobs_QV, num)
+        parts = (token_Q1[:, 0], logprob_Q1[:, 0], rank_Q, top_QK, self._logprobs_QV.gather(1, top_QK))
+        self._downloads = tuple(self._gpu.download(part) for part in parts)
         del self._logprobs_QV
 
     def read(self) -> dict[int, TokenLogprobs]:
         """An entry for each row that asked; the step's last mark has been passed."""
-        columns = [torch.cat(parts).tolist() for parts in zip(*self._downloads, strict=True)]
+        columns = [part.tolist() for part in self._downloads]
         return {
             row: TokenLogprobs(
                 token_id=TokenId(token_id),

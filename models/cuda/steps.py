@@ -90,11 +90,6 @@ class DeviceSteps:
         """The most rows of one step."""
         return self._arena.layout.num_rows
 
-    @property
-    def num_graphs(self) -> int:
-        """How many pieces of work have been captured."""
-        return sum(programs.num_captured for programs in self._programs)
-
     def close(self) -> None:
         """Drop what was captured. Memory then goes with the last reference, and waits for no collector."""
         for programs in self._programs:

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 def test_the_runner_agrees_with_the_eager_one_in_tritons_interpreter() -> None:
     folder = Path(__file__).parent / "interpreted"
     run = subprocess.run(
