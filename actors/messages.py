@@ -119,6 +119,8 @@ class SetPriority(Message, frozen=True):
     """Lower goes first; takes effect at the next plan."""
 
     request_id: RequestId
+    arrival: int
+    """As in Cancel: a request that is still being tokenized is told from one that has ended."""
     priority: int
 
 

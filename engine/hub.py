@@ -142,9 +142,9 @@ class Hub:
         """
         self._check_open()
         check_priority(priority)
-        if self.mailboxes.get(request_id) is None:
+        if (mailbox := self.mailboxes.get(request_id)) is None:
             raise KeyError(f"no unfinished request has the id {request_id!r}")
-        self._to_scheduler.put(SetPriority(request_id, priority))
+        self._to_scheduler.put(SetPriority(request_id, mailbox.arrival, priority))
 
     def ask_cache(
         self, question: Callable[[RequestId], Pin | Unpin | Clear], answer: Callable[[int | Exception], None]

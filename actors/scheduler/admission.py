@@ -33,9 +33,13 @@ class ArrivalLog:
         self._tombstones.discard(arrival)
         return was_cancelled
 
+    def is_answered(self, arrival: int) -> bool:
+        """Whether the tokenizer has answered."""
+        return arrival < self._watermark or arrival in self._answered
+
     def bury(self, arrival: int) -> bool:
         """Note a cancel. Returns False if the arrival has been answered, or cancelled, before."""
-        if arrival < self._watermark or arrival in self._answered or arrival in self._tombstones:
+        if self.is_answered(arrival) or arrival in self._tombstones:
             return False
         self._tombstones.add(arrival)
         return True

@@ -71,6 +71,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._slots = SlotPool(config.max_running)
         self._arrivals = ArrivalLog()
+        # Set while the tokenizer still has the request, by arrival.
+        self._early_priorities: dict[int, int] = {}
         self._deadlines = Deadlines()
         self._candidates: list[Sequence] = []
         self._wants: list[Want] = []
@@ -87,9 +89,10 @@ class Scheduler:
 
     def add(self, tokenized: Tokenized) -> None:
         """Queue a request, unless it was cancelled while its prompt was being tokenized."""
+        priority = self._early_priorities.pop(tokenized.arrival, tokenized.priority)
         if self._arrivals.answer(tokenized.arrival):
             return
-        request = self._new_request(tokenized)
+        request = self._new_request(tokenized, priority)
         insort(self._waiting, request.sequences[0], key=_BY_RANK)
         self._unblock()
         if tokenized.deadline_at_s is not None:
@@ -106,6 +109,7 @@ class Scheduler:
 
     def reject(self, rejected: Rejected) -> None:
         """Pass on that a request was refused, unless its caller has cancelled it already."""
+        self._early_priorities.pop(rejected.arrival, None)
         if not self._arrivals.answer(rejected.arrival):
             self.outbox.to_detokenizer(rejected)
 
@@ -120,7 +124,9 @@ class Scheduler:
     def set_priority(self, message: SetPriority) -> None:
         """Move a request in the order of service."""
         request = self._requests.get(message.request_id)
-        if request is None:
+        if request is None or request.arrival != message.arrival:
+            if not self._arrivals.is_answered(message.arrival):
+                self._early_priorities[message.arrival] = message.priority
             return
         request.priority = message.priority
         self._waiting.sort(key=_BY_RANK)
@@ -209,11 +215,11 @@ class Scheduler:
 
     # Details
 
-    def _new_request(self, tokenized: Tokenized) -> Request:
+    def _new_request(self, tokenized: Tokenized, priority: int) -> Request:
         request = Request(
             request_id=tokenized.request_id,
             arrival=tokenized.arrival,
-            priority=tokenized.priority,
+            priority=priority,
             tokenized=tokenized,
             stop_token_ids=frozenset(tokenized.stop_token_ids),
             namespace=namespace_of(tokenized.cache_salt),

@@ -22,6 +22,7 @@ from triode.actors.messages import (
     RequestStatus,
     Reserve,
     Sampled,
+    SetPriority,
     StatusChanged,
     Stopped,
     Tokenized,
@@ -215,6 +216,9 @@ class World:
         self.aborted.add(request_id)
         self.scheduler.abort(Cancel(request_id, self.seen[request_id].tokenized.arrival))
         self.settle()
+
+    def set_priority(self, request_id: RequestId, priority: int) -> None:
+        self.scheduler.set_priority(SetPriority(request_id, self.seen[request_id].tokenized.arrival, priority))
 
     def retire(self) -> bool:
         """Read the oldest launched step. Returns whether there was one."""

@@ -94,11 +94,32 @@ def test_a_changed_priority_takes_effect_at_the_next_plan() -> None:
     w = world(max_running=1)
     w.submit([1], params(8))
     first, second = w.submit([2], params(2)), w.submit([3], params(2))
-    w.scheduler.set_priority(SetPriority(second, -1))
+    w.set_priority(second, -1)
     order = []
     while w.retire():
         order += [r for r in (first, second) if w.seen[r].is_over and r not in order]
     assert order == [second, first]
+
+
+def test_a_priority_changed_while_the_prompt_is_tokenized_holds() -> None:
+    w = world(max_running=1)
+    w.submit([1], params(8))
+    w.scheduler.set_priority(SetPriority(RequestId("r2"), 2, -1))
+    first, second = w.submit([2], params(2)), w.submit([3], params(2))
+    order = []
+    while w.retire():
+        order += [r for r in (first, second) if w.seen[r].is_over and r not in order]
+    assert order == [second, first]
+
+
+def test_no_priority_is_kept_for_a_request_that_ended_or_was_rejected() -> None:
+    w = world(max_running=1)
+    ended = w.submit([1], params(1))
+    w.run_to_the_end()
+    w.scheduler.set_priority(SetPriority(ended, 0, -1))
+    w.scheduler.set_priority(SetPriority(RequestId("rejected"), 1, -1))
+    w.scheduler.reject(Rejected(RequestId("rejected"), 1, "too long"))
+    assert w.scheduler._early_priorities == {}
 
 
 def test_a_large_request_at_the_head_is_not_passed_by_small_ones() -> None:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from scheduler_world import World
-from triode.actors.messages import SetPriority
 from triode.actors.scheduler.config import SchedulerConfig
 from triode.ids import RequestId
 from triode.models.sampling import SamplingParams
@@ -94,7 +93,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(request=requests, priority=st.integers(-2, 2))
     def set_priority(self, request: RequestId, priority: int) -> None:
-        self.world.scheduler.set_priority(SetPriority(request, priority))
+        self.world.set_priority(request, priority)
         self.world.settle()
 
     @invariant()
