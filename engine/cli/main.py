@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The interpreter flushes stdout once more as it exits; that must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        print(f"triode: error: {error}", file=sys.stderr)
+        return 1
     return status
 
 
