@@ -1,6 +1,6 @@
 """The compiled CPU step beside the torch kernels: same weights, dtype and threads, in one process, taking turns.
 
-    python benchmarks/native_step.py [--model smollm2-135m] [--dtypes bfloat16 float32] [--rounds 5] [--json]
+    python benchmarks/native_step.py [--model smollm2-135m] [--dtypes bfloat16 float32] [--quantization a16w8] [--json]
 
 Each test is one step (embedding to logits of the rows that need them, without sampling) over a paged cache of real
 shapes. The two take turns (A B A B), so that whatever else the machine does meets both; quoted are the medians and their
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
+from typing import get_args
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from triode.cache.pool import KVPool
 from triode.kernels.dispatch import choose_kernels
 from triode.kernels.native.library import load_library
 from triode.models.batch import StepBatch, build_batch
-from triode.models.config import ModelConfig, ModelOptions
+from triode.models.config import ModelConfig, ModelOptions, Quantization
 from triode.models.decoder import Decoder
 from triode.models.loader import open_checkpoint
 from triode.models.native import NativeDecoder
@@ -127,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
+    parser.add_argument("--quantization", default="none", choices=get_args(Quantization), help="of the compiled step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget-s", type=float, default=0.5)
     parser.add_argument("--only", default="", help="tests whose name contains this")
@@ -140,7 +142,7 @@ def main() -> None:
             dtype = getattr(torch, name)
             weights = checkpoint.load_weights(dtype, CPU)
             reference = Decoder(checkpoint.config, weights, choose_kernels(CPU, dtype))
-            decoders = (reference, NativeDecoder(checkpoint.config, weights, library))
+            decoders = (reference, NativeDecoder(checkpoint.config, weights, library, None, arguments.quantization))
             tests = [test for test in TESTS if arguments.only in test.name]
             figures += [
                 compare(test, checkpoint.config, decoders, arguments.rounds, arguments.budget_s) for test in tests
@@ -148,7 +150,9 @@ def main() -> None:
     if arguments.json:
         print(json.dumps([asdict(figure) for figure in figures]))
         return
-    table = Table(title=f"{arguments.model}, {torch.get_num_threads()} threads, {library.isa.name}")
+    table = Table(
+        title=f"{arguments.model}, {torch.get_num_threads()} threads, {library.isa.name}, {arguments.quantization}"
+    )
     for column in ("test", "dtype", "torch ms", "native ms", "native tok/s", "torch / native"):
         table.add_column(column, justify="left" if column in ("test", "dtype") else "right")
     for figure in figures:

@@ -8,7 +8,7 @@ import torch
 
 from triode.cache.config import CacheConfig
 from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_blocks_for
-from triode.models.config import KernelChoice, ModelConfig
+from triode.models.config import KernelChoice, ModelConfig, Quantization
 from triode.models.cpu import choose_native, cpu_program
 from triode.models.eager import EagerRunner, cpu_threads
 from triode.models.pooling import Pooling
@@ -42,6 +42,7 @@ def build_runner(
     max_step_tokens: int = 512,
     num_threads: int | None = None,
     kernels: KernelChoice = "auto",
+    quantization: Quantization = "none",
     pooling: Pooling = Pooling.MEAN,
     progress: Progress | None = None,
 ) -> BuiltRunner:
@@ -54,13 +55,15 @@ def build_runner(
 
     Raises:
         InsufficientMemory: the cache does not fit beside the weights.
-        ValueError: `kernels` names some that this machine does not have.
+        ValueError: `kernels` or `quantization` asks for what this machine does not have.
     """
     progress = progress or NullProgress()
     weights_bytes = sum(view.nbytes for _, view in places(config, weights))
     if weights.embed_VD.device.type == "cuda":
         if kernels != "auto":
             raise ValueError(f"kernels must be auto on a GPU, got {kernels!r}")
+        if quantization != "none":
+            raise ValueError(f"quantization must be none on a GPU, got {quantization!r}")
         progress.stage("Preparing kernels", None, "")
         # Imported here: no CPU path needs Triton.
         from triode.models.cuda.build import build_cuda
@@ -83,13 +86,13 @@ def build_runner(
             kv_dtype=weights.embed_VD.dtype,
             kernels=cuda.kernels,
         )
-    native = choose_native(weights.embed_VD.dtype, kernels, progress)
+    native = choose_native(weights.embed_VD.dtype, kernels, quantization, progress)
     progress.stage("Preparing kernels", None, "")
     with torch.inference_mode(), cpu_threads(num_threads):
         num_threads_used = torch.get_num_threads()
         layers = deque(weights.layers)
         weights = replace(weights, layers=())
-        decoder = cpu_program(config, weights, _freed_one_by_one(layers), native.library)
+        decoder = cpu_program(config, weights, _freed_one_by_one(layers), native.library, quantization)
     del weights
     progress.done()
     pool = _build_pool(config, cache_config, max_running, decoder)

@@ -13,6 +13,7 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 KernelChoice = Literal["auto", "reference", "native"]
+Quantization = Literal["none", "a16w8"]
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "factors"]
 
 
@@ -28,6 +29,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kernels: KernelChoice = "auto"
     """What computes a step on the CPU: native code, compiled at first use, or torch operations (reference); auto takes
     native code where there is a C++ compiler."""
+    quantization: Quantization = "none"
+    """How native kernels keep matrices: as they are (none), or as int8 with a scale an output (a16w8)."""
     max_context_tokens: int | None = None
     """The longest sequence to serve; None takes what the model is made for."""
     weights_seed: int = 0
@@ -36,7 +39,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if type(self.model) is not str or not self.model:
             raise ValueError(f"model must be a non-empty string, got {self.model!r}")
-        for name, choice in (("dtype", DtypeChoice), ("device", DeviceChoice), ("kernels", KernelChoice)):
+        for name, choice in _CHOICES.items():
             choices = get_args(choice)
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -45,6 +48,14 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError(f"max_context_tokens must be an integer >= 1, got {limit!r}")
         if type(self.weights_seed) is not int or not 0 <= self.weights_seed < 2**63:
             raise ValueError(f"weights_seed must be an integer >= 0 and < 2**63, got {self.weights_seed!r}")
+
+
+_CHOICES: dict[str, object] = {
+    "dtype": DtypeChoice,
+    "device": DeviceChoice,
+    "kernels": KernelChoice,
+    "quantization": Quantization,
+}
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):

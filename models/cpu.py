@@ -9,7 +9,7 @@ from triode.kernels.dispatch import choose_kernels
 from triode.kernels.native.build import NativeUnavailable, find_compiler
 from triode.kernels.native.isa import chosen
 from triode.kernels.native.library import NativeLibrary, load_library
-from triode.models.config import KernelChoice, ModelConfig
+from triode.models.config import KernelChoice, ModelConfig, Quantization
 from triode.models.decoder import Decoder
 from triode.models.native import DTYPES, NativeDecoder, native_names
 from triode.models.program import StepProgram
@@ -28,13 +28,17 @@ class NativeChoice:
     """The reason why torch operations take its place, unless they were asked for."""
 
 
-def choose_native(dtype: torch.dtype, choice: KernelChoice, progress: Progress) -> NativeChoice:
+def choose_native(
+    dtype: torch.dtype, choice: KernelChoice, quantization: Quantization, progress: Progress
+) -> NativeChoice:
     """Load the compiled step, and compile it if need be.
 
     Raises:
-        ValueError: `choice` is "native", and it cannot be had.
+        ValueError: `choice` or `quantization` asks for it, and it cannot be had.
     """
     if choice == "reference":
+        if quantization != "none":
+            raise ValueError(f"quantization must be none with kernels='reference', got {quantization!r}")
         return NativeChoice(None)
     try:
         _check_dtype(dtype)
@@ -42,6 +46,8 @@ def choose_native(dtype: torch.dtype, choice: KernelChoice, progress: Progress) 
     except NativeUnavailable as reason:
         if choice == "native":
             raise ValueError(f"kernels must be auto or reference here, got 'native': {reason}") from reason
+        if quantization != "none":
+            raise ValueError(f"quantization must be none here, got {quantization!r}: {reason}") from reason
         return NativeChoice(None, str(reason))
 
 
@@ -59,11 +65,15 @@ def _load(progress: Progress) -> NativeLibrary:
 
 
 def cpu_program(
-    config: ModelConfig, weights: DecoderWeights, layers: Iterable[LayerWeights], library: NativeLibrary | None
+    config: ModelConfig,
+    weights: DecoderWeights,
+    layers: Iterable[LayerWeights],
+    library: NativeLibrary | None,
+    quantization: Quantization,
 ) -> StepProgram:
-    """The program over `layers`, which are taken one at a time."""
+    """The program over `layers`, which are taken one at a time. Only the compiled step quantises."""
     if library is not None:
-        return NativeDecoder(config, weights, library, layers)
+        return NativeDecoder(config, weights, library, layers, quantization)
     return Decoder(config, weights, choose_kernels(CPU, weights.embed_VD.dtype), layers)
 
 

@@ -17,7 +17,7 @@ import torch
 from triode.kernels.native.isa import InstructionSet
 from triode.kernels.native.library import BatchStruct, LayerStruct, MatrixStruct, ModelStruct, NativeLibrary
 from triode.models.batch import StepBatch
-from triode.models.config import ModelConfig
+from triode.models.config import ModelConfig, Quantization
 from triode.models.rope import rope_table
 from triode.models.weights import DecoderWeights, LayerWeights
 
@@ -36,9 +36,10 @@ class NativeKernels:
     row_multiple: int = 1
 
 
-def native_names(isa: InstructionSet) -> dict[str, str]:
+def native_names(isa: InstructionSet, quantization: Quantization = "none") -> dict[str, str]:
     """Operation to implementation, for a build."""
-    return dict.fromkeys(OPERATIONS, f"native ({isa.name})")
+    names = dict.fromkeys(OPERATIONS, f"native ({isa.name})")
+    return names if quantization == "none" else names | {"linear": f"native ({isa.name}, {quantization})"}
 
 
 class NativeDecoder:
@@ -51,6 +52,7 @@ class NativeDecoder:
         weights: its tensors.
         library: what computes with them.
         layers: taken instead of `weights.layers`, one at a time, so that each can be freed before the next is packed.
+        quantization: "a16w8" keeps matrices, the head's included, as int8 with a scale an output.
     """
 
     def __init__(
@@ -59,15 +61,17 @@ class NativeDecoder:
         weights: DecoderWeights,
         library: NativeLibrary,
         layers: Iterable[LayerWeights] | None = None,
+        quantization: Quantization = "none",
     ) -> None:
         if weights.embed_VD.dtype not in DTYPES:
             raise ValueError(f"dtype must be float32 or bfloat16 for native kernels, got {weights.embed_VD.dtype}")
         self.config = config
-        self.kernels = NativeKernels(native_names(library.isa))
+        self.kernels = NativeKernels(native_names(library.isa, quantization))
         self.device = weights.embed_VD.device
         self.dtype = weights.embed_VD.dtype
         self._library = library
-        self._memory = _ModelMemory(library, config, weights, weights.layers if layers is None else layers)
+        layers = weights.layers if layers is None else layers
+        self._memory = _ModelMemory(library, config, weights, layers, quantization)
         self._model = self._memory.model
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._pool: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None
@@ -147,10 +151,16 @@ class _ModelMemory:
     """The packed matrices in one allocation, the small tensors as floats, and the table of addresses."""
 
     def __init__(
-        self, library: NativeLibrary, config: ModelConfig, weights: DecoderWeights, layers: Iterable[LayerWeights]
+        self,
+        library: NativeLibrary,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        layers: Iterable[LayerWeights],
+        quantization: Quantization,
     ) -> None:
         self._library = library
-        self._is_bf16 = weights.embed_VD.dtype == torch.bfloat16
+        self._is_quantized = quantization == "a16w8"
+        self._number_bytes = 1 if self._is_quantized else weights.embed_VD.dtype.itemsize
         self._kept: list[torch.Tensor] = []
         num_bytes = self._num_bytes(config)
         self._panels = torch.empty(num_bytes + _ALIGNMENT_BYTES, dtype=torch.uint8)
@@ -162,7 +172,7 @@ class _ModelMemory:
             *(self._layer(layer, config.window_tokens(index)) for index, layer in enumerate(layers))
         )
         self.model = ModelStruct(
-            is_bf16=self._is_bf16,
+            is_bf16=weights.embed_VD.dtype == torch.bfloat16,
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -205,17 +215,22 @@ class _ModelMemory:
         )
 
     def _matrix(self, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False) -> MatrixStruct:
-        weight = weight.contiguous()
         rows, columns = weight.shape
+        weight, scales = _as_int8(weight) if self._is_quantized else (weight.contiguous(), None)
         panels = self._next
-        self._library.pack(weight.data_ptr(), rows, columns, panels, is_bf16=self._is_bf16, halves=halves)
+        self._library.pack(weight.data_ptr(), rows, columns, panels, number_bytes=self._number_bytes, halves=halves)
         self._next += self._packed_bytes(rows, columns, halves=halves)
-        if bias is not None and halves:
-            bias = _interleaved(bias)
-        return MatrixStruct(panels=panels, bias=self._floats(bias), out_features=rows, in_features=columns)
+        vectors = [vector if vector is None or not halves else _interleaved(vector) for vector in (bias, scales)]
+        return MatrixStruct(
+            panels=panels,
+            bias=self._floats(vectors[0]),
+            scales=self._floats(vectors[1]),
+            out_features=rows,
+            in_features=columns,
+        )
 
     def _packed_bytes(self, rows: int, columns: int, *, halves: bool = False) -> int:
-        return self._library.packed_bytes(rows, columns, is_bf16=self._is_bf16, halves=halves)
+        return self._library.packed_bytes(rows, columns, number_bytes=self._number_bytes, halves=halves)
 
     def _floats(self, vector: torch.Tensor | None) -> int | None:
         """Address of a copy in float32, padded with zeros to whole panels."""
@@ -231,10 +246,17 @@ class _ModelMemory:
         return tensor.data_ptr()
 
 
-def _interleaved(bias_F: torch.Tensor) -> torch.Tensor:
+def _as_int8(weight_ED: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest int8 matrix, and its scale an output."""
+    scale_E = weight_ED.abs().amax(1).float().div_(127)
+    divisor_E = scale_E.where(scale_E > 0, 1)
+    return (weight_ED / divisor_E[:, None]).round_().to(torch.int8), scale_E
+
+
+def _interleaved(vector_F: torch.Tensor) -> torch.Tensor:
     """The halves of gate and up, by 16, as their rows are packed."""
-    halves = bias_F.view(2, -1)
-    padded = bias_F.new_zeros(2, _rounded_up(halves.shape[1], _HALF_PANEL))
+    halves = vector_F.view(2, -1)
+    padded = vector_F.new_zeros(2, _rounded_up(halves.shape[1], _HALF_PANEL))
     padded[:, : halves.shape[1]] = halves
     return padded.view(2, -1, _HALF_PANEL).transpose(0, 1).flatten()
 

@@ -31,6 +31,7 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
         max_step_tokens=order.max_step_tokens,
         num_threads=order.num_threads,
         kernels=order.options.kernels,
+        quantization=order.options.quantization,
         progress=progress,
     )
     return built.runner, Built(

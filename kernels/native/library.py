@@ -19,6 +19,7 @@ class MatrixStruct(Structure):
     _fields_ = (
         ("panels", c_void_p),
         ("bias", c_void_p),
+        ("scales", c_void_p),
         ("out_features", c_int64),
         ("in_features", c_int64),
     )
@@ -109,13 +110,20 @@ class NativeLibrary:
         mirrored = [sizeof(struct) for struct in (MatrixStruct, LayerStruct, ModelStruct, BatchStruct)]
         assert list(sizes) == mirrored, f"structs of {mirrored} bytes mirror structs of {list(sizes)} bytes"
 
-    def packed_bytes(self, rows: int, columns: int, *, is_bf16: bool, halves: bool) -> int:
-        """Bytes that a matrix [rows, columns] takes as panels. `halves`: its two halves of rows are interleaved."""
-        return int(self._library.triode_packed_bytes(is_bf16, rows, columns, halves))
+    def packed_bytes(self, rows: int, columns: int, *, number_bytes: int, halves: bool) -> int:
+        """Bytes that a matrix [rows, columns] takes as panels.
 
-    def pack(self, source: int, rows: int, columns: int, target: int, *, is_bf16: bool, halves: bool) -> None:
+        Args:
+            rows: its rows.
+            columns: its columns.
+            number_bytes: 4 for float32, 2 for bfloat16, 1 for int8.
+            halves: whether the two halves of its rows are interleaved.
+        """
+        return int(self._library.triode_packed_bytes(number_bytes, rows, columns, halves))
+
+    def pack(self, source: int, rows: int, columns: int, target: int, *, number_bytes: int, halves: bool) -> None:
         """Lay a contiguous matrix out as panels."""
-        self._library.triode_pack(is_bf16, source, rows, columns, halves, target)
+        self._library.triode_pack(number_bytes, source, rows, columns, halves, target)
 
     def prefer_huge_pages(self, address: int, num_bytes: int) -> None:
         """Ask the system for huge pages, before anything is written there."""

@@ -11,7 +11,8 @@ extern "C" {
 
 struct TriodeMatrix {
     const uint32_t* panels;
-    const float* bias;  // or null
+    const float* bias;    // or null
+    const float* scales;  // one an output, padded like a bias, if the weights are signed bytes; or null
     int64_t out_features;
     int64_t in_features;
 };

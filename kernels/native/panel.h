@@ -1,7 +1,7 @@
 // Matrix products over packed panels.
 //
 // A matrix of weights [out, in] is cut into panels of 64 outputs. A panel is a run of words of 32 bits, [in words][64]:
-// a word holds one float or two consecutive bfloat16 inputs of its output. So a register holds many outputs and never
+// a word holds one float, two consecutive bfloat16 inputs of its output, or four bytes. So a register holds many outputs and never
 // has to be summed across, the panel is one stream of memory, and the input is broadcast word by word.
 //
 // Every output is added up over its inputs in order, in one accumulator, however many rows are computed together and
@@ -84,6 +84,34 @@ void multiply_panel(const T* x, long x_stride, long rows, const uint32_t* panel,
             }
         }
     }
+}
+
+// Turns a run of a panel of signed bytes into one of T, in which every byte is exact.
+inline void widen_word(float, const Vec* numbers, uint32_t* to) {
+    for (int i = 0; i < 4; i++) store(to + i * PANEL, numbers[i]);
+}
+
+inline void widen_word(bf16, const Vec* numbers, uint32_t* to) {
+    for (int i = 0; i < 4; i += 2) {
+        const WordVec low = (WordVec)numbers[i] >> 16, high = (WordVec)numbers[i + 1] & 0xffff0000u;
+        store(to + i / 2 * PANEL, (Vec)(low | high));
+    }
+}
+
+template <class T>
+void widen_panel(const uint32_t* bytes, long words, uint32_t* to) {
+    constexpr long WIDE_WORDS = sizeof(T);
+    for (long word = 0; word < words; word++)
+        for (int lane = 0; lane < PANEL; lane += LANES) {
+            const uint32_t* from = bytes + word * PANEL + lane;
+            __builtin_prefetch(from + PREFETCH_WORDS * PANEL);
+            const WordVec four = (WordVec)load(from);
+            Vec numbers[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                numbers[i] = __builtin_convertvector((IntVec)(four << (24 - 8 * i)) >> 24, Vec);
+            widen_word(T{}, numbers, to + word * WIDE_WORDS * PANEL + lane);
+        }
 }
 
 // Which row of the source is row `row` of the packed matrix; -1 for padding.

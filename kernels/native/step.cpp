@@ -46,8 +46,8 @@ void forward(const TriodeModel& model, const TriodeBatch& batch, void* scratch, 
 template <class T>
 struct HeadBuffers {
     Phase* phases;
+    Private<T>* threads;
     T* x;
-    float* products;
     long stride;
 
     long take(void* base, const TriodeModel& model, long rows, int num_threads) {
@@ -55,7 +55,12 @@ struct HeadBuffers {
         Arena arena(base);
         phases = arena.take<Phase>(1);
         x = arena.take<T>(rows * stride);
-        products = arena.take<float>(num_threads * ITEM_ROWS * PANEL);
+        threads = arena.take<Private<T>>(num_threads);
+        for (int i = 0; i < num_threads; i++) {
+            Private<T> mine{};
+            mine.take_linear(arena);
+            if (base) threads[i] = mine;
+        }
         return arena.used();
     }
 };
@@ -71,12 +76,10 @@ void logits(const TriodeModel& model, const T* hidden, long rows, float* out, vo
     }
     const long out_stride = rounded_up(model.vocab_size, PANEL);
     together(buffers.phases, 1, num_threads, [&](Worker& worker) {
-        Private<T> mine{};
-        mine.product = buffers.products + worker.index * ITEM_ROWS * PANEL;
         auto write = [&](long row, long output, const float* sums) {
             memcpy(out + row * out_stride + output, sums, PANEL * sizeof(float));
         };
-        linear(worker, mine, model.head, [&] { return buffers.x; }, buffers.stride, rows, write);
+        linear(worker, buffers.threads[worker.index], model.head, [&] { return buffers.x; }, buffers.stride, rows, write);
     });
 }
 
@@ -126,9 +129,9 @@ void triode_sizes(int64_t sizes[4]) {
     sizes[3] = sizeof(TriodeBatch);
 }
 
-int64_t triode_packed_bytes(int32_t is_bf16, int64_t rows, int64_t columns, int32_t halves) {
-    const long words = is_bf16 ? words_of<bf16>(columns) : words_of<float>(columns);
-    return packed_rows(rows, halves) * words * 4;
+// `number_bytes` is 1 for signed bytes, 2 for bfloat16, 4 for float.
+int64_t triode_packed_bytes(int32_t number_bytes, int64_t rows, int64_t columns, int32_t halves) {
+    return packed_rows(rows, halves) * rounded_up(columns * number_bytes, 4);
 }
 
 // Asks for huge pages; to be called before the memory is first written to.
@@ -140,11 +143,13 @@ void triode_prefer_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-void triode_pack(int32_t is_bf16, const void* source, int64_t rows, int64_t columns, int32_t halves, void* to) {
-    if (is_bf16)
-        pack(static_cast<const bf16*>(source), rows, columns, halves, static_cast<uint32_t*>(to));
-    else
-        pack(static_cast<const float*>(source), rows, columns, halves, static_cast<uint32_t*>(to));
+void triode_pack(int32_t number_bytes, const void* source, int64_t rows, int64_t columns, int32_t halves, void* to) {
+    uint32_t* panels = static_cast<uint32_t*>(to);
+    switch (number_bytes) {
+        case 1: pack(static_cast<const uint8_t*>(source), rows, columns, halves, panels); break;
+        case 2: pack(static_cast<const bf16*>(source), rows, columns, halves, panels); break;
+        case 4: pack(static_cast<const float*>(source), rows, columns, halves, panels); break;
+    }
 }
 
 int64_t triode_scratch_bytes(const TriodeModel* model, int64_t num_tokens, int32_t num_threads) {

@@ -42,7 +42,13 @@ template <class T>
 struct Private {
     float* product;  // [ITEM_ROWS][64]
     T* normed;       // [FEW_TOKENS][padded hidden]
+    uint32_t* wide;  // [BLOCK_WORDS][64], a block of weights that are kept as bytes
     AttentionScratch<T> attention;
+
+    void take_linear(Arena& arena) {
+        product = arena.take<float>(ITEM_ROWS * PANEL);
+        wide = arena.take<uint32_t>(BLOCK_WORDS * PANEL);
+    }
 };
 
 template <class T>
@@ -72,7 +78,7 @@ struct Buffers {
         inner = arena.take<T>(tokens * inner_stride);
         for (int i = 0; i < num_threads; i++) {
             Private<T> mine;
-            mine.product = arena.take<float>(ITEM_ROWS * PANEL);
+            mine.take_linear(arena);
             mine.normed = arena.take<T>(FEW_TOKENS * hidden_stride);
             mine.attention.take(arena, {model.num_heads / model.num_kv_heads, model.head_dim});
             if (base) threads[i] = mine;
@@ -94,6 +100,21 @@ void rms_norm(const float* x, const float* weight, long size, float eps, T* out)
     for (i = 0; i < size; i++) narrow(x[i] * inverse * weight[i], out[i]);
 }
 
+// Rows of x times one panel of bytes, which become numbers block by block, once for all rows.
+template <class T>
+void multiply_bytes(const Private<T>& mine, const TriodeMatrix& matrix, const T* x, long stride, long rows, long panel) {
+    constexpr long AT_ONCE = BLOCK_WORDS / long(sizeof(T));
+    const long words = words_of<uint8_t>(matrix.in_features);
+    const uint32_t* bytes = matrix.panels + panel * words * PANEL;
+    for (long first = 0; first < words; first += AT_ONCE) {
+        const long count = std::min(AT_ONCE, words - first);
+        widen_panel<T>(bytes + first * PANEL, count, mine.wide);
+        multiply_panel(x + first * 4, stride, rows, mine.wide, count * long(sizeof(T)), mine.product, first == 0);
+    }
+    const float* scales = matrix.scales + panel * PANEL;
+    for (long i = 0; i < rows * PANEL; i += LANES) store(mine.product + i, load(mine.product + i) * load(scales + i % PANEL));
+}
+
 // x W^T, given to `write(row, first output, 64 sums)` panel by panel. `inputs()` is x, asked for once an item.
 template <class T, class Inputs, class Write>
 void linear(Worker& worker, const Private<T>& mine, const TriodeMatrix& matrix, Inputs inputs, long stride, long rows,
@@ -103,8 +124,11 @@ void linear(Worker& worker, const Private<T>& mine, const TriodeMatrix& matrix, 
     worker.share(panels * parts, [&](long item) {
         const long panel = item % panels, part = item / panels;
         const long first = rows * part / parts, end = rows * (part + 1) / parts;
-        multiply_panel(inputs() + first * stride, stride, end - first, matrix.panels + panel * words * PANEL, words,
-                       mine.product, true);
+        const T* x = inputs() + first * stride;
+        if (matrix.scales)
+            multiply_bytes(mine, matrix, x, stride, end - first, panel);
+        else
+            multiply_panel(x, stride, end - first, matrix.panels + panel * words * PANEL, words, mine.product, true);
         for (long row = first; row < end; row++) write(row, panel * PANEL, mine.product + (row - first) * PANEL);
     });
 }

@@ -1,6 +1,6 @@
 // Vectors as wide as the instruction set's registers, on the compiler's own vector types.
 //
-// A `Vec` holds LANES floats, or LANES words of 32 bits that are two bfloat16 numbers each. Only what must be one
+// A `Vec` holds LANES floats, or LANES words of 32 bits that are two bfloat16 numbers or four bytes each. Only what must be one
 // instruction (fused multiply-add, bfloat16 dot product, reductions) is spelt as an intrinsic. Code here never leaves
 // the order of additions to the compiler: it is built without contraction and without fast-math.
 #pragma once

@@ -7,7 +7,7 @@ from native_steps import native_library
 from tiny_decoders import tiny_config, tiny_weights
 from triode.cache.config import CacheConfig
 from triode.models.build import BuiltRunner, build_runner
-from triode.models.config import KernelChoice, ModelOptions
+from triode.models.config import KernelChoice, ModelOptions, Quantization
 from triode.models.cpu import auto_kernel_names
 
 
@@ -30,7 +30,12 @@ class Stages:
         self.open.pop()
 
 
-def built(kernels: KernelChoice, dtype: torch.dtype = torch.float32, stages: Stages | None = None) -> BuiltRunner:
+def built(
+    kernels: KernelChoice,
+    dtype: torch.dtype = torch.float32,
+    stages: Stages | None = None,
+    quantization: Quantization = "none",
+) -> BuiltRunner:
     config = tiny_config(max_context_tokens=64)
     return build_runner(
         config,
@@ -38,6 +43,7 @@ def built(kernels: KernelChoice, dtype: torch.dtype = torch.float32, stages: Sta
         cache_config=CacheConfig(),
         max_running=2,
         kernels=kernels,
+        quantization=quantization,
         progress=stages,
     )
 
@@ -72,6 +78,16 @@ def test_native_kernels_that_cannot_be_had_are_refused(monkeypatch: pytest.Monke
     without_compiler(monkeypatch)
     with pytest.raises(ValueError, match=r"kernels must be auto or reference here, got 'native': no C\+\+ compiler"):
         built("native")
+
+
+def test_quantised_weights_need_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    isa = native_library().isa.name
+    assert f"native ({isa}, a16w8): linear" in built("auto", quantization="a16w8").kernels
+    with pytest.raises(ValueError, match="quantization must be none with kernels='reference', got 'a16w8'"):
+        built("reference", quantization="a16w8")
+    without_compiler(monkeypatch)
+    with pytest.raises(ValueError, match=r"quantization must be none here, got 'a16w8': no C\+\+ compiler"):
+        built("auto", quantization="a16w8")
 
 
 def test_an_unknown_choice_is_refused() -> None:

@@ -13,7 +13,7 @@ from paged_decoding import PagedDecoding, PagedSequence
 from tiny_decoders import tiny_config, tiny_decoder, tiny_weights
 from triode.kernels.native.isa import supported
 from triode.models.batch import build_batch
-from triode.models.config import ModelConfig
+from triode.models.config import ModelConfig, Quantization
 from triode.models.decoder import Decoder
 from triode.models.native import NativeDecoder
 from triode.models.program import StepProgram
@@ -88,12 +88,46 @@ def test_bfloat16_logits_are_as_near_to_float64_as_those_of_torch(name: str, isa
     assert native < 1.2 * relative_error(logits_alone(by_torch, token_ids, [100, 35]), expected)
 
 
+def rounded_to_int8(weight: torch.Tensor) -> torch.Tensor:
+    scale = weight.double().abs().amax(1, keepdim=True) / 127
+    return (weight.double() / scale).round() * scale
+
+
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_int8_weights_are_the_nearest_and_computed_with_exactly(name: str, isa: str) -> None:
+    config = CONFIGS[name]
+    weights = weights_of(config, torch.float32)
+    expected = replace(
+        weights,
+        layers=tuple(
+            replace(
+                layer,
+                **{
+                    field: rounded_to_int8(getattr(layer, field))
+                    for field in ("qkv_ED", "o_DE", "gate_up_FD", "down_DF")
+                },
+            )
+            for layer in weights.layers
+        ),
+        head_VD=rounded_to_int8(weights.head_VD),
+    )
+    token_ids = tokens(0, config)
+    before = weights.layers[0].qkv_ED.clone()
+    got = logits_alone(native_decoder(config, weights, isa, "a16w8"), token_ids, [100, 35])
+    assert relative_error(got, logits_float64(config, expected, token_ids)) < 3e-6
+    assert torch.equal(weights.layers[0].qkv_ED, before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("quantization", ["none", "a16w8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["window and norms", "ragged"])
-def test_chunks_neighbours_and_threads_change_no_bit(name: str, dtype: torch.dtype, isa: str) -> None:
+def test_chunks_neighbours_and_threads_change_no_bit(
+    name: str, dtype: torch.dtype, quantization: Quantization, isa: str
+) -> None:
     config = CONFIGS[name]
-    decoder = native_decoder(config, weights_of(config, dtype), isa)
+    decoder = native_decoder(config, weights_of(config, dtype), isa, quantization)
     token_ids = tokens(0, config)
     expected = logits_alone(decoder, token_ids, [NUM_TOKENS])
     for chunks in ([1, 134], [64, 64, 7], [5] * 27, [80] + [1] * 55):

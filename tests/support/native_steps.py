@@ -6,7 +6,7 @@ import torch
 from triode.kernels.native.build import NativeUnavailable
 from triode.kernels.native.isa import VARIABLE
 from triode.kernels.native.library import NativeLibrary, load_library
-from triode.models.config import ModelConfig
+from triode.models.config import ModelConfig, Quantization
 from triode.models.native import NativeDecoder
 from triode.models.weights import DecoderWeights
 
@@ -22,7 +22,9 @@ def native_library(isa: str | None = None) -> NativeLibrary:
             pytest.skip(str(reason))
 
 
-def native_decoder(config: ModelConfig, weights: DecoderWeights, isa: str | None = None) -> NativeDecoder:
+def native_decoder(
+    config: ModelConfig, weights: DecoderWeights, isa: str | None = None, quantization: Quantization = "none"
+) -> NativeDecoder:
     """A decoder of it."""
     with torch.inference_mode():
-        return NativeDecoder(config, weights, native_library(isa))
+        return NativeDecoder(config, weights, native_library(isa), quantization=quantization)

@@ -1,0 +1,48 @@
+"""What rounding costs on real weights: SmolLM2's perplexity of this project's own documents."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from native_steps import native_decoder
+from paged_decoding import PagedDecoding, PagedSequence
+from triode.models.config import ModelOptions, Quantization
+from triode.models.loader import open_checkpoint
+from triode.models.program import StepProgram
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ("README.md", "DESIGN.md", "LICENSE", "CONTRIBUTING.md")
+WINDOW_TOKENS = 512
+CASES: dict[str, Quantization] = {"bfloat16": "none", "a16w8": "a16w8"}
+
+
+def perplexity(decoder: StepProgram, token_ids: list[int]) -> float:
+    """Over windows that each begin anew."""
+    total, count = 0.0, 0
+    for start in range(0, len(token_ids) - WINDOW_TOKENS + 1, WINDOW_TOKENS):
+        window = token_ids[start : start + WINDOW_TOKENS]
+        (logits_TV,) = PagedDecoding(decoder, num_blocks=40).step([(PagedSequence(window), WINDOW_TOKENS)])
+        total += float(torch.nn.functional.cross_entropy(logits_TV[:-1], torch.tensor(window[1:]), reduction="sum"))
+        count += WINDOW_TOKENS - 1
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize(
+    ("num_windows", "limits"),
+    [
+        pytest.param(2, {"bfloat16": 1.005, "a16w8": 1.03}, id="two windows"),
+        pytest.param(15, {"bfloat16": 1.002, "a16w8": 1.01}, id="all windows", marks=pytest.mark.slow),
+    ],
+)
+def test_rounding_costs_little_perplexity(num_windows: int, limits: dict[str, float]) -> None:
+    checkpoint = open_checkpoint(ModelOptions(model="smollm2-135m"))
+    text = "".join((ROOT / name).read_text() for name in DOCUMENTS)
+    token_ids = checkpoint.tokenizer.encode(text)[: num_windows * WINDOW_TOKENS]
+    exact = checkpoint.load_weights(torch.float32, torch.device("cpu"))
+    expected = perplexity(native_decoder(checkpoint.config, exact), token_ids)
+    rounded = checkpoint.load_weights(torch.bfloat16, torch.device("cpu"))
+    for name, quantization in CASES.items():
+        decoder = native_decoder(checkpoint.config, rounded, quantization=quantization)
+        assert perplexity(decoder, token_ids) < expected * limits[name], name
