@@ -20,7 +20,7 @@ from triode.engine.config import EngineConfig
 from triode.engine.engine import Engine as TrioEngine
 from triode.engine.host import EngineThread
 from triode.engine.parts import Report
-from triode.engine.request import Prompt, Request, check_request_id, freeze_prompt
+from triode.engine.request import Prompt, Request, build_request, check_request_id
 from triode.engine.statistics import EngineStatistics
 from triode.engine.stream import RequestStream, Submission
 from triode.models.progress import Progress
@@ -119,14 +119,8 @@ class Engine:
         deadline_s: float | None = None,
     ) -> Submission:
         """As `triode.Engine.submit`."""
-        if adapter is not None:
-            raise ValueError(f"adapter must be None: adapters are not supported yet, got {adapter!r}")
-        request = Request(
-            prompt=freeze_prompt(prompt),
-            params=params or SamplingParams(),
-            priority=priority,
-            cache_salt=cache_salt,
-            deadline_s=deadline_s,
+        request = build_request(
+            prompt, params, priority=priority, adapter=adapter, cache_salt=cache_salt, deadline_s=deadline_s
         )
         return Submission(self._open(request, request_id))
 

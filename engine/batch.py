@@ -1,17 +1,18 @@
 """Offline batches: many prompts through one engine, in order, with a bounded number under way."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import trio
 
-from triode.actors.scheduler.config import SchedulerConfig
-from triode.engine.completion import Result
-from triode.engine.request import Prompt
-from triode.engine.stream import RequestStream, Submission
-from triode.models.progress import NullProgress, Progress
+from triode.engine.request import Prompt, Request
+from triode.engine.stream import RequestStream
+from triode.errors import EngineBusy
+from triode.models.progress import Progress
 from triode.models.sampling import SamplingParams
 
-Submitter = Callable[[Prompt, SamplingParams], Submission]
+T = TypeVar("T")
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:
@@ -39,46 +40,62 @@ def params_for_each(
 
 
 async def run_batch(
-    submit: Submitter,
-    prompts: Sequence[Prompt],
-    params: SamplingParams | Sequence[SamplingParams] | None,
-    limits: SchedulerConfig,
-    progress: Progress | None,
-) -> list[Result]:
-    """Results in the prompts' order. Twice as many requests as run are under way, so that a free slot never waits."""
-    each = params_for_each(prompts, params)
-    progress = progress or NullProgress()
-    progress.stage("Generating", len(prompts), "prompts")
-    room = trio.CapacityLimiter(min(2 * limits.max_running, limits.max_queued))
-    results: dict[int, Result] = {}
+    open_stream: Callable[[Request], Awaitable[RequestStream]],
+    read: Callable[[RequestStream], Awaitable[T]],
+    requests: Sequence[Request],
+    max_under_way: int,
+    progress: Progress,
+) -> list[T]:
+    """What `read` makes of each request's stream, in the requests' order.
+
+    Whoever else uses the engine may fill its queue: then the batch waits for a request of its own to end.
+
+    Raises:
+        EngineBusy: if the queue is full and none of the batch's own requests is under way.
+        Exception: what the first failing request raised; the others are cancelled.
+    """
+    progress.stage("Generating", len(requests), "prompts")
+    results: dict[int, T] = {}
     failures: list[Exception] = []
+    ended, wait_for_end = trio.open_memory_channel[None](math.inf)
+    num_under_way = 0
 
     async with trio.open_nursery() as nursery:
 
-        def give_up(error: Exception) -> None:
-            failures.append(error)
-            nursery.cancel_scope.cancel()
-
-        async def read(index: int, stream: RequestStream, ticket: object) -> None:
+        async def finish(index: int, stream: RequestStream) -> None:
             try:
                 async with stream:
-                    results[index] = await stream.result()
+                    results[index] = await read(stream)
                 progress.advance(1)
             except Exception as error:
-                give_up(error)
-            room.release_on_behalf_of(ticket)
+                failures.append(error)
+                nursery.cancel_scope.cancel()
+            ended.send_nowait(None)
 
-        for index, prompt in enumerate(prompts):
-            ticket = object()
-            await room.acquire_on_behalf_of(ticket)
-            try:
-                stream = await submit(prompt, each[index])
-            except Exception as error:
-                give_up(error)
-                break
-            nursery.start_soon(read, index, stream, ticket)
+        async def start(index: int, request: Request) -> None:
+            nonlocal num_under_way
+            while True:
+                if num_under_way < max_under_way:
+                    try:
+                        stream = await open_stream(request)
+                    except EngineBusy:
+                        if num_under_way == 0:
+                            raise
+                    else:
+                        num_under_way += 1
+                        nursery.start_soon(finish, index, stream)
+                        return
+                await wait_for_end.receive()
+                num_under_way -= 1
+
+        try:
+            for index, request in enumerate(requests):
+                await start(index, request)
+        except Exception as error:
+            failures.append(error)
+            nursery.cancel_scope.cancel()
     if failures:
         # Every reader fails when the engine does; the first one speaks for all.
         raise failures[0]
     progress.done()
-    return [results[index] for index in range(len(prompts))]
+    return [results[index] for index in range(len(requests))]

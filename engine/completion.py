@@ -104,6 +104,8 @@ class Reply:
         self.opened: Opened | None = None
         self.ended: Ended | None = None
         self.embedding: tuple[float, ...] | None = None
+        self.failure: Exception | None = None
+        """Why the request was refused (ValueError) or failed while it ran (RequestFailed)."""
         self._samples: list[_Sample] = []
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._num_unfinished = 1
@@ -114,12 +116,7 @@ class Reply:
         return self._num_unfinished == 0
 
     def read(self, items: Iterable[Mail]) -> list[Delta]:
-        """Take in mail; returns the deltas in it.
-
-        Raises:
-            ValueError: if the request was refused.
-            RequestFailed: if it failed while it ran.
-        """
+        """Take in mail; returns the deltas in it."""
         deltas: list[Delta] = []
         for item in items:
             match item:
@@ -138,7 +135,7 @@ class Reply:
                     self._num_unfinished = 0
                 case Rejected():
                     self._num_unfinished = 0
-                    raise ValueError(item.reason)
+                    self.failure = ValueError(item.reason)
                 case Ended():
                     self._end(item)
         return deltas
@@ -150,7 +147,7 @@ class Reply:
         for sample in self._samples:
             sample.finish_reason = sample.finish_reason or (FinishReason.ERROR if is_failed else FinishReason.CANCELLED)
         if is_failed:
-            raise RequestFailed(f"request {self.request_id} failed: {ended.reason}")
+            self.failure = RequestFailed(f"request {self.request_id} failed: {ended.reason}")
 
     def usage(self, num_cached_tokens: int) -> Usage:
         """Tokens read so far."""

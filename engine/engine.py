@@ -6,8 +6,9 @@ async with triode.open_engine("smollm2-135m") as engine:
         print(delta.text, end="")
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import trio
 
@@ -15,20 +16,30 @@ from triode.actors.mailbox import Mailbox, TrioWaker
 from triode.actors.messages import Clear, Pin, RequestStatus, Unpin
 from triode.actors.scheduler.admission import namespace_of
 from triode.actors.tokenizer.prepare import encode
-from triode.engine.batch import Submitter, check_prompts, run_batch
+from triode.engine.batch import check_prompts, params_for_each, run_batch
 from triode.engine.completion import Result
 from triode.engine.config import EngineConfig
 from triode.engine.hub import Hub
 from triode.engine.lifetime import run_hub
 from triode.engine.loading import load
 from triode.engine.parts import EngineParts, Report
-from triode.engine.request import Prompt, Request, check_cache_salt, check_request_id, freeze_prompt
+from triode.engine.request import (
+    Prompt,
+    Request,
+    build_request,
+    check_cache_salt,
+    check_request_id,
+    embedding_request,
+    freeze_prompt,
+)
 from triode.engine.statistics import EngineStatistics
 from triode.engine.stream import RequestStream, Submission
 from triode.ids import RequestId, TokenId
-from triode.models.progress import Progress
+from triode.models.progress import NullProgress, Progress
 from triode.models.sampling import SamplingParams
 from triode.models.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -110,14 +121,8 @@ class Engine:
             EngineBusy: if the queue is full.
             EngineClosed: if the engine has ended.
         """
-        if adapter is not None:
-            raise ValueError(f"adapter must be None: adapters are not supported yet, got {adapter!r}")
-        request = Request(
-            prompt=freeze_prompt(prompt),
-            params=params or SamplingParams(),
-            priority=priority,
-            cache_salt=cache_salt,
-            deadline_s=deadline_s,
+        request = build_request(
+            prompt, params, priority=priority, adapter=adapter, cache_salt=cache_salt, deadline_s=deadline_s
         )
         return Submission(self._open(request, request_id))
 
@@ -138,7 +143,11 @@ class Engine:
         Raises:
             ValueError: for the first prompt that is refused; the others are cancelled.
         """
-        return await run_batch(self._submitter(), prompts, params, self._hub.parts.config.scheduler, progress)
+        each = params_for_each(prompts, params)
+        requests = [
+            Request(prompt=freeze_prompt(prompt), params=own) for prompt, own in zip(prompts, each, strict=True)
+        ]
+        return await self._run_batch(RequestStream.result, requests, progress)
 
     async def embed(self, prompts: Sequence[Prompt]) -> list[tuple[float, ...]]:
         """The mean of each prompt's final hidden states, as the model gives them: not scaled to length 1.
@@ -147,12 +156,7 @@ class Engine:
             ValueError: for the first prompt that is refused, or for a text where a list of prompts is wanted.
         """
         check_prompts(prompts)
-        vectors = []
-        for prompt in prompts:
-            request = Request(prompt=freeze_prompt(prompt), params=SamplingParams(max_tokens=1), pool_hidden=True)
-            async with await self._open(request, None) as stream:
-                vectors.append(await stream.embedding())
-        return vectors
+        return await self._run_batch(RequestStream.embedding, [embedding_request(prompt) for prompt in prompts], None)
 
     def status(self, request_id: str) -> RequestStatus:
         """Where a request is; the last 4,096 that ended are remembered.
@@ -180,8 +184,18 @@ class Engine:
         """The load at this moment, actor by actor."""
         return self._hub.statistics()
 
-    def _submitter(self) -> Submitter:
-        return lambda prompt, params: self.submit(prompt, params)
+    async def _run_batch(
+        self,
+        read: Callable[[RequestStream], Awaitable[T]],
+        requests: Sequence[Request],
+        progress: Progress | None,
+    ) -> list[T]:
+        limits = self._hub.parts.config.scheduler
+        # Twice as many as run, so that a free slot never waits for the next prompt to be tokenized.
+        max_under_way = min(2 * limits.max_running, limits.max_queued)
+        return await run_batch(
+            lambda request: self._open(request, None), read, requests, max_under_way, progress or NullProgress()
+        )
 
     async def _open(self, request: Request, request_id: str | None) -> RequestStream:
         name = self._hub.new_request_id() if request_id is None else check_request_id(request_id)

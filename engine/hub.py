@@ -229,7 +229,7 @@ class Hub:
         try:
             await actor()
         except BaseException as error:
-            cause = _without_cancelled(error)
+            cause = without_cancelled(error)
             if cause is None:
                 raise
             if self.fault is None:
@@ -259,8 +259,8 @@ class Hub:
             raise self.ended()
 
 
-def _without_cancelled(error: BaseException) -> BaseException | None:
-    """What an actor failed of; None if it was only cancelled. An actor with a nursery raises groups."""
+def without_cancelled(error: BaseException) -> BaseException | None:
+    """What went wrong; None if it was only cancelled. A nursery raises groups."""
     if isinstance(error, trio.Cancelled):
         return None
     if not isinstance(error, BaseExceptionGroup):

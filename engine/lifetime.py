@@ -5,8 +5,9 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from triode.engine.hub import Hub, fresh
+from triode.engine.hub import Hub, fresh, without_cancelled
 from triode.engine.parts import EngineParts
+from triode.errors import EngineFault
 
 
 @asynccontextmanager
@@ -33,7 +34,11 @@ async def run_hub(parts: EngineParts) -> AsyncIterator[Hub]:
         cause = hub.fault.__cause__
         if isinstance(cause, (KeyboardInterrupt, SystemExit)):
             raise cause
-        raise fresh(hub.fault)
+        fault = fresh(hub.fault)
+        own = None if escaped is None else without_cancelled(escaped)
+        if own is not None and not isinstance(own, EngineFault):
+            fault.add_note(f"The engine's block had raised {own!r}")
+        raise fault
     if escaped is not None:
         raise escaped
 

@@ -36,6 +36,36 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         check_deadline_s(self.deadline_s)
 
 
+def build_request(
+    prompt: Prompt,
+    params: SamplingParams | None,
+    *,
+    priority: int,
+    adapter: str | None,
+    cache_salt: str | None,
+    deadline_s: float | None,
+) -> Request:
+    """The arguments of `submit`, as every kind of engine takes them.
+
+    Raises:
+        ValueError: for an argument outside its limits.
+    """
+    if adapter is not None:
+        raise ValueError(f"adapter must be None: adapters are not supported yet, got {adapter!r}")
+    return Request(
+        prompt=freeze_prompt(prompt),
+        params=params or SamplingParams(),
+        priority=priority,
+        cache_salt=cache_salt,
+        deadline_s=deadline_s,
+    )
+
+
+def embedding_request(prompt: Prompt) -> Request:
+    """A request for the pooled hidden state of a prompt."""
+    return Request(prompt=freeze_prompt(prompt), params=SamplingParams(max_tokens=1), pool_hidden=True)
+
+
 def check_request_id(request_id: object) -> RequestId:
     """A caller's own name for a request.
 

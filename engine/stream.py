@@ -68,6 +68,7 @@ class RequestStream:
     async def __anext__(self) -> Delta:
         while not self._deltas:
             if self._reply.is_complete:
+                self._check_well()
                 raise StopAsyncIteration
             await self._receive()
         return self._deltas.popleft()
@@ -76,6 +77,8 @@ class RequestStream:
         """Everything since the last call, at most one delta a sample; empty when the request has ended."""
         while not self._deltas and not self._reply.is_complete:
             await self._receive()
+        if not self._deltas:
+            self._check_well()
         deltas = coalesce(list(self._deltas))
         self._deltas.clear()
         return deltas
@@ -89,6 +92,7 @@ class RequestStream:
         """
         while not self._reply.is_complete:
             await self._receive()
+        self._check_well()
         return self._reply.result(self._mailbox.num_cached_tokens)
 
     async def embedding(self) -> tuple[float, ...]:
@@ -125,7 +129,13 @@ class RequestStream:
             self._is_cancelled = True
             raise fresh(self._mailbox.error)
 
+    def _check_well(self) -> None:
+        """A failure comes after the deltas before it, and again whenever somebody asks."""
+        if self._reply.failure is not None:
+            raise fresh(self._reply.failure)
+
     def _check_goes_on(self, awaited: str) -> None:
+        self._check_well()
         if (ended := self._reply.ended) is not None:
             raise RequestFailed(f"request {self.request_id} ended before {awaited}: {ended.reason}")
 

@@ -7,6 +7,9 @@ import msgspec
 
 from triode.engine.stream import RequestStream
 
+SHORTEST_S = 0.01
+"""No rate is given for tokens that came within a shorter time."""
+
 
 class Speed(msgspec.Struct, frozen=True):
     """How fast a reply came, as its reader saw it."""
@@ -14,7 +17,7 @@ class Speed(msgspec.Struct, frozen=True):
     ttft_ms: float
     """From submitting the prompt to the first token."""
     tokens_per_s: float | None
-    """Of the tokens after the first; None if there are none."""
+    """Of the tokens after the first; None if there are none, or they came at once."""
 
     def __str__(self) -> str:
         rate = "" if self.tokens_per_s is None else f", {self.tokens_per_s:.1f} tokens/s"
@@ -33,8 +36,9 @@ async def read_reply(stream: RequestStream, submitted_at_s: float, *, show: bool
         if show and delta.index == 0:
             sys.stdout.write(delta.text)
             sys.stdout.flush()
-    num_more = num_tokens - num_first_tokens
+    num_more, took_s = num_tokens - num_first_tokens, last_at_s - first_at_s
     return Speed(
         ttft_ms=(first_at_s - submitted_at_s) * 1e3,
-        tokens_per_s=num_more / (last_at_s - first_at_s) if num_more else None,
+        # Deltas that were read together say nothing about how fast they came.
+        tokens_per_s=num_more / took_s if num_more and took_s >= SHORTEST_S else None,
     )

@@ -216,7 +216,8 @@ def _attend(
     M = -(-Q * G // ROW_MULTIPLE) * ROW_MULTIPLE
 
     def unpacked(packed: torch.Tensor) -> torch.Tensor:
-        return packed.view(R, K, M, -1)[:, :, : Q * G].unflatten(2, (Q, G))
+        queries: torch.Tensor = packed.view(R, K, M, -1)[:, :, : Q * G].unflatten(2, (Q, G))
+        return queries
 
     q_XMH = q_RQNH.new_zeros(X, M, H)
     torch.mul(q_RQNH.unflatten(2, (K, G)).transpose(1, 2), scale, out=unpacked(q_XMH))
@@ -237,7 +238,7 @@ def _sum_tiles(partial_J: torch.Tensor) -> torch.Tensor:
         right = partial_J[stride :: 2 * stride]
         partial_J[:: 2 * stride][: len(right)] += right
         stride *= 2
-    total, *segments = partial_J[::SEGMENT_TILES]
+    total, *segments = partial_J[::SEGMENT_TILES].unbind()
     for segment in segments:
         total += segment
     return total

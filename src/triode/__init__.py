@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from triode import aio as aio
     from triode.actors.messages import Delta, FinishReason, RequestStatus
     from triode.engine.blocking import LLM
-    from triode.engine.completion import Completion, Usage
+    from triode.engine.completion import Completion, Result, Usage
     from triode.engine.config import EngineConfig
     from triode.engine.engine import Engine, open_engine
+    from triode.engine.parts import Report
+    from triode.engine.statistics import EngineStatistics
     from triode.engine.stream import RequestStream
     from triode.errors import (
         CorruptModel,
@@ -55,14 +57,17 @@ _HOMES = {
     "EngineClosed": "triode.errors",
     "EngineConfig": "triode.engine.config",
     "EngineFault": "triode.errors",
+    "EngineStatistics": "triode.engine.statistics",
     "FinishReason": "triode.actors.messages",
     "InsufficientMemory": "triode.errors",
     "MissingExtra": "triode.errors",
     "ModelError": "triode.errors",
     "ModelNotFound": "triode.errors",
+    "Report": "triode.engine.parts",
     "RequestFailed": "triode.errors",
     "RequestStatus": "triode.actors.messages",
     "RequestStream": "triode.engine.stream",
+    "Result": "triode.engine.completion",
     "SamplingParams": "triode.models.sampling",
     "TriodeError": "triode.errors",
     "UnsupportedModel": "triode.errors",
@@ -77,11 +82,14 @@ __all__ = [  # noqa: RUF022 - the public surface, sorted by what a reader looks 
     "LLM",
     "RequestStream",
     "SamplingParams",
+    "Result",
     "Completion",
     "Delta",
     "FinishReason",
     "RequestStatus",
     "Usage",
+    "EngineStatistics",
+    "Report",
     "TriodeError",
     "EngineBusy",
     "EngineClosed",

@@ -425,3 +425,23 @@ async def test_generate_tells_how_many_are_done() -> None:
     async with open_tiny(executor="inline") as engine:
         await engine.generate([PROMPT] * 3, greedy(1), progress=Told())
     assert told == [("Generating", 3, "prompts"), 1, 1, 1, "done"]
+
+
+async def test_batches_that_fill_the_queue_together_wait_for_each_other() -> None:
+    async with open_tiny(max_queued=3, max_running=2) as engine:
+        lengths: list[int] = []
+
+        async def generate(first: int) -> None:
+            results = await engine.generate([[first, index] for index in range(8)], greedy(4, ignore_eos=True))
+            lengths.extend(len(result.completion.token_ids) for result in results)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate, 1)
+            nursery.start_soon(generate, 2)
+        assert lengths == [4] * 16
+
+
+async def test_embeddings_of_a_list_are_those_of_each() -> None:
+    async with open_tiny(max_running=2) as engine:
+        prompts = [[1, 2, 3], [4, 5], [6]]
+        assert await engine.embed(prompts) == [(await engine.embed([prompt]))[0] for prompt in prompts]

@@ -254,8 +254,11 @@ async def test_what_no_token_can_satisfy_fails_alone() -> None:
         everything = {token: float("-inf") for token in range(49_152)}
         async with engine.submit(PROMPT, greedy(20)) as neighbour:
             stream = await engine.submit(PROMPT, greedy(3, logit_bias=everything))
+            for _ in range(2):
+                with pytest.raises(RequestFailed, match="no token is possible"):
+                    await stream.result()
             with pytest.raises(RequestFailed, match="no token is possible"):
-                await stream.result()
+                await stream.batch()
             assert (stream.status, stream.completion.finish_reason) == ("failed", "error")
             assert (await neighbour.result()).completion.finish_reason == "length"
         await check_nothing_is_left(engine)
