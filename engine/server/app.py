@@ -8,8 +8,9 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 
+from triode.engine.server.bridge import BridgeEndpoint
 from triode.engine.server.chat import ChatEndpoint
 from triode.engine.server.completions import CompletionEndpoint
 from triode.engine.server.errors import RequestError
@@ -21,11 +22,13 @@ from triode.engine.server.tokens import TokenEndpoints
 
 def build_app(service: Service) -> Starlette:
     """The app. It needs no lifespan, so that it can be mounted anywhere."""
-    status, tokens = StatusEndpoints(service), TokenEndpoints(service)
+    status, tokens, bridge = StatusEndpoints(service), TokenEndpoints(service), BridgeEndpoint(service)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", ChatEndpoint(service).create, methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(service).create, methods=["POST"]),
+            WebSocketRoute("/v1/stream", bridge.connect),
+            Route("/v1/stream/schema", bridge.schema),
             Route("/v1/models", status.models),
             Route("/v1/models/{name:path}", status.model),
             Route("/tokenize", tokens.tokenize, methods=["POST"]),

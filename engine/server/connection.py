@@ -6,7 +6,7 @@ from typing import TypeVar
 import anyio
 import msgspec
 from starlette.requests import Request
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 
 from triode.engine.server.errors import RequestError, wrong_value
 
@@ -95,10 +95,11 @@ async def _run(calls: Sequence[Callable[[], Awaitable[None]]], *, until_first: b
         raise failures[0]
 
 
-class Writer:
-    """Sends the parts of a response in turn. `until_stuck` notices a client that takes nothing.
+class PacedSend:
+    """Sends ASGI messages in turn. `until_stuck` notices a client that takes nothing.
 
-    The deadline costs a write nothing: a task looks, once a timeout, whether a write is still the one it saw before.
+    The deadline costs a message nothing: a task looks, once a timeout, whether the message that waits is still the one it
+    saw before.
     """
 
     def __init__(self, send: Send, timeout_s: float) -> None:
@@ -106,23 +107,31 @@ class Writer:
         self._timeout_s = timeout_s
         self._lock = anyio.Lock(fast_acquire=True)
         self._num_begun = 0
-        self._is_writing = False
+        self._is_sending = False
+
+    async def __call__(self, message: Message) -> None:
+        """Send one message; waits until the client has taken enough of the earlier ones."""
+        async with self._lock:
+            self._num_begun += 1
+            self._is_sending = True
+            await self._send(message)
+            self._is_sending = False
+
+    async def until_stuck(self) -> None:
+        """Wait until one message has taken the timeout, or up to twice as long."""
+        num_seen = -1
+        while not (self._is_sending and self._num_begun == num_seen):
+            num_seen = self._num_begun if self._is_sending else -1
+            await anyio.sleep(self._timeout_s)
+
+
+class Writer(PacedSend):
+    """The same for one HTTP response."""
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Status and headers."""
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
-        """One part of the body; waits until the client has taken enough of the earlier ones."""
-        async with self._lock:
-            self._num_begun += 1
-            self._is_writing = True
-            await self._send({"type": "http.response.body", "body": body, "more_body": more})
-            self._is_writing = False
-
-    async def until_stuck(self) -> None:
-        """Wait until one write has taken the timeout, or up to twice as long."""
-        num_seen = -1
-        while not (self._is_writing and self._num_begun == num_seen):
-            num_seen = self._num_begun if self._is_writing else -1
-            await anyio.sleep(self._timeout_s)
+        """One part of the body."""
+        await self({"type": "http.response.body", "body": body, "more_body": more})

@@ -7,7 +7,7 @@ that reach the engine without this server appear in the engine's own counts only
 import time
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -46,6 +46,9 @@ class Metrics:
         self.output_sizes = histogram("vllm:request_generation_tokens", "Output tokens of a request.", _TOKENS)
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of accepted requests that ended.")
         self.output_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self.sockets = Gauge(
+            "vllm:websocket_connections_active", "WebSockets that are open.", [_LABEL], registry=self._registry
+        ).labels(model_name)
         self._ends = Counter(
             "vllm:request_success", "Requests ended, by reason.", [_LABEL, "finished_reason"], registry=self._registry
         )

@@ -74,13 +74,18 @@ def test_the_log_has_ids_and_statuses_but_no_texts(client: httpx.Client, caplog:
     def lines() -> list[str]:
         return [record.getMessage() for record in caplog.records if record.name == "triode.server"]
 
+    def wait_for_lines(number: int) -> None:
+        # A line is written when the answer has been sent.
+        while len(lines()) < number:
+            pass
+
     with caplog.at_level(logging.INFO):
         response = client.post(TEXT, json=SHORT, headers=bearer("first"))
+        wait_for_lines(1)
         client.post(TEXT, json={**SHORT, "temperature": -1}, headers=bearer("first"))
+        wait_for_lines(2)
         client.get("/a%0Ab", headers=bearer("first"))
-        # A line is written when the answer has been sent.
-        while len(lines()) < 3:
-            pass
+        wait_for_lines(3)
     ok, refused, missing = lines()
     assert ok.startswith(f"{response.headers['x-request-id']} POST '/v1/completions' 200 ")
     assert " 400 " in refused

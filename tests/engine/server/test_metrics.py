@@ -1,0 +1,68 @@
+"""What Prometheus reads: the engine's counts, and the times of requests."""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from servers import ENDLESS, Running, running
+
+TEXT = "/v1/completions"
+
+
+@pytest.fixture
+def server() -> Iterator[Running]:
+    with running() as server:
+        yield server
+
+
+def scrape(client: httpx.Client) -> dict[str, float]:
+    """Samples by name, and by the label other than the model's."""
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    found = {}
+    for family in text_string_to_metric_families(response.text):
+        for sample in family.samples:
+            assert sample.labels.pop("model_name") == "random:tiny"
+            found["/".join([sample.name, *sample.labels.values()])] = sample.value
+    return found
+
+
+def test_requests_are_counted_and_timed(server: Running) -> None:
+    with server.client() as client:
+        body = {"prompt": "word " * 40, "max_tokens": 5, "ignore_eos": True}
+        client.post(TEXT, json=body)
+        client.post(TEXT, json={**body, "stream": True})
+        client.post(TEXT, json={**body, "temperature": -1})
+        found = scrape(client)
+    assert found["vllm:request_success_total/length"] == 2
+    assert found["vllm:generation_tokens_total"] == 10
+    assert found["vllm:prompt_tokens_total"] == 2 * 41
+    assert found["vllm:prefix_cache_hits_total"] == 32
+    for name in ("time_to_first_token", "e2e_request_latency", "request_time_per_output_token"):
+        assert found[f"vllm:{name}_seconds_count"] == 2
+        assert 0 < found[f"vllm:{name}_seconds_sum"] < 60
+    assert found["vllm:inter_token_latency_seconds_count"] >= 2
+    assert found["vllm:request_generation_tokens_sum"] == 10
+    assert found["triode:steps_total"] >= 10
+    assert found["vllm:num_requests_running"] == found["vllm:num_requests_waiting"] == 0
+
+
+def test_what_runs_now_shows(server: Running) -> None:
+    with server.client() as client:
+        with client.stream("POST", TEXT, json={**ENDLESS, "n": 2}) as stream:
+            parts = stream.iter_bytes()
+            next(parts)
+            with server.client() as other:
+                found = scrape(other)
+            assert found["vllm:num_requests_running"] == 2
+            assert 0 < found["vllm:kv_cache_usage_perc"] < 1
+            assert found["triode:requests_unfinished"] == 1
+            assert {f"triode:actor_queue_depth/{name}" for name in ("scheduler", "detokenizer")} <= found.keys()
+        server.wait_until_idle()
+        # The client's leaving is noticed before the request is counted.
+        while (found := scrape(client))["vllm:request_success_total/cancelled"] == 0:
+            pass
+        assert found["vllm:request_success_total/cancelled"] == 1
+        assert found["vllm:num_requests_running"] == found["vllm:kv_cache_usage_perc"] == 0
