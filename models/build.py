@@ -58,34 +58,13 @@ def build_runner(
         ValueError: `kernels` or `quantization` asks for what this machine does not have.
     """
     progress = progress or NullProgress()
-    weights_bytes = sum(view.nbytes for _, view in places(config, weights))
+    weights_bytes = _num_bytes(config, weights)
     if weights.embed_VD.device.type == "cuda":
         if kernels != "auto":
             raise ValueError(f"kernels must be auto on a GPU, got {kernels!r}")
         if quantization != "none":
             raise ValueError(f"quantization must be none on a GPU, got {quantization!r}")
-        progress.stage("Preparing kernels", None, "")
-        # Imported here: no CPU path needs Triton.
-        from triode.models.cuda.build import build_cuda
-
-        cuda = build_cuda(
-            config,
-            weights,
-            cache_config=cache_config,
-            max_running=max_running,
-            max_step_tokens=max_step_tokens,
-            pooling=pooling,
-        )
-        progress.done()
-        return BuiltRunner(
-            runner=cuda.runner,
-            num_blocks=cuda.pool.num_blocks,
-            num_threads=torch.get_num_threads(),
-            weights_bytes=weights_bytes,
-            kv_cache_bytes=cuda.pool.num_bytes,
-            kv_dtype=weights.embed_VD.dtype,
-            kernels=cuda.kernels,
-        )
+        return _build_on_gpu(config, weights, cache_config, max_running, max_step_tokens, pooling, progress)
     native = choose_native(weights.embed_VD.dtype, kernels, quantization, progress)
     progress.stage("Preparing kernels", None, "")
     with torch.inference_mode(), cpu_threads(num_threads):
@@ -106,6 +85,43 @@ def build_runner(
         kv_dtype=decoder.dtype,
         kernels=_describe(decoder.kernels.names, native.missing),
     )
+
+
+def _build_on_gpu(
+    config: ModelConfig,
+    weights: DecoderWeights,
+    cache_config: CacheConfig,
+    max_running: int,
+    max_step_tokens: int,
+    pooling: Pooling,
+    progress: Progress,
+) -> BuiltRunner:
+    progress.stage("Preparing kernels", None, "")
+    # Imported here: no CPU path needs Triton.
+    from triode.models.cuda.build import build_cuda
+
+    cuda = build_cuda(
+        config,
+        weights,
+        cache_config=cache_config,
+        max_running=max_running,
+        max_step_tokens=max_step_tokens,
+        pooling=pooling,
+    )
+    progress.done()
+    return BuiltRunner(
+        runner=cuda.runner,
+        num_blocks=cuda.pool.num_blocks,
+        num_threads=torch.get_num_threads(),
+        weights_bytes=_num_bytes(config, weights),
+        kv_cache_bytes=cuda.pool.num_bytes,
+        kv_dtype=weights.embed_VD.dtype,
+        kernels=cuda.kernels,
+    )
+
+
+def _num_bytes(config: ModelConfig, weights: DecoderWeights) -> int:
+    return sum(view.nbytes for _, view in places(config, weights))
 
 
 def _freed_one_by_one(layers: deque[LayerWeights]) -> Iterator[LayerWeights]:
