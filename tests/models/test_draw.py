@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from explained_draws import is_explained
 from triode.kernels.philox.reference import uniform
 from triode.kernels.sample.reference import IMPOSSIBLE, draw, greedy
 
@@ -188,3 +189,25 @@ def test_a_row_with_one_possible_token_always_draws_it() -> None:
 
 def test_greedy_takes_the_lowest_id_among_equals() -> None:
     assert greedy(torch.tensor([[0.0, 2.0, 2.0], [5.0, 5.0, 5.0]])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "options", [(1.0, 0, 1.0, 0.0), (0.6, 50, 1.0, 0.0), (0.8, 0, 0.9, 0.0), (1.3, 100, 0.95, 0.01)]
+)
+def test_float64_explains_every_draw_and_no_neighbour_of_it(options: tuple[float, int, float, float]) -> None:
+    temperature, top_k, top_p, min_p = options
+    rows, vocab = 16, 5_000
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(3)) * 2.5
+    uniform = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    tokens = draw(
+        logits.clone(),
+        uniform,
+        torch.full((rows,), temperature),
+        torch.full((rows,), top_k),
+        torch.full((rows,), top_p, dtype=torch.float64),
+        torch.full((rows,), min_p, dtype=torch.float64),
+    ).tolist()
+    explained = [is_explained(logits[row], tokens[row], float(uniform[row]), *options) for row in range(rows)]
+    assert all(explained)
+    elsewhere = [(token + vocab // 2) % vocab for token in tokens]
+    assert not any(is_explained(logits[row], elsewhere[row], float(uniform[row]), *options) for row in range(rows))

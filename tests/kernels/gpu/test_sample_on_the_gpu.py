@@ -1,13 +1,14 @@
-"""Sampling at full size on a GPU, against the reference on the CPU."""
+"""Sampling at full size on a GPU, each draw against float64."""
 
 import pytest
 import torch
+
+from explained_draws import is_explained
 
 pytest.importorskip("triton")
 
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.philox import reference as philox
-from triode.kernels.sample import reference
 from triode.kernels.sample.gpu import SampleWorkspace, SlotColumns, sample
 
 pytestmark = pytest.mark.gpu
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize(
     "options", [(1.0, 0, 1.0, 0.0), (0.6, 50, 1.0, 0.0), (0.8, 0, 0.9, 0.0), (1.3, 100, 0.95, 0.01)]
 )
-def test_tokens_are_those_of_the_reference(options: tuple[float, int, float, float]) -> None:
+def test_every_draw_is_one_that_float64_explains(options: tuple[float, int, float, float]) -> None:
     device, rows, vocab = torch.device("cuda"), 256, 152_064
     temperature, top_k, top_p, min_p = options
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(2)) * 2.5
@@ -35,14 +36,8 @@ def test_tokens_are_those_of_the_reference(options: tuple[float, int, float, flo
     workspace = SampleWorkspace.allocate(rows, vocab, device)
     sample(logits.to(device), slot_R, slot_R + 5, slots, workspace, token_R, rows, GpuTraits.of(device))
     uniform = philox.uniform(slots.seed_S.cpu()[:rows], torch.zeros(rows, dtype=torch.int64), torch.arange(rows) + 5)
-    want = reference.draw(
-        logits,
-        uniform,
-        slots.temperature_S.cpu()[:rows],
-        slots.top_k_S.cpu()[:rows].long(),
-        slots.top_p_S.cpu()[:rows],
-        slots.min_p_S.cpu()[:rows],
+    tokens = token_R.cpu().tolist()
+    assert all(
+        is_explained(logits[row], tokens[row], float(uniform[row]), temperature, top_k, top_p, min_p)
+        for row in range(rows)
     )
-    # Probabilities may differ from the CPU's in the last bit: a nucleus of thousands of tokens may then end one token
-    # earlier, and a draw that is next to a boundary falls on its other side.
-    assert (token_R.cpu() == want).sum() >= 0.97 * rows
