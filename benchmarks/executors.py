@@ -137,7 +137,9 @@ async def make_executor(mode: str) -> Executor:
     if mode == "thread":
         return ThreadExecutor(NullRunner())
     executor = ProcessExecutor("executors:open_null")
-    order = Open(options=ModelOptions(model="null"), cache=CacheConfig(), max_running=1, max_step_tokens=64, num_threads=None)
+    order = Open(
+        options=ModelOptions(model="null"), cache=CacheConfig(), max_running=1, max_step_tokens=64, num_threads=None
+    )
     await executor.open(order, NullProgress())
     return executor
 

@@ -1,6 +1,6 @@
 """Which query tokens of a step attend to which blocks of the cache.
 
-    R rows     C blocks in the longest table     B block size
+R rows     C blocks in the longest table     B block size
 """
 
 from dataclasses import dataclass

@@ -19,7 +19,9 @@ class ManagerMachine(RuleBasedStateMachine):
         prefix_cache=st.sampled_from([True, True, True, False]),
     )
     def start(self, seed: int, capacity_blocks: int, ttl_s: float | None, prefix_cache: bool) -> None:
-        self.world = World(capacity_blocks, CacheConfig(prefix_cache_ttl_s=ttl_s, prefix_cache=prefix_cache), Random(seed))
+        self.world = World(
+            capacity_blocks, CacheConfig(prefix_cache_ttl_s=ttl_s, prefix_cache=prefix_cache), Random(seed)
+        )
 
     @precondition(lambda self: len(self.world.samples) < MAX_SAMPLES)
     @rule(times=st.integers(1, 3))

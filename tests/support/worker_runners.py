@@ -46,7 +46,9 @@ BUILT = Built(
 
 def order(model: str = "none") -> Open:
     """An Open; `model` tells openers here what to do."""
-    return Open(options=ModelOptions(model=model), cache=CacheConfig(), max_running=1, max_step_tokens=64, num_threads=None)
+    return Open(
+        options=ModelOptions(model=model), cache=CacheConfig(), max_running=1, max_step_tokens=64, num_threads=None
+    )
 
 
 def plan(step_id: int, *token_ids: int) -> StepPlan:
