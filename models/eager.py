@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from triode.cache.memory import return_freed_memory
 from triode.cache.pool import KVPool
 from triode.ids import SlotId, TokenId
 from triode.models.batch import StepBatch, build_batch
@@ -92,6 +93,7 @@ class EagerRunner:
         """Drop decoder and pool, and with them their memory."""
         for part in ("_decoder", "_pool"):
             self.__dict__.pop(part, None)
+        return_freed_memory()
 
     def _run(self, plan: StepPlan) -> StepResult:
         start_s = time.perf_counter()

@@ -38,8 +38,9 @@ async def test_a_group_of_the_block_leaves_it_as_it_is() -> None:
 
 @pytest.mark.parametrize("executor", ["inline", "thread"])
 async def test_cancelling_the_block_from_outside_ends_it(executor: str) -> None:
-    with trio.move_on_after(0.1) as scope:
+    with trio.CancelScope() as scope:
         async with open_tiny(executor=executor) as engine, engine.submit([1, 2, 3], greedy(LONG)) as stream:
+            scope.deadline = trio.current_time() + 0.02
             await trio.sleep_forever()
     assert scope.cancelled_caught
     assert stream.status == "cancelled"
@@ -164,14 +165,14 @@ async def test_no_thread_and_no_memory_of_ours_stays_behind() -> None:
 
 
 CYCLES = """
-import gc, resource, sys
+import gc, statistics, sys
 import trio, triode
 
 async def cycle():
-    settings = dict(dtype="float32", kv_cache_bytes=2**25, max_context_tokens=512)
+    settings = dict(dtype="float32", kv_cache_bytes=2**27, max_context_tokens=512)
     async with (
-        triode.open_engine("random:tiny", **settings) as one,
-        triode.open_engine("random:tiny", executor="inline", **settings) as other,
+        triode.open_engine(sys.argv[1], **settings) as one,
+        triode.open_engine(sys.argv[1], executor="inline", **settings) as other,
     ):
         for engine in (one, other):
             await engine.generate([[index + 1] * 100 for index in range(16)], triode.SamplingParams(max_tokens=8))
@@ -180,24 +181,36 @@ def rss_pages():
     return int(open("/proc/self/statm").read().split()[1])
 
 sizes = []
-for _ in range(int(sys.argv[1])):
+for _ in range(int(sys.argv[2])):
     trio.run(cycle)
     gc.collect()
     sizes.append(rss_pages())
-print(sizes[-1] / sizes[2])
+# Single readings scatter by a few percent with the threads that happen to be alive.
+print(statistics.median(sizes[-3:]) / statistics.median(sizes[2:5]))
 """
 
 
-def growth(num_cycles: int) -> float:
-    """Memory after the last cycle of opening, using and closing two engines, over that after the third."""
-    command = [sys.executable, "-c", CYCLES, str(num_cycles)]
+def growth(model: str, num_cycles: int) -> float:
+    """Memory after the last cycles of opening, using and closing two engines, over that after the third."""
+    command = [sys.executable, "-c", CYCLES, model, str(num_cycles)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def test_opening_and_closing_does_not_grow() -> None:
-    assert growth(5) <= 1.05
+    # Of so small a model, what the C library keeps is a tenth.
+    assert growth("random:tiny", 7) <= 1.1
 
 
 @pytest.mark.slow
 def test_opening_and_closing_twenty_times_does_not_grow() -> None:
-    assert growth(20) <= 1.05
+    assert growth("smollm2-135m", 20) <= 1.05
+
+
+def test_a_closed_engine_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triode.models import eager
+
+    calls: list[bool] = []
+    monkeypatch.setattr(eager, "return_freed_memory", lambda: calls.append(True))
+    with triode.LLM("random:tiny", kv_cache_bytes=2**21):
+        assert calls == []
+    assert calls == [True]
