@@ -11,102 +11,24 @@ clock, in which other threads may have held the interpreter.
 """
 
 import argparse
-from collections import deque
 from statistics import mean, quantiles
-from time import perf_counter, process_time
 
 import trio
+from null_model import TEXT, NullRunner, build_parts
 from rich.console import Console
 from rich.table import Table
 
-from triode.actors.executor.inline import InlineExecutor
-from triode.actors.executor.thread import ThreadExecutor
-from triode.actors.tokenizer.prepare import Limits
-from triode.cache.manager import CacheManager
 from triode.engine.config import EngineConfig
 from triode.engine.engine import Engine, serve
-from triode.engine.parts import EngineParts, Report
-from triode.ids import TokenId
 from triode.models.config import ModelOptions
 from triode.models.loader import open_checkpoint
-from triode.models.runner import RunnerStatistics
 from triode.models.sampling import SamplingParams
-from triode.models.step import Output, StepPlan, StepResult
 from triode.models.tokenizer import Tokenizer
 
-TEXT = "The quick brown fox jumps over the lazy dog, and nobody knows why it does so every single day of the year. "
 PROMPT_TOKENS = 32
 WARM_UP_STEPS = 50
 SPAN_STEPS = 10
 ACTORS = ("tokenizer", "scheduler", "cache", "executor", "detokenizer")
-
-
-class NullRunner:
-    """Answers at once. Keeps the process's CPU time at each launch of a full decode step."""
-
-    def __init__(self, batch: int, token_ids: list[int]) -> None:
-        self.launched_at_s: list[float] = []
-        self.answering_s = 0.0
-        self._batch = batch
-        self._token_ids = token_ids
-        self._num_steps = 0
-        self._results: deque[StepResult] = deque()
-
-    def launch(self, plan: StepPlan) -> None:
-        """Answer a plan."""
-        if len(plan.slots) == self._batch and not plan.admissions:
-            self.launched_at_s.append(process_time())
-        started_at_s = perf_counter()
-        accepted = tuple(int(output is Output.SAMPLE) for output in plan.outputs)
-        token_id = TokenId(self._token_ids[self._num_steps % len(self._token_ids)])
-        self._num_steps += 1
-        self._results.append(
-            StepResult(plan.step_id, plan.slots, plan.epochs, accepted, token_ids=(token_id,) * sum(accepted))
-        )
-        self.answering_s += perf_counter() - started_at_s
-
-    def is_ready(self) -> bool:
-        """Whether an answer waits."""
-        return bool(self._results)
-
-    def collect(self) -> StepResult:
-        """The oldest answer."""
-        return self._results.popleft()
-
-    def statistics(self) -> RunnerStatistics:
-        """Only the steps are counted."""
-        return RunnerStatistics(num_steps=self._num_steps)
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-def build_parts(runner: NullRunner, tokenizer: Tokenizer, config: EngineConfig, num_blocks: int) -> EngineParts:
-    """An engine around the null runner."""
-    size = config.cache.block_size_tokens
-    max_context_tokens = (num_blocks - 1) * size
-    return EngineParts(
-        config=config,
-        tokenizer=tokenizer,
-        cache=CacheManager(num_blocks, config.cache),
-        executor=InlineExecutor(runner) if config.executor == "inline" else ThreadExecutor(runner),
-        limits=Limits(max_context_tokens, (num_blocks - 1) * size, size, tokenizer.vocab_size, eos_token_ids=()),
-        report=Report(
-            model="null",
-            architecture="null",
-            device="none",
-            dtype="none",
-            num_threads=1,
-            max_context_tokens=max_context_tokens,
-            weights_bytes=0,
-            kv_cache_bytes=0,
-            num_blocks=num_blocks,
-            block_size_tokens=size,
-            kernels="none",
-            executor=config.executor,
-            load_s=0.0,
-        ),
-    )
 
 
 async def read(engine: Engine, prompt: list[int], params: SamplingParams) -> None:

@@ -3,6 +3,7 @@
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -60,8 +61,9 @@ def test_half_a_request_is_no_request(server: Running) -> None:
     server.wait_until_idle()
 
 
-def test_a_storm_of_clients_that_leave_leaves_nothing_behind(server: Running) -> None:
-    for round_ in range(10):
+@pytest.mark.parametrize("num_rounds", [10, pytest.param(420, marks=pytest.mark.slow)])
+def test_a_storm_of_clients_that_leave_leaves_nothing_behind(server: Running, num_rounds: int) -> None:
+    for round_ in range(num_rounds):
         connections = [server.send({**ENDLESS, "stream": index % 2 == 0}) for index in range(12)]
         if round_ % 2:
             server.wait_until_running(1)
@@ -70,6 +72,23 @@ def test_a_storm_of_clients_that_leave_leaves_nothing_behind(server: Running) ->
         for connection in connections:
             connection.close()
     server.wait_until_idle()
+
+
+@pytest.mark.slow
+def test_a_thousand_idle_and_256_streaming_connections_are_served() -> None:
+    settings = {"max_running": 256, "max_step_tokens": 512, "kv_cache_bytes": 2**26}
+    with running(overrides=settings) as server, ExitStack() as stack:
+        for _ in range(1000):
+            stack.enter_context(server.connect())
+        body = {"prompt": "Once", "max_tokens": 40, "ignore_eos": True, "stream": True}
+        streams = [stack.enter_context(server.send(body)) for _ in range(256)]
+        for stream in streams:
+            received = b""
+            while b"data: [DONE]" not in received:
+                received += (part := stream.recv(2**16))
+                assert part
+            assert b'"finish_reason":"length"' in received
+        server.wait_until_idle()
 
 
 def test_a_client_that_reads_nothing_is_dropped_and_slows_nobody() -> None:
