@@ -137,7 +137,10 @@ void pack_panel(const T* source, long rows, long columns, bool halves, long pane
     for (long first = 0; first < words; first += AT_ONCE) {
         for (long lane = 0; lane < PANEL; lane++) {
             const long row = source_row(panel * PANEL + lane, rows, halves);
-            for (long word = first; word < std::min(words, first + AT_ONCE); word++) {
+            const long end = std::min(words, first + AT_ONCE), whole = row < 0 ? first : std::min(end, columns / IN_A_WORD);
+            for (long word = first; word < whole; word++)
+                memcpy(to + word * PANEL + lane, source + row * columns + word * IN_A_WORD, 4);
+            for (long word = std::max(first, whole); word < end; word++) {
                 T numbers[IN_A_WORD] = {};
                 for (long i = 0; i < IN_A_WORD; i++) {
                     const long column = word * IN_A_WORD + i;
