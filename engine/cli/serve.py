@@ -45,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Check all that needs no model, take the port, then load and serve."""
     require_extra()
-    from triode.engine.server.running import take_port
+    from triode.engine.server.running import check_tls, take_port
 
     engine, server = read_settings(arguments, os.environ)
+    check_tls(server)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     with take_port(server) as bound:
         asyncio.run(_serve(arguments.model, engine, server, bound))

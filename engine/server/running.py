@@ -8,6 +8,7 @@ unfinished ones go on until the deadline. The second one ends the process where 
 import asyncio
 import os
 import socket
+import ssl
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -49,6 +50,23 @@ def take_port(config: ServerConfig) -> socket.socket:
         reason = error.strerror or str(error)
         raise TriodeError(f"cannot listen at {config.host} port {config.port}: {reason}") from error
     return bound
+
+
+def check_tls(config: ServerConfig) -> None:
+    """Read the certificate and its key, so that wrong ones are known before the model is loaded.
+
+    Raises:
+        ValueError: if they cannot be read, or do not belong together.
+    """
+    if config.tls_certificate is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_certificate, config.tls_key)
+    except OSError as error:  # which an SSLError is, too
+        raise ValueError(
+            f"tls_certificate and tls_key must be PEM files that belong together, got {config.tls_certificate} and "
+            f"{config.tls_key}: {error.strerror}"
+        ) from None
 
 
 async def warm_up(engine: Engine) -> None:

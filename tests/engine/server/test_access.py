@@ -1,7 +1,11 @@
 """Who is served: keys, limits by key, origins, request ids, and what the log may say."""
 
 import logging
+import shutil
+import ssl
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -106,3 +110,15 @@ def test_by_default_no_origin_is_let_in(server: Running) -> None:
     with running() as plain, plain.client() as client:
         response = client.get("/health", headers={"Origin": "https://a.example"})
         assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_a_certificate_serves_https(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "server.pem", tmp_path / "server.key"
+    words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*words.split(), *names], check=True, capture_output=True)
+    with running(tls_certificate=str(certificate), tls_key=str(key)) as server:
+        trusting = ssl.create_default_context(cafile=str(certificate))
+        with httpx.Client(base_url=f"https://127.0.0.1:{server.port}", verify=trusting) as client:
+            assert client.post(TEXT, json=SHORT).status_code == 200

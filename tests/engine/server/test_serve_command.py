@@ -98,6 +98,16 @@ def test_a_port_in_use_is_known_before_the_model_is_loaded(capsys: pytest.Captur
     assert f"cannot listen at 127.0.0.1 port {port}: Address already in use" in capsys.readouterr().err
 
 
+def test_wrong_certificates_are_known_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = ["--tls-certificate", str(tmp_path / "none.pem"), "--tls-key", str(tmp_path / "none.key")]
+    assert main(["serve", "no-such-model", *missing]) == 2
+    assert "must be PEM files that belong together" in capsys.readouterr().err
+    assert main(["serve", "no-such-model", *missing[:2]]) == 2
+    assert "tls_certificate and tls_key must be given together" in capsys.readouterr().err
+
+
 def test_help_shows_examples_and_imports_no_server() -> None:
     code = (
         "import sys; from triode.engine.cli.main import main\n"
