@@ -1,6 +1,6 @@
 """From weights to a runner: choose the kernels, bind the decoder to them, size the KV pool from what is left."""
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ import torch
 from triode.cache.config import CacheConfig
 from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_blocks_for
 from triode.models.config import KernelChoice, ModelConfig, Quantization
-from triode.models.cpu import choose_native, cpu_program
+from triode.models.cpu import choose_native, cpu_program, describe_kernels
 from triode.models.eager import EagerRunner, cpu_threads
 from triode.models.pooling import Pooling
 from triode.models.program import StepProgram
@@ -83,7 +83,7 @@ def build_runner(
         weights_bytes=weights_bytes,
         kv_cache_bytes=pool.num_bytes,
         kv_dtype=decoder.dtype,
-        kernels=_describe(decoder.kernels.names, native.missing),
+        kernels=describe_kernels(decoder.kernels.names, native.missing),
     )
 
 
@@ -150,11 +150,3 @@ def _build_pool(config: ModelConfig, cache_config: CacheConfig, max_running: int
         dtype=decoder.dtype,
         device=decoder.device,
     )
-
-
-def _describe(names: dict[str, str], missing: str | None) -> str:
-    operations: dict[str, list[str]] = defaultdict(list)
-    for operation, implementation in names.items():
-        operations[implementation].append(operation)
-    found = [f"{implementation}: {', '.join(users)}" for implementation, users in operations.items()]
-    return "; ".join(found if missing is None else [*found, f"no native step: {missing}"])

@@ -1,6 +1,7 @@
 """Which program computes the steps of a model on the CPU: compiled code where it can be had, torch operations elsewhere."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,14 +78,23 @@ def cpu_program(
     return Decoder(config, weights, choose_kernels(CPU, weights.embed_VD.dtype), layers)
 
 
-def auto_kernel_names(dtype: torch.dtype) -> dict[str, str]:
-    """What "auto" takes here, operation to implementation, found out without compiling anything."""
+def describe_auto_kernels(dtype: torch.dtype) -> str:
+    """What "auto" takes here, found out without compiling anything."""
     try:
         _check_dtype(dtype)
         find_compiler()
     except NativeUnavailable as reason:
-        return {**choose_kernels(CPU, dtype).names, "native step": f"none ({reason})"}
-    return native_names(chosen())
+        return describe_kernels(choose_kernels(CPU, dtype).names, str(reason))
+    return describe_kernels(native_names(chosen()), None)
+
+
+def describe_kernels(names: Mapping[str, str], missing: str | None) -> str:
+    """Each implementation in use with its operations, and why the compiled step is not among them."""
+    operations: dict[str, list[str]] = defaultdict(list)
+    for operation, implementation in names.items():
+        operations[implementation].append(operation)
+    found = [f"{implementation}: {', '.join(users)}" for implementation, users in operations.items()]
+    return "; ".join(found if missing is None else [*found, f"no native step: {missing}"])
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

@@ -9,6 +9,8 @@ from triode.engine.cli.machine import Gpu, Memory, Processor, read_gpus, read_me
 from triode.engine.cli.progress import shown_progress, stage
 from triode.errors import ModelNotFound
 
+ON_GPU = "Triton; cuBLASLt for products of many tokens where a check at loading finds the same bits"
+
 
 class Report(msgspec.Struct, frozen=True):
     """Everything the doctor found."""
@@ -19,8 +21,8 @@ class Report(msgspec.Struct, frozen=True):
     gpus: tuple[Gpu, ...]
     device: str
     """What `--device auto` takes."""
-    kernels: dict[str, dict[str, str]]
-    """By dtype: operation to implementation."""
+    kernels: dict[str, str]
+    """By dtype, what would compute."""
     num_threads: int
     """Of one CPU operation, unless `--num-threads` says otherwise."""
     models: dict[str, str]
@@ -45,14 +47,13 @@ def examine() -> Report:
     """Look at the machine and at the installation."""
     import torch
 
-    from triode.kernels.dispatch import choose_kernels
-    from triode.models.cpu import auto_kernel_names
+    from triode.models.cpu import describe_auto_kernels
     from triode.models.loader import resolve_device
 
     device = resolve_device("auto")
 
-    def kernel_names(dtype: torch.dtype) -> dict[str, str]:
-        return auto_kernel_names(dtype) if device.type == "cpu" else choose_kernels(device, dtype).names
+    def kernels(dtype: torch.dtype) -> str:
+        return describe_auto_kernels(dtype) if device.type == "cpu" else ON_GPU
 
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     return Report(
@@ -61,7 +62,7 @@ def examine() -> Report:
         memory=read_memory(),
         gpus=read_gpus(),
         device=str(device),
-        kernels={str(dtype).removeprefix("torch."): kernel_names(dtype) for dtype in dtypes},
+        kernels={str(dtype).removeprefix("torch."): kernels(dtype) for dtype in dtypes},
         num_threads=torch.get_num_threads(),
         models=_models(),
     )
@@ -95,19 +96,11 @@ def _lines(report: Report) -> list[str]:
         ("memory", f"{_gib(memory.available_bytes)} available of {_gib(memory.total_bytes)}"),
         ("GPU", "; ".join(gpus) or "none that torch can use"),
         ("device", report.device),
-        *((f"kernels, {dtype}", _grouped(names)) for dtype, names in report.kernels.items()),
+        *((f"kernels, {dtype}", names) for dtype, names in report.kernels.items()),
         *((f"model {alias}", where) for alias, where in report.models.items()),
     ]
     width = max(len(label) for label, _ in rows)
     return [f"{label:<{width}}  {value}" for label, value in rows]
-
-
-def _grouped(names: dict[str, str]) -> str:
-    """The implementations, each with the operations it serves."""
-    operations: dict[str, list[str]] = {}
-    for operation, implementation in names.items():
-        operations.setdefault(implementation, []).append(operation)
-    return "; ".join(f"{implementation}: {', '.join(served)}" for implementation, served in operations.items())
 
 
 def _gib(num_bytes: int) -> str:
