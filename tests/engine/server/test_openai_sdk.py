@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
+import trio
 from openai.types.chat import ChatCompletionMessageParam
 
 from servers import Running, running
@@ -119,3 +120,17 @@ def test_many_asynchronous_clients_are_served_at_once(server: Running) -> None:
     # Neighbours change nothing: equal seeds have equal replies.
     assert texts == texts[:4] * 6
     assert len(set(texts)) == 4
+
+
+async def test_the_client_works_in_trio_and_a_cancelled_scope_cancels_the_request(server: Running) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as client:
+        with trio.move_on_after(30) as scope:
+            stream = await client.completions.create(
+                model="tiny", prompt="Once", max_tokens=7000, stream=True, extra_body={"ignore_eos": True}
+            )
+            async for _ in stream:
+                scope.cancel()
+        assert scope.cancelled_caught
+        await trio.to_thread.run_sync(server.wait_until_idle)
+        reply = await client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4)
+        assert reply.choices[0].message.content
