@@ -14,7 +14,7 @@ import trio
 
 from triode.engine.config import EngineConfig
 from triode.engine.engine import Engine
-from triode.engine.hub import Hub
+from triode.engine.hub import Hub, fresh
 from triode.engine.lifetime import run_hub
 from triode.engine.loading import load
 from triode.errors import EngineClosed
@@ -119,14 +119,19 @@ class EngineThread:
         self._token = trio.lowlevel.current_trio_token()
         if self._is_stopping:
             self._scope.cancel()
+        opened: Hub | None = None
         with self._scope:
             parts = await load(self._config, self._progress)
             async with run_hub(parts) as hub, trio.open_nursery() as self._nursery:
+                opened = hub
                 self.opened.set_result(hub)
                 try:
                     await trio.sleep_forever()
                 finally:
                     self._nursery = None
+        # `stop` may come while a fault is on its way out, and cancelling would swallow it.
+        if opened is not None and opened.fault is not None:
+            raise fresh(opened.fault)
 
 
 def _promise() -> "Future[T]":

@@ -7,7 +7,7 @@ import msgspec
 
 from triode.engine.stream import RequestStream
 
-SHORTEST_S = 0.01
+SHORTEST_S = 0.001
 """No rate is given for tokens that came within a shorter time."""
 
 

@@ -152,6 +152,27 @@ def test_whoever_waits_learns_the_cause(actor: str, monkeypatch: pytest.MonkeyPa
     assert threads_of_ours() == []
 
 
+def test_a_fault_is_told_even_when_the_engine_is_closed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = Bomb(monkeypatch, "scheduler")
+    llm = open_tiny()
+    hub = llm._hub
+    faults: list[object] = []
+
+    def stop_as_soon_as_it_fails(fault: EngineFault) -> None:
+        faults.append(fault)
+        fail_all(fault)
+        llm._thread._scope.cancel()
+
+    fail_all = hub.mailboxes.fail_all
+    monkeypatch.setattr(hub.mailboxes, "fail_all", stop_as_soon_as_it_fails)
+    bomb.is_armed = True
+    with pytest.raises(EngineFault, match="the scheduler failed"):
+        llm.generate([PROMPT], greedy(2))
+    assert len(faults) == 1
+    with pytest.raises(EngineFault, match="the scheduler failed"):
+        llm.close()
+
+
 def test_generators_that_outlive_the_engine_are_silent() -> None:
     with open_tiny() as llm:
         stream = llm.stream(PROMPT, greedy(LONG))

@@ -6,4 +6,5 @@ from triton_interpreter import let_scalars_be_loop_bounds
 
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
+
 let_scalars_be_loop_bounds()
