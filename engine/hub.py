@@ -224,8 +224,12 @@ class Hub:
             self._refuse_answers(self.fault or EngineClosed("the engine was closed before it answered"))
             self._scope.cancel()
 
+    @trio.lowlevel.enable_ki_protection
     async def _guard(self, name: str, actor: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        """A fault of one actor ends the engine. Every waiting caller learns it before anything is torn down."""
+        """A fault of one actor ends the engine. Every waiting caller learns it before anything is torn down.
+
+        Ctrl-C is no actor's fault: under protection Trio raises it in the caller's code instead.
+        """
         try:
             await actor()
         except BaseException as error:

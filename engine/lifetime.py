@@ -43,6 +43,7 @@ async def run_hub(parts: EngineParts) -> AsyncIterator[Hub]:
         raise escaped
 
 
+@trio.lowlevel.enable_ki_protection
 async def _run(hub: Hub, body: trio.CancelScope) -> None:
     """Run the actors; a fault of theirs ends the caller's block."""
     await hub.run()

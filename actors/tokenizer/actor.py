@@ -28,6 +28,7 @@ async def run_tokenizer(prepare: Prepare, inbox: Inbox[Submit], scheduler: Put[T
     raise AssertionError("the tokenizer never stops by itself")
 
 
+@trio.lowlevel.enable_ki_protection
 async def _prepare_in_thread(
     prepare: Prepare, submit: Submit, scheduler: Put[Tokenized | Rejected], limiter: trio.CapacityLimiter
 ) -> None:

@@ -11,7 +11,7 @@ import trio
 def on_interrupt(act: Callable[[], object]) -> Iterator[None]:
     """Within the block Ctrl-C calls `act` in the event loop.
 
-    Trio's default would raise KeyboardInterrupt in whichever task runs; in an actor that looks like a fault of the engine.
+    Trio's default would raise KeyboardInterrupt in whichever of the caller's tasks runs or waits first.
     """
     token = trio.lowlevel.current_trio_token()
     previous = signal.signal(signal.SIGINT, lambda *_: token.run_sync_soon(act))

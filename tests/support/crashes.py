@@ -1,6 +1,7 @@
 """Makes one actor of an engine fail, or its steps stand still, when a test says so."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -25,17 +26,23 @@ class Boom(Exception):
     """A bug."""
 
 
-class Bomb:
-    """Raises from an actor's core once it is armed."""
+def break_down() -> None:
+    raise Boom("it broke")
 
-    def __init__(self, patch: pytest.MonkeyPatch, actor: str, error: BaseException | None = None) -> None:
+
+class Bomb:
+    """Goes off in an actor's core, at most once, when it is armed."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, actor: str, go_off: Callable[[], object] = break_down) -> None:
         self.is_armed = False
+        self.went_off = False
         owner, name = CORES[actor]
         original = getattr(owner, name)
 
         def core(*args: object, **options: object) -> object:
-            if self.is_armed:
-                raise error or Boom("it broke")
+            if self.is_armed and not self.went_off:
+                self.went_off = True
+                go_off()
             return original(*args, **options)
 
         patch.setattr(owner, name, core)
