@@ -86,12 +86,17 @@ class EngineThread:
         return future, lambda: self._post(scope.cancel)
 
     def do(self, call: Callable[[Engine], T]) -> "Future[T]":
-        """The same for a synchronous call."""
+        """Have a synchronous call made in the engine's thread, or here once that has ended."""
+        future: Future[T] = _promise()
 
-        async def run(engine: Engine) -> T:
-            return call(engine)
+        def run() -> None:
+            try:
+                future.set_result(call(Engine(self.hub)))
+            except Exception as error:
+                future.set_exception(error)
 
-        return self.call(run)[0]
+        self._post(run, otherwise=run)
+        return future
 
     def _post(self, call: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
         try:

@@ -54,6 +54,8 @@ class Hub:
         self.fault: EngineFault | None = None
         self._is_closed = False
         self._token = trio.lowlevel.current_trio_token()
+        # Held, because `statistics` may be asked for when no loop runs any more.
+        self._clock = trio.lowlevel.current_clock()
         self._scope = trio.CancelScope()
         self._scheduler = Scheduler(parts.config.scheduler, max_in_flight=parts.executor.max_in_flight)
         self._detokenizer = Detokenizer(DecoderFactory(parts.tokenizer.backend))
@@ -99,7 +101,7 @@ class Hub:
                 priority=request.priority,
                 cache_salt=request.cache_salt,
                 deadline_at_s=None if deadline_s is None else trio.current_time() + deadline_s,
-                pool_hidden=request.pool_hidden,
+                pooling=request.pooling,
             )
         )
 
@@ -176,7 +178,7 @@ class Hub:
                 detokenizer=self._to_detokenizer.statistics(),
             ),
             scheduler=self._scheduler.statistics(),
-            cache=self.parts.cache.statistics(trio.current_time()),
+            cache=self.parts.cache.statistics(self._clock.current_time()),
             runner=self.parts.executor.statistics(),
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import trio
+from msgspec.structs import replace
 
 from triode.actors.executor.actor import Executor
 from triode.actors.executor.inline import InlineExecutor
@@ -19,6 +20,7 @@ from triode.engine.config import EngineConfig
 from triode.engine.parts import EngineParts, Report
 from triode.ids import TokenId
 from triode.models.progress import NullProgress, Progress
+from triode.models.source import RANDOM_PREFIX, locate
 from triode.models.tokenizer import Tokenizer
 from triode.models.tokenizer_source import open_tokenizer
 
@@ -61,6 +63,10 @@ async def load(config: EngineConfig, progress: Progress | None) -> EngineParts:
 
 
 def _load_here(order: Open, progress: Progress, *, is_inline: bool) -> _Loaded:
+    if not order.options.model.startswith(RANDOM_PREFIX):
+        # Before torch's import, so that a misspelt name is told at once.
+        path = locate(order.options.model, progress)
+        order = replace(order, options=replace(order.options, model=str(path)))
     progress.stage("Starting torch", None, "")
     # Imported here, in a worker thread: torch takes seconds to import, and the event loop must go on.
     from triode.actors.executor.opening import load_runner

@@ -35,6 +35,8 @@ def main(arguments: argparse.Namespace) -> int:
         raise ValueError("--logprobs and --prompt-logprobs must be given with --json, the output that shows them")
     if arguments.prompt == "-":
         arguments.prompt = sys.stdin.read()
+    if not arguments.prompt:
+        raise ValueError("--prompt must have at least one character, got ''")
     return trio.run(_main, arguments)
 
 

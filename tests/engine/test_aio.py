@@ -195,7 +195,8 @@ async def test_streams_end_with_their_engine(encoding: threading.Event) -> None:
 @asyncio_test
 async def test_a_closed_engine_takes_nothing() -> None:
     async with open_tiny() as engine:
-        pass
+        stream = await engine.submit(PROMPT, greedy(2), request_id="mine")
+        await stream.result()
     with pytest.raises(EngineClosed, match="the engine has been closed; open another"):
         await engine.submit(PROMPT)
     with pytest.raises(EngineClosed, match="has been closed"):
@@ -203,8 +204,35 @@ async def test_a_closed_engine_takes_nothing() -> None:
     with pytest.raises(EngineClosed, match="has been closed"):
         await engine.cache.clear()
     with pytest.raises(EngineClosed, match="has been closed"):
-        engine.statistics()
-    engine.cancel("anyone")
+        engine.set_priority("mine", 1)
+    engine.cancel("mine")
+
+
+@asyncio_test
+async def test_a_closed_engine_still_says_what_was() -> None:
+    async with open_tiny() as engine:
+        stream = await engine.submit(PROMPT, greedy(2), request_id="mine")
+        await stream.result()
+    assert engine.status("mine") == "finished"
+    assert (engine.statistics().num_submitted, engine.statistics().num_unfinished) == (1, 0)
+
+
+@asyncio_test
+async def test_a_second_cancellation_does_not_leave_the_thread_behind() -> None:
+    async def serve() -> None:
+        async with open_tiny():
+            is_open.set()
+            await asyncio.sleep(LONG)
+
+    is_open = asyncio.Event()
+    task = asyncio.create_task(serve())
+    await is_open.wait()
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert threads_of_ours() == []
 
 
 @asyncio_test

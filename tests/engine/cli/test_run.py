@@ -35,6 +35,21 @@ def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.parametrize(
+    ("words", "status", "error"),
+    [
+        (["no-such-model", "-p", "Hello"], 1, "there is no folder or .gguf file 'no-such-model'"),
+        ([*TINY, "-p", ""], 2, "--prompt must have at least one character, got ''"),
+    ],
+)
+def test_a_wrong_word_is_told_before_torch_is_imported(words: list[str], status: int, error: str) -> None:
+    code = "import sys; from triode.engine.cli.main import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "run", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(status), "False"]
+    assert error in done.stderr
+
+
 def test_text_goes_to_stdout_and_stages_and_figures_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *RAW, "--max-tokens", "5"]) == 0
     captured = capsys.readouterr()
@@ -111,7 +126,6 @@ def test_a_system_message_comes_before_the_prompt(capsys: pytest.CaptureFixture[
         ([*RAW, "--logprobs", "1"], "--logprobs and --prompt-logprobs must be given with --json"),
         ([*RAW, "--max-tokens", "1000000"], "max_tokens must be <= "),
         ([*RAW, "--kv-cache-fraction", "2"], "kv_cache_fraction must be in (0, 1], got 2.0"),
-        ([*TINY, "--raw", "-p", ""], "prompt must have at least one token, got none"),
     ],
 )
 def test_a_wrong_value_is_one_line_and_status_2(
