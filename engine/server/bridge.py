@@ -2,13 +2,13 @@
 
 A task a request reads its stream and sends what it finds. While a frame waits for a slow socket the others wait for
 their turn, and what their requests generate meanwhile arrives in one frame: nothing is buffered without bound. When the
-socket closes, every request of it is cancelled.
+socket closes, every request of it is cancelled, but for those whose clients asked for time to come back.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import cast
 
 import anyio
@@ -17,30 +17,31 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from triode.actors.messages import Delta, RequestStatus
+from triode.actors.messages import RequestStatus
 from triode.engine.request import Prompt
 from triode.engine.server.bridge_messages import (
     Accepted,
+    Ack,
     Cancel,
     Failed,
-    Finished,
     FromClient,
     FromServer,
     Ping,
     Pong,
     Priority,
-    SampleDelta,
+    Resume,
+    Resumed,
     Status,
     StatusReply,
-    StreamDelta,
     Submit,
 )
 from triode.engine.server.connection import PacedSend, first_of
 from triode.engine.server.errors import RequestError, engine_error, wrong_value
 from triode.engine.server.guard import caller_of
 from triode.engine.server.service import Service
+from triode.engine.server.session import Session, Sessions, check_resumption, find_session
 from triode.engine.stream import RequestStream
 from triode.errors import TriodeError
 
@@ -62,11 +63,10 @@ class Codec:
 
 _JSON = Codec("text", msgspec.json.Encoder().encode, msgspec.json.Decoder(FromClient).decode)
 _MSGPACK = Codec("bytes", msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(FromClient).decode)
+CLOSE_S = 1
+"""For the close of a socket that is stuck; most are beyond it."""
 SUBPROTOCOLS = {"triode.v1.json": _JSON, "triode.v1.msgpack": _MSGPACK}
 """The first of the client's that is among these is taken; a client that names none gets JSON."""
-
-MAX_TOKENS_IN_FRAME = 128
-"""With 64 logprobs for each token a frame stays below 1 MiB, the most that many clients take."""
 
 
 class BridgeEndpoint:
@@ -74,6 +74,7 @@ class BridgeEndpoint:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._sessions: Sessions = {}
 
     async def connect(self, socket: WebSocket) -> None:
         """One socket, until either side closes it."""
@@ -86,7 +87,7 @@ class BridgeEndpoint:
             return
         await socket.accept(chosen)
         with self._service.metrics.sockets.track_inprogress():
-            await Bridge(self._service, socket, SUBPROTOCOLS.get(chosen or "", _JSON)).run()
+            await Bridge(self._service, self._sessions, socket, SUBPROTOCOLS.get(chosen or "", _JSON)).run()
 
     async def schema(self, request: Request) -> Response:
         """The messages of both directions, as JSON Schema."""
@@ -102,31 +103,45 @@ def _schema() -> bytes:
     return msgspec.json.encode({"$defs": components, "client": client, "server": server})
 
 
-@dataclass(slots=True)
 class _Open:
-    """A request of this socket that has not ended."""
+    """A request of this socket that has not had its last word."""
 
-    stream: RequestStream | None = None
-    """None until the request is accepted."""
-    is_cancelled: bool = False
-    priority: int | None = None
-    """Given since the submit."""
+    def __init__(self) -> None:
+        self.session: Session | None = None
+        """None until the request is accepted."""
+        self.is_cancelled = False
+        self.priority: int | None = None
+        """Given since the submit."""
+        self._opening = anyio.CancelScope()
 
     @property
     def status(self) -> RequestStatus:
-        return RequestStatus.QUEUED if self.stream is None else self.stream.status
+        return RequestStatus.QUEUED if self.session is None else self.session.status
 
     def cancel(self) -> None:
         self.is_cancelled = True
-        if self.stream is not None:
-            self.stream.cancel()
+        if self.session is not None:
+            self.session.cancel()
+
+    def leave(self) -> None:
+        """The socket is lost."""
+        self._opening.cancel()
+        if self.session is not None:
+            self.session.leave()
+
+    async def open(self, opening: Callable[[], Awaitable[Session]]) -> Session | None:
+        """The accepted request; None if the socket was lost before."""
+        with self._opening:
+            self.session = await opening()
+        return self.session
 
 
 class Bridge:
     """One accepted socket."""
 
-    def __init__(self, service: Service, socket: WebSocket, codec: Codec) -> None:
+    def __init__(self, service: Service, sessions: Sessions, socket: WebSocket, codec: Codec) -> None:
         self._service = service
+        self._sessions = sessions
         self._socket = socket
         self._codec = codec
         self._key = caller_of(socket.scope).key
@@ -134,17 +149,24 @@ class Bridge:
         self._open: dict[str, _Open] = {}
 
     async def run(self) -> None:
-        """Until the socket closes, or is so slow that it is given up."""
-        await first_of(self._receive, self._paced.until_stuck)
-
-    async def _receive(self) -> None:
+        """Until the socket closes, or is so slow that it is given up, and no request waits for another socket."""
         async with anyio.create_task_group() as requests:
-            while (frame := await self._socket.receive())["type"] == "websocket.receive":
-                try:
-                    await self._handle(self._decode(frame), requests)
-                except RequestError as error:
-                    await self._send(Failed(None, error.status, error.detail))
-            requests.cancel_scope.cancel()
+            await first_of(partial(self._receive, requests), self._until_stuck)
+            for request in list(self._open.values()):
+                request.leave()
+
+    async def _receive(self, requests: anyio.abc.TaskGroup) -> None:
+        while (frame := await self._socket.receive())["type"] == "websocket.receive":
+            try:
+                await self._handle(self._decode(frame), requests)
+            except RequestError as error:
+                await self._send(Failed(None, error.status, error.detail))
+
+    async def _until_stuck(self) -> None:
+        await self._paced.until_stuck()
+        # Its requests may outlive it, but it is of no use any more.
+        with anyio.move_on_after(CLOSE_S):
+            await self._socket.close(1013)
 
     def _decode(self, frame: Message) -> FromClient:
         """The message in a frame.
@@ -165,10 +187,13 @@ class Bridge:
     async def _handle(self, message: FromClient, requests: anyio.abc.TaskGroup) -> None:
         match message:
             case Submit(id=name):
-                if name in self._open:
-                    raise RequestError(400, f"id must be unique among the socket's unfinished requests, got {name!r}")
-                self._open[name] = request = _Open()
-                requests.start_soon(self._serve, message, request)
+                requests.start_soon(self._begin, message, self._new(name))
+            case Resume(id=name):
+                session = find_session(self._sessions, message.token, self._key)
+                request = self._new(name)
+                requests.start_soon(self._resume, message, request, session)
+            case Ack(id=name, seq=seq):
+                self._acknowledge(name, seq)
             case Cancel(id=name):
                 if found := self._open.get(name):
                     found.cancel()
@@ -179,27 +204,38 @@ class Bridge:
             case Ping():
                 await self._send(Pong())
 
-    async def _serve(self, submit: Submit, request: _Open) -> None:
+    def _new(self, name: str) -> _Open:
+        if name in self._open:
+            raise RequestError(400, f"id must be unique among the socket's unfinished requests, got {name!r}")
+        self._open[name] = request = _Open()
+        return request
+
+    async def _begin(self, submit: Submit, request: _Open) -> None:
         """One request, from submit to its last word."""
         try:
-            with self._service.gate.admitted(self._key) as admitted:
-                await self._end(submit.id, await self._outcome(submit, request, admitted))
+            session = await request.open(partial(self._accept, submit))
         except RequestError as error:
-            await self._end(submit.id, Failed(submit.id, error.status, error.detail))
+            del self._open[submit.id]
+            await self._send(Failed(submit.id, error.status, error.detail))
+            return
+        if session is None:
+            return
+        # What the client asked for meanwhile.
+        if request.is_cancelled:
+            session.cancel()
+        elif request.priority is not None:
+            self._move(session, request.priority)
+        sample = session.stream.completions[0]
+        opening = Accepted(submit.id, session.stream.request_id, sample.usage.prompt_tokens, sample.seed, session.token)
+        await self._serve(submit.id, request, session, opening)
 
-    async def _outcome(self, submit: Submit, request: _Open, admitted: list[RequestStream]) -> FromServer:
-        try:
+    async def _accept(self, submit: Submit) -> Session:
+        check_resumption(submit, self._service.config.max_resume_grace_s)
+        with ExitStack() as admission:
+            admitted = admission.enter_context(self._service.gate.admitted(self._key))
             stream = await self._submit(submit)
             admitted.append(stream)
-            return await self._follow(submit.id, stream, request)
-        except (RequestError, TriodeError) as error:
-            failure = error if isinstance(error, RequestError) else engine_error(error)
-            return Failed(submit.id, failure.status, failure.detail)
-
-    async def _end(self, name: str, last_word: FromServer) -> None:
-        # Free before the last word: the client may use the id again as soon as it has read it.
-        del self._open[name]
-        await self._send(last_word)
+            return Session(self._service, self._sessions, submit, stream, self._key, admission.pop_all())
 
     async def _submit(self, submit: Submit) -> RequestStream:
         try:
@@ -212,68 +248,54 @@ class Bridge:
             )
         except ValueError as error:
             raise wrong_value(error) from None
+        except TriodeError as error:
+            raise engine_error(error) from error
 
-    async def _follow(self, name: str, stream: RequestStream, request: _Open) -> Finished:
-        timing = self._service.metrics.timing()
+    async def _resume(self, resume: Resume, request: _Open, session: Session) -> None:
         try:
-            request.stream = stream
-            # What the client asked for meanwhile.
-            if request.is_cancelled:
-                stream.cancel()
-            elif request.priority is not None:
-                self._move(stream, request.priority)
-            sample = stream.completions[0]
-            await self._send(Accepted(name, stream.request_id, sample.usage.prompt_tokens, sample.seed))
-            while deltas := await stream.batch():
-                timing.saw(deltas)
-                for samples in cut(deltas, MAX_TOKENS_IN_FRAME):
-                    await self._send(StreamDelta(name, samples))
-            result = await stream.result()
-            timing.ended(result)
-        finally:
-            timing.close()
-        reasons = [sample.finish_reason for sample in result.completions]
-        return Finished(name, reasons, result.usage, result.seed, result.max_tokens, result.reason)
+            session.rewind(resume.seq)
+        except ValueError as error:
+            del self._open[resume.id]
+            failure = wrong_value(error)
+            await self._send(Failed(resume.id, failure.status, failure.detail))
+            return
+        request.session = session
+        await self._serve(resume.id, request, session, Resumed(resume.id, session.stream.request_id))
+
+    async def _serve(self, name: str, request: _Open, session: Session, opening: FromServer) -> None:
+        await session.serve(name, self._send, partial(self._forget, name, request), opening)
+
+    def _forget(self, name: str, request: _Open) -> None:
+        """The id is free."""
+        if self._open.get(name) is request:
+            del self._open[name]
+
+    def _acknowledge(self, name: str, seq: int) -> None:
+        # Acknowledgements of a request's last words may come after its end.
+        request = self._open.get(name)
+        if request is not None and request.session is not None:
+            try:
+                request.session.acknowledge(seq)
+            except ValueError as error:
+                raise wrong_value(error) from None
 
     async def _set_priority(self, name: str, priority: int) -> None:
         if (request := self._open.get(name)) is not None:
             request.priority = priority
-            if request.stream is not None:
-                self._move(request.stream, priority)
+            if request.session is not None:
+                self._move(request.session, priority)
         await self._tell_status(name)
 
-    def _move(self, stream: RequestStream, priority: int) -> None:
+    def _move(self, session: Session, priority: int) -> None:
         # It may end at any moment, and then there is nothing to move.
         with suppress(KeyError):
-            self._service.engine.set_priority(stream.request_id, priority)
+            self._service.engine.set_priority(session.stream.request_id, priority)
 
     async def _tell_status(self, name: str) -> None:
         request = self._open.get(name)
         await self._send(StatusReply(name, None if request is None else request.status))
 
     async def _send(self, message: FromServer) -> None:
-        await self._paced(self._codec.to_frame(message))
-
-
-def cut(deltas: Sequence[Delta], max_tokens: int) -> Iterator[list[SampleDelta]]:
-    """What one frame each brings. A delta too long for a frame is cut: its text comes first, its end last."""
-    if sum(len(delta.token_ids) for delta in deltas) <= max_tokens:
-        yield [_sample_delta(delta) for delta in deltas]
-        return
-    for delta in deltas:
-        num_tokens = len(delta.token_ids)
-        for start in range(0, max(num_tokens, 1), max_tokens):
-            is_first, is_last = start == 0, start + max_tokens >= num_tokens
-            piece = msgspec.structs.replace(
-                delta,
-                text=delta.text if is_first else "",
-                token_ids=delta.token_ids[start : start + max_tokens],
-                logprobs=None if delta.logprobs is None else delta.logprobs[start : start + max_tokens],
-                finish_reason=delta.finish_reason if is_last else None,
-                stop_reason=delta.stop_reason if is_last else None,
-            )
-            yield [_sample_delta(piece)]
-
-
-def _sample_delta(delta: Delta) -> SampleDelta:
-    return SampleDelta(delta.index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_reason)
+        # A socket that is lost says so to `_receive`, too, which lets all of its requests know.
+        with suppress(WebSocketDisconnect):
+            await self._paced(self._codec.to_frame(message))

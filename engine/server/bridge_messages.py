@@ -1,10 +1,15 @@
 """The messages of `/v1/stream`, one to a frame: JSON texts or msgpack bytes, by the subprotocol the client asks for.
 
     client ─submit→ server ─accepted, delta, delta, ..., finished→ client         or, at any point: ─failed→
-    client ─cancel, priority, status, ping→ server
+    client ─ack, cancel, priority, status, ping→ server
+    client ─resume→ server ─resumed, delta, ..., finished→ client                on another socket, after the first dropped
 
 `id` is the client's own name of a request, unique among the unfinished ones of its socket. Every submit is answered by
 exactly one `finished` or `failed`, after which its id is free again.
+
+A request with a `window` numbers its deltas and its last word, and sends no more than so many beyond the last `ack`: so a
+client that reads one request slowly holds no other one up. What waits meanwhile comes in fewer, larger deltas. Such a
+request may outlive its socket by `resume_grace_s`; its id is then free when its last word is acknowledged, too.
 """
 
 from typing import Annotated, TypeAlias
@@ -19,6 +24,8 @@ from triode.models.sampling import SamplingParams
 from triode.models.step import TokenLogprobs
 
 Id: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Window: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=256)]
+Seq: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class ClientMessage(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower, forbid_unknown_fields=True):
@@ -35,6 +42,27 @@ class Submit(ClientMessage, frozen=True):
     priority: int = 0
     cache_salt: str | None = None
     deadline_s: float | None = None
+    window: Window | None = None
+    """Deltas that may be sent and not acknowledged; None sends whatever the socket takes."""
+    resume_grace_s: float = 0.0
+    """How long the request goes on without a socket, waiting for `resume`; needs a window."""
+
+
+class Ack(ClientMessage, frozen=True):
+    """All deltas up to this one have been read. Ignored for a request that has ended."""
+
+    id: Id
+    seq: Seq
+
+
+class Resume(ClientMessage, frozen=True):
+    """Go on with a request whose socket was lost. The key must be the one of its submit."""
+
+    id: Id
+    """Its name on this socket."""
+    token: str
+    seq: Seq
+    """The last delta that was read, 0 if none."""
 
 
 class Cancel(ClientMessage, frozen=True):
@@ -72,6 +100,15 @@ class Accepted(ServerMessage, frozen=True):
     """The engine's name of it."""
     prompt_tokens: int
     seed: int
+    resume_token: str | None = None
+    """Whoever has it and the key may resume the request."""
+
+
+class Resumed(ServerMessage, frozen=True):
+    """The request goes on here, after the delta that the client named."""
+
+    id: str
+    request_id: str
 
 
 class SampleDelta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -90,6 +127,8 @@ class StreamDelta(ServerMessage, frozen=True, tag="delta"):
 
     id: str
     samples: list[SampleDelta]
+    seq: int = 0
+    """Its number, if the request has a window."""
 
 
 class Finished(ServerMessage, frozen=True):
@@ -102,6 +141,7 @@ class Finished(ServerMessage, frozen=True):
     max_tokens: int
     reason: str | None = None
     """Why it was cancelled, if it was."""
+    seq: int = 0
 
 
 class Failed(ServerMessage, frozen=True):
@@ -111,6 +151,7 @@ class Failed(ServerMessage, frozen=True):
     status: int
     """As HTTP would say it."""
     error: ErrorDetail
+    seq: int = 0
 
 
 class StatusReply(ServerMessage, frozen=True, tag="status"):
@@ -125,5 +166,5 @@ class Pong(ServerMessage, frozen=True):
     """The answer to `ping`."""
 
 
-FromClient: TypeAlias = Submit | Cancel | Priority | Status | Ping
-FromServer: TypeAlias = Accepted | StreamDelta | Finished | Failed | StatusReply | Pong
+FromClient: TypeAlias = Submit | Resume | Ack | Cancel | Priority | Status | Ping
+FromServer: TypeAlias = Accepted | Resumed | StreamDelta | Finished | Failed | StatusReply | Pong

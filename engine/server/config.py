@@ -31,6 +31,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Prompts in one request at most."""
     max_concurrent_per_key: int | None = None
     """Unfinished requests of one key at most, or of everybody without a key; None sets no limit."""
+    max_resume_grace_s: float = 60.0
+    """The longest that a request on /v1/stream may ask to go on without a socket; 0 lets none."""
     write_timeout_s: float = 10.0
     """A client that takes nothing for so long is dropped, and its requests are cancelled."""
     drain_s: float = 30.0
@@ -51,8 +53,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         if not 0 < self.write_timeout_s <= 3600:
             raise ValueError(f"write_timeout_s must be > 0 and <= 3600, got {self.write_timeout_s!r}")
-        if not 0 <= self.drain_s <= 86_400:
-            raise ValueError(f"drain_s must be >= 0 and <= 86400, got {self.drain_s!r}")
+        for name in ("drain_s", "max_resume_grace_s"):
+            if not 0 <= getattr(self, name) <= 86_400:
+                raise ValueError(f"{name} must be >= 0 and <= 86400, got {getattr(self, name)!r}")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key must be given together")
         if self.served_name == "":

@@ -14,11 +14,17 @@ class Gate:
     """Admits requests until `drain`, and each key's no more than its limit at a time."""
 
     def __init__(self, max_concurrent_per_key: int | None) -> None:
-        self.is_draining = False
+        self.draining = anyio.Event()
+        """Set when nothing more is admitted."""
         self._max_concurrent = max_concurrent_per_key
         self._num_by_key: Counter[str] = Counter()
         self._entries: dict[int, list[RequestStream]] = {}
         self._left = anyio.Event()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether `drain` has begun."""
+        return self.draining.is_set()
 
     @property
     def num_admitted(self) -> int:
@@ -57,7 +63,7 @@ class Gate:
 
     async def drain(self, deadline_s: float) -> None:
         """Admit nothing more, wait for what is being served, and cancel what is left at the deadline."""
-        self.is_draining = True
+        self.draining.set()
         with anyio.move_on_after(deadline_s):
             while self._entries:
                 self._left = anyio.Event()
