@@ -18,7 +18,7 @@ import msgspec
 from triode.cache.messages import Clear, Match, Matched, Pin, Pinned, Release, Reserve, Reserved, Unpin
 from triode.ids import RequestId, SequenceId, StepId, TokenId
 from triode.models.sampling import SamplingParams
-from triode.models.step import StepPlan, StepResult, TokenLogprobs
+from triode.models.step import Pooling, StepPlan, StepResult, TokenLogprobs
 
 ChatMessages: TypeAlias = tuple[dict[str, object], ...]
 """Messages in OpenAI's shape: `{"role": ..., "content": ...}`."""
@@ -72,8 +72,8 @@ class Submit(Message, frozen=True):
     cache_salt: str | None = None
     deadline_at_s: float | None = None
     """On the engine's clock; the request is cancelled when it passes."""
-    pool_hidden: bool = False
-    """An embedding request: it returns the pooled hidden state of the prompt and generates nothing."""
+    pooling: Pooling | None = None
+    """Of an embedding request: it returns the pooled hidden state of the prompt and generates nothing."""
 
 
 # ─ tokenizer → scheduler: every Submit is answered exactly once, by one of these (Rejected goes on to the detokenizer)
@@ -93,7 +93,7 @@ class Tokenized(Message, frozen=True):
     priority: int = 0
     cache_salt: str | None = None
     deadline_at_s: float | None = None
-    pool_hidden: bool = False
+    pooling: Pooling | None = None
 
 
 class Rejected(Message, frozen=True):

@@ -23,6 +23,7 @@ from triode.engine.parts import Report
 from triode.engine.request import Prompt, Request, build_request, check_request_id
 from triode.engine.statistics import EngineStatistics
 from triode.engine.stream import RequestStream, Submission
+from triode.ids import TokenId
 from triode.models.progress import Progress
 from triode.models.sampling import SamplingParams
 from triode.models.tokenizer import Tokenizer
@@ -134,9 +135,13 @@ class Engine:
         """As `triode.Engine.generate`."""
         return await self._ask(lambda engine: engine.generate(prompts, params, progress=progress))
 
-    async def embed(self, prompts: Sequence[Prompt]) -> list[tuple[float, ...]]:
+    async def embed(self, prompts: Sequence[Prompt], *, pooling: str = "mean") -> list[tuple[float, ...]]:
         """As `triode.Engine.embed`."""
-        return await self._ask(lambda engine: engine.embed(prompts))
+        return await self._ask(lambda engine: engine.embed(prompts, pooling=pooling))
+
+    async def encode(self, prompt: Prompt) -> tuple[TokenId, ...]:
+        """As `triode.Engine.encode`."""
+        return await self._ask(lambda engine: engine.encode(prompt))
 
     def status(self, request_id: str) -> RequestStatus:
         """As `triode.Engine.status`. Waits for the engine's thread, about a tenth of a millisecond."""

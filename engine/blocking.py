@@ -94,9 +94,9 @@ class LLM:
         _run(stream.accepted())
         return _iterate(stream)
 
-    def embed(self, prompts: Sequence[Prompt]) -> list[tuple[float, ...]]:
+    def embed(self, prompts: Sequence[Prompt], *, pooling: str = "mean") -> list[tuple[float, ...]]:
         """As `triode.Engine.embed`."""
-        return _result(*self._thread.call(lambda engine: engine.embed(prompts)))
+        return _result(*self._thread.call(lambda engine: engine.embed(prompts, pooling=pooling)))
 
     def statistics(self) -> EngineStatistics:
         """As `triode.Engine.statistics`."""

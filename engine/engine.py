@@ -149,14 +149,28 @@ class Engine:
         ]
         return await self._run_batch(RequestStream.result, requests, progress)
 
-    async def embed(self, prompts: Sequence[Prompt]) -> list[tuple[float, ...]]:
-        """The mean of each prompt's final hidden states, as the model gives them: not scaled to length 1.
+    async def embed(self, prompts: Sequence[Prompt], *, pooling: str = "mean") -> list[tuple[float, ...]]:
+        """One vector a prompt, as the model gives them: not scaled to length 1.
+
+        Args:
+            prompts: texts, token ids or conversations.
+            pooling: "mean" of the final hidden states, or the "last" one.
 
         Raises:
             ValueError: for the first prompt that is refused, or for a text where a list of prompts is wanted.
         """
         check_prompts(prompts)
-        return await self._run_batch(RequestStream.embedding, [embedding_request(prompt) for prompt in prompts], None)
+        requests = [embedding_request(prompt, pooling) for prompt in prompts]
+        return await self._run_batch(RequestStream.embedding, requests, None)
+
+    async def encode(self, prompt: Prompt) -> tuple[TokenId, ...]:
+        """The tokens of a prompt, as `submit` would see them: conversations go through the chat template.
+
+        Raises:
+            ValueError: if the prompt is wrong or could never fit.
+        """
+        parts = self._hub.parts
+        return await trio.to_thread.run_sync(encode, freeze_prompt(prompt), parts.tokenizer, parts.limits)
 
     def status(self, request_id: str) -> RequestStatus:
         """Where a request is; the last 4,096 that ended are remembered.

@@ -9,6 +9,7 @@ import msgspec
 from triode.actors.messages import ChatMessages
 from triode.ids import RequestId, TokenId
 from triode.models.sampling import SamplingParams, is_unicode
+from triode.models.step import Pooling
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
 """Raw text, token ids, or chat messages in OpenAI's shape (then the model's chat template applies)."""
@@ -26,7 +27,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     cache_salt: str | None = None
     deadline_s: float | None = None
-    pool_hidden: bool = False
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.params, SamplingParams):
@@ -61,9 +62,15 @@ def build_request(
     )
 
 
-def embedding_request(prompt: Prompt) -> Request:
-    """A request for the pooled hidden state of a prompt."""
-    return Request(prompt=freeze_prompt(prompt), params=SamplingParams(max_tokens=1), pool_hidden=True)
+def embedding_request(prompt: Prompt, pooling: str) -> Request:
+    """A request for the pooled hidden state of a prompt.
+
+    Raises:
+        ValueError: for an argument outside its limits.
+    """
+    if pooling not in tuple(Pooling):
+        raise ValueError(f"pooling must be one of {', '.join(Pooling)}, got {pooling!r}")
+    return Request(prompt=freeze_prompt(prompt), params=SamplingParams(max_tokens=1), pooling=Pooling(pooling))
 
 
 def check_request_id(request_id: object) -> RequestId:

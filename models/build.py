@@ -11,7 +11,7 @@ from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_bl
 from triode.models.config import KernelChoice, ModelConfig, Quantization
 from triode.models.cpu import choose_native, cpu_program, describe_kernels
 from triode.models.eager import EagerRunner, cpu_threads
-from triode.models.pooling import Pooling
+from triode.models.grammar import GuideCompiler
 from triode.models.program import StepProgram
 from triode.models.progress import NullProgress, Progress
 from triode.models.runner import Runner
@@ -43,7 +43,7 @@ def build_runner(
     num_threads: int | None = None,
     kernels: KernelChoice = "auto",
     quantization: Quantization = "none",
-    pooling: Pooling = Pooling.MEAN,
+    guides: GuideCompiler | None = None,
     progress: Progress | None = None,
 ) -> BuiltRunner:
     """A runner for `max_running` sequences, where the weights are. Keys and values are kept in the weights' dtype.
@@ -64,7 +64,7 @@ def build_runner(
             raise ValueError(f"kernels must be auto on a GPU, got {kernels!r}")
         if quantization != "none":
             raise ValueError(f"quantization must be none on a GPU, got {quantization!r}")
-        return _build_on_gpu(config, weights, cache_config, max_running, max_step_tokens, pooling, progress)
+        return _build_on_gpu(config, weights, cache_config, max_running, max_step_tokens, progress)
     native = choose_native(weights.embed_VD.dtype, kernels, quantization, progress)
     progress.stage("Preparing kernels", None, "")
     with torch.inference_mode(), cpu_threads(num_threads):
@@ -75,7 +75,7 @@ def build_runner(
     del weights
     progress.done()
     pool = _build_pool(config, cache_config, max_running, decoder)
-    runner = EagerRunner(decoder, pool, max_running=max_running, num_threads=num_threads, pooling=pooling)
+    runner = EagerRunner(decoder, pool, max_running=max_running, num_threads=num_threads, guides=guides)
     return BuiltRunner(
         runner=runner,
         num_blocks=pool.num_blocks,
@@ -93,7 +93,6 @@ def _build_on_gpu(
     cache_config: CacheConfig,
     max_running: int,
     max_step_tokens: int,
-    pooling: Pooling,
     progress: Progress,
 ) -> BuiltRunner:
     progress.stage("Preparing kernels", None, "")
@@ -106,7 +105,6 @@ def _build_on_gpu(
         cache_config=cache_config,
         max_running=max_running,
         max_step_tokens=max_step_tokens,
-        pooling=pooling,
     )
     progress.done()
     return BuiltRunner(

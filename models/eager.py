@@ -22,7 +22,7 @@ from triode.cache.pool import KVPool
 from triode.ids import SlotId, TokenId
 from triode.models.batch import StepBatch, build_batch
 from triode.models.logprobs import score_positions
-from triode.models.pooling import PooledHidden, Pooling
+from triode.models.pooling import PooledHidden
 from triode.models.program import StepProgram
 from triode.models.runner import RunnerStatistics
 from triode.models.sampler import SampledRows, Samples, sample
@@ -60,13 +60,12 @@ class EagerRunner:
         *,
         max_running: int,
         num_threads: int | None = None,
-        pooling: Pooling = Pooling.MEAN,
+        guides: GuideCompiler | None = None,
     ) -> None:
         self._decoder = decoder
         self._pool = pool
         self._slots = Slots(max_running, decoder.config.max_context_tokens, pool.block_size_tokens)
         self._num_threads = num_threads
-        self._pooling = pooling
         self._pooled: dict[SlotId, PooledHidden] = {}
         self._rows: _RowSet | None = None
         self._results: deque[StepResult] = deque()
@@ -180,7 +179,7 @@ class EagerRunner:
             return None
         embeddings: list[tuple[float, ...]] = [()] * len(rows.states)
         for row in rows.pooled:
-            pooled = self._pooled.setdefault(plan.slots[row], PooledHidden(self._pooling))
+            pooled = self._pooled.setdefault(plan.slots[row], PooledHidden(rows.states[row].pooling))
             assert pooled.num_positions == plan.start_positions[row], "pooled positions are consecutive"
             first = int(batch.rows.query_start_R1[row])
             pooled.add(hidden_TD[first : first + plan.num_query_tokens[row]])

@@ -3,22 +3,16 @@
 T query positions of a chunk        D hidden
 """
 
-import enum
-
 import torch
 
-
-class Pooling(enum.StrEnum):
-    """How the final hidden states of a sequence become its embedding."""
-
-    MEAN = "mean"
-    LAST = "last"
+from triode.models.step import Pooling
 
 
 class PooledHidden:
     """The embedding of the positions seen so far."""
 
-    def __init__(self, pooling: Pooling) -> None:
+    def __init__(self, pooling: Pooling | None) -> None:
+        assert pooling is not None, "a sequence is pooled that asked for no embedding"
         self._pooling = pooling
         self._state_D: torch.Tensor | None = None
         self.num_positions = 0

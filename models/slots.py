@@ -30,6 +30,7 @@ class SlotState:
         self.bad_word_ids = admission.bad_word_ids
         self.num_prompt_tokens = admission.num_prompt_tokens
         self.num_tokens = len(admission.token_ids)
+        self.pooling = admission.pooling
         self._history = history
         history[: self.num_tokens] = admission.token_ids
         self._counts: TokenCounts | None = None

@@ -42,6 +42,13 @@ class Output(enum.IntEnum):
     """
 
 
+class Pooling(enum.StrEnum):
+    """How the final hidden states of a sequence become its embedding."""
+
+    MEAN = "mean"
+    LAST = "last"
+
+
 class Admission(msgspec.Struct, frozen=True):
     """A sequence takes a slot. Everything the slot knew before is forgotten."""
 
@@ -57,6 +64,8 @@ class Admission(msgspec.Struct, frozen=True):
     stop_token_ids: tuple[TokenId, ...]
     """The model's end-of-sequence tokens (unless `ignore_eos`) and the request's own; masked before `min_tokens`."""
     bad_word_ids: tuple[tuple[TokenId, ...], ...] = ()
+    pooling: Pooling | None = None
+    """Of a sequence whose rows are `Output.HIDDEN`."""
 
 
 class TableChange(msgspec.Struct, frozen=True):

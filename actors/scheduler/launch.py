@@ -71,4 +71,5 @@ def _admission(sequence: Sequence) -> Admission:
         sample_index=sequence.sample_index,
         stop_token_ids=tokenized.stop_token_ids,
         bad_word_ids=tokenized.bad_word_ids,
+        pooling=tokenized.pooling,
     )

@@ -133,7 +133,7 @@ class Request:
     """Prompt and output at their longest; an embedding request computes its prompt and samples nothing."""
 
     def __post_init__(self) -> None:
-        max_tokens = 1 if self.tokenized.pool_hidden else self.tokenized.params.max_tokens
+        max_tokens = self.tokenized.params.max_tokens if self.tokenized.pooling is None else 1
         assert max_tokens is not None, "the tokenizer resolves max_tokens"
         self.num_prompt_tokens = len(self.tokenized.token_ids)
         self.max_total_tokens = self.num_prompt_tokens + max_tokens
@@ -146,7 +146,7 @@ class Request:
     @property
     def computes_every_position(self) -> bool:
         """Whether a cached prefix would skip positions whose output is wanted."""
-        return self.tokenized.pool_hidden or self.wants_prompt_logprobs
+        return self.tokenized.pooling is not None or self.wants_prompt_logprobs
 
     @property
     def has_stop_strings(self) -> bool:

@@ -65,7 +65,7 @@ def _want(sequence: Sequence, start: int, num_tokens: int) -> Want:
     ends = start + num_tokens == len(sequence.token_ids) + sequence.num_pending
     if start >= request.num_prompt_tokens:
         return Want(sequence, start, num_tokens, Output.SAMPLE if ends else Output.NONE)
-    if request.tokenized.pool_hidden:
+    if request.tokenized.pooling is not None:
         return Want(sequence, start, num_tokens, Output.HIDDEN)
     if request.wants_prompt_logprobs and sequence.sample_index == 0:
         if start < request.num_scored:

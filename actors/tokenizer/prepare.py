@@ -32,7 +32,7 @@ def prepare(submit: Submit, tokenizer: Tokenizer, limits: Limits) -> Tokenized |
     """Encode and check one request."""
     try:
         token_ids = encode(submit.prompt, tokenizer, limits)
-        params = resolve(submit.params, len(token_ids), limits, pool_hidden=submit.pool_hidden)
+        params = resolve(submit.params, len(token_ids), limits, pools=submit.pooling is not None)
         bad_word_ids = encode_bad_words(params.bad_words, tokenizer)
         check_token_ids("bad_words", chain.from_iterable(bad_word_ids), limits.vocab_size)
     except ValueError as error:
@@ -51,7 +51,7 @@ def prepare(submit: Submit, tokenizer: Tokenizer, limits: Limits) -> Tokenized |
         priority=submit.priority,
         cache_salt=submit.cache_salt,
         deadline_at_s=submit.deadline_at_s,
-        pool_hidden=submit.pool_hidden,
+        pooling=submit.pooling,
     )
 
 
@@ -97,7 +97,7 @@ def _encode_text(text: str, tokenizer: Tokenizer, limits: Limits, *, add_special
     return token_ids
 
 
-def resolve(params: SamplingParams, num_prompt_tokens: int, limits: Limits, *, pool_hidden: bool) -> SamplingParams:
+def resolve(params: SamplingParams, num_prompt_tokens: int, limits: Limits, *, pools: bool) -> SamplingParams:
     """The parameters with `max_tokens` filled in.
 
     Raises:
@@ -105,7 +105,7 @@ def resolve(params: SamplingParams, num_prompt_tokens: int, limits: Limits, *, p
     """
     check_token_ids("stop_token_ids", params.stop_token_ids, limits.vocab_size)
     check_token_ids("logit_bias", params.logit_bias or (), limits.vocab_size)
-    if pool_hidden:
+    if pools:
         return msgspec.structs.replace(params, max_tokens=1, min_tokens=0)
     room = limits.max_sequence_tokens - num_prompt_tokens
     max_tokens = room if params.max_tokens is None else params.max_tokens

@@ -21,7 +21,6 @@ from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.gpu import CudaGpu
 from triode.models.cuda.programs import BUCKETS, PREFILL_TOKENS, bucket_for
 from triode.models.cuda.runner import CudaRunner
-from triode.models.pooling import Pooling
 from triode.models.sampling import SamplingParams
 from triode.models.step import Admission, Output, StepPlan, TableChange
 from triode.models.weights import DecoderWeights
@@ -46,7 +45,6 @@ def build_cuda(
     cache_config: CacheConfig,
     max_running: int,
     max_step_tokens: int,
-    pooling: Pooling,
 ) -> BuiltCuda:
     """A runner for `max_running` sequences and steps of `max_step_tokens` tokens, on the device of the weights.
 
@@ -73,7 +71,7 @@ def build_cuda(
             cache_config, _block_bytes(decoder, cache_config), free_bytes, max_running * blocks_a_sequence
         )
         pool = _pool(num_blocks, decoder, cache_config)
-        runner = CudaRunner(decoder, pool, gpu, max_running=max_running, pooling=pooling, resources=resources.pop_all())
+        runner = CudaRunner(decoder, pool, gpu, max_running=max_running, resources=resources.pop_all())
     return BuiltCuda(runner, pool, _describe(decoder))
 
 

@@ -11,7 +11,7 @@ from triode.ids import SlotId
 from triode.models.cuda.batch import PackedRows
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.logprobs import score_positions
-from triode.models.pooling import PooledHidden, Pooling
+from triode.models.pooling import PooledHidden
 from triode.models.slots import SlotState
 from triode.models.step import Output, StepPlan, TokenLogprobs
 
@@ -40,8 +40,7 @@ def score_prompts(
 class Embeddings:
     """Embeddings in the making, by slot."""
 
-    def __init__(self, pooling: Pooling) -> None:
-        self._pooling = pooling
+    def __init__(self) -> None:
         self._pooled: dict[SlotId, PooledHidden] = {}
 
     def forget(self, slot: SlotId) -> None:
@@ -57,7 +56,7 @@ class Embeddings:
         embeddings: list[tuple[float, ...]] = [()] * len(states)
         for row, rows_hidden_TD in _rows(hidden_TD, packed):
             if plan.outputs[row] is Output.HIDDEN:
-                pooled = self._pooled.setdefault(plan.slots[row], PooledHidden(self._pooling))
+                pooled = self._pooled.setdefault(plan.slots[row], PooledHidden(states[row].pooling))
                 assert pooled.num_positions == plan.start_positions[row], "pooled positions are consecutive"
                 pooled.add(rows_hidden_TD)
                 if pooled.num_positions == states[row].num_tokens:

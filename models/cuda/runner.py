@@ -31,7 +31,6 @@ from triode.models.cuda.hidden import READING_HIDDEN, Embeddings, score_prompts
 from triode.models.cuda.programs import bucket_for, prefill_shape
 from triode.models.cuda.sampling import SampledSet, append
 from triode.models.cuda.steps import DeviceSteps
-from triode.models.pooling import Pooling
 from triode.models.runner import RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
@@ -46,7 +45,6 @@ class CudaRunner:
         gpu: Gpu,
         *,
         max_running: int,
-        pooling: Pooling = Pooling.MEAN,
         resources: ExitStack | None = None,
     ) -> None:
         self._gpu = gpu
@@ -57,7 +55,7 @@ class CudaRunner:
         self._changes = Changes(layout)
         with gpu.active():
             self._steps: DeviceSteps | None = DeviceSteps(decoder, pool, Arena(layout, gpu), gpu)
-        self._embeddings = Embeddings(pooling)
+        self._embeddings = Embeddings()
         self._set_key: object = None
         self._set: SampledSet | None = None
         self._flights: deque[Flight] = deque()
@@ -122,7 +120,7 @@ class CudaRunner:
         if self._steps is not None:
             self._steps.close()
         self._steps = self._set = None
-        self._embeddings = Embeddings(Pooling.MEAN)
+        self._embeddings = Embeddings()
         self._flights.clear()
         self._unlearned.clear()
 

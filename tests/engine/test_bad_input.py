@@ -230,6 +230,8 @@ async def test_one_text_is_no_list_of_prompts_to_embed() -> None:
     async with open_tiny(executor="inline") as engine:
         with pytest.raises(ValueError, match="prompts must be a list of prompts, got one text: 'The quick"):
             await engine.embed(PROMPT)
+        with pytest.raises(ValueError, match="pooling must be one of mean, last, got 'max'"):
+            await engine.embed([PROMPT], pooling="max")
 
 
 @pytest.mark.parametrize("prompt", ["", [-1], [IMAGE]])

@@ -364,6 +364,9 @@ async def test_embeddings_are_of_the_prompt_alone() -> None:
         first, other, again = await engine.embed([PROMPT, CHAT, PROMPT])
         assert first == again != other
         assert len(first) == 64
+        # Of one token there is only one hidden state.
+        assert await engine.embed([[7]], pooling="last") == await engine.embed([[7]], pooling="mean")
+        assert await engine.embed([PROMPT], pooling="last") != [first]
         assert engine.statistics().num_unfinished == 0
 
 

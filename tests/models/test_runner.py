@@ -16,11 +16,10 @@ from triode.errors import InsufficientMemory
 from triode.models import eager
 from triode.models.build import build_runner
 from triode.models.eager import cpu_threads
-from triode.models.pooling import Pooling
 from triode.models.sampler import ALL_FORBIDDEN, SampledRows
 from triode.models.sampling import SamplingParams
 from triode.models.slots import SlotState
-from triode.models.step import Output, StepResult, TableChange
+from triode.models.step import Output, Pooling, StepResult, TableChange
 
 DRAWN = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, presence_penalty=0.2, logprobs=3)
 
@@ -181,14 +180,14 @@ def test_only_rows_that_ask_get_prompt_logprobs() -> None:
 @pytest.mark.parametrize("pooling", Pooling)
 @pytest.mark.parametrize("chunk", [1, 7, 60])
 def test_an_embedding_does_not_depend_on_chunks_or_neighbours(pooling: Pooling, chunk: int) -> None:
-    world = RunnerWorld(pooling=pooling)
-    running, neighbour = world.admit(0, prompt(60)), world.admit(1, prompt(1, 1))
+    world = RunnerWorld()
+    running, neighbour = world.admit(0, prompt(60), pooling=pooling), world.admit(1, prompt(1, 1))
     while running.num_computed < 60:
         assert running.embedding == ()
         num_tokens = min(chunk, 60 - running.num_computed)
         world.step((neighbour, 1, Output.SAMPLE), (running, num_tokens, Output.HIDDEN))
-    alone = RunnerWorld(pooling=pooling, seed=4)
-    again = alone.admit(0, prompt(60))
+    alone = RunnerWorld(seed=4)
+    again = alone.admit(0, prompt(60), pooling=pooling)
     alone.step((again, 60, Output.HIDDEN))
     assert running.embedding == again.embedding
     assert len(running.embedding) == tiny_config().hidden_size
@@ -196,8 +195,8 @@ def test_an_embedding_does_not_depend_on_chunks_or_neighbours(pooling: Pooling, 
 
 def test_mean_pooling_is_the_mean_of_the_last_tokens_of_all_prefixes() -> None:
     def embedding(pooling: Pooling, length: int) -> torch.Tensor:
-        world = RunnerWorld(pooling=pooling)
-        running = world.admit(0, prompt(9)[:length])
+        world = RunnerWorld()
+        running = world.admit(0, prompt(9)[:length], pooling=pooling)
         world.step((running, length, Output.HIDDEN))
         return torch.tensor(running.embedding, dtype=torch.float64)
 
@@ -207,11 +206,11 @@ def test_mean_pooling_is_the_mean_of_the_last_tokens_of_all_prefixes() -> None:
 
 def test_an_embedding_that_starts_again_forgets_its_first_attempt() -> None:
     world = RunnerWorld()
-    world.step((world.admit(0, prompt(60)), 30, Output.HIDDEN))
-    again = world.admit(0, prompt(60))
+    world.step((world.admit(0, prompt(60), pooling=Pooling.MEAN), 30, Output.HIDDEN))
+    again = world.admit(0, prompt(60), pooling=Pooling.MEAN)
     world.step((again, 60, Output.HIDDEN))
     other = RunnerWorld()
-    alone = other.admit(0, prompt(60))
+    alone = other.admit(0, prompt(60), pooling=Pooling.MEAN)
     other.step((alone, 60, Output.HIDDEN))
     assert again.embedding == alone.embedding
 

@@ -15,12 +15,11 @@ from triode.kernels.dispatch import choose_kernels
 from triode.models.config import ModelConfig
 from triode.models.decoder import Decoder
 from triode.models.eager import EagerRunner
-from triode.models.pooling import Pooling
 from triode.models.progress import NullProgress
 from triode.models.random_model import RandomTensors, random_config
 from triode.models.runner import Runner
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, StepPlan, StepResult, TableChange, TokenLogprobs
+from triode.models.step import Admission, Output, Pooling, StepPlan, StepResult, TableChange, TokenLogprobs
 from triode.models.tensors import load_weights
 from triode.models.weights import DecoderWeights
 
@@ -68,7 +67,7 @@ class Running:
 class RunnerWorld:
     """A runner and the blocks it may use, handed out in random order."""
 
-    def __init__(self, *, max_running: int = 8, pooling: Pooling = Pooling.MEAN, seed: int = 0) -> None:
+    def __init__(self, *, max_running: int = 8, seed: int = 0) -> None:
         decoder, config = tiny_decoder(), tiny_config()
         self.pool = KVPool(
             128,
@@ -82,7 +81,7 @@ class RunnerWorld:
         # What nobody has written must never be read.
         for tensor in (*self.pool.keys, *self.pool.values):
             tensor.fill_(torch.nan)
-        self.runner: Runner = EagerRunner(decoder, self.pool, max_running=max_running, pooling=pooling)
+        self.runner: Runner = EagerRunner(decoder, self.pool, max_running=max_running)
         self.free = list(map(BlockId, range(1, 128)))
         Random(seed).shuffle(self.free)
         self.num_steps = 0
@@ -101,6 +100,7 @@ class RunnerWorld:
         seed: int = 0,
         sample_index: int = 0,
         stop_token_ids: Sequence[int] = (),
+        pooling: Pooling | None = None,
     ) -> Running:
         self.num_epochs += 1
         num_prompt_tokens = len(tokens) if num_prompt_tokens is None else num_prompt_tokens
@@ -115,6 +115,7 @@ class RunnerWorld:
                 seed=seed,
                 sample_index=sample_index,
                 stop_token_ids=tuple(map(TokenId, stop_token_ids)),
+                pooling=pooling,
             )
         )
         return running

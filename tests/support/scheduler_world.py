@@ -33,7 +33,7 @@ from triode.cache.config import CacheConfig
 from triode.cache.manager import CacheManager
 from triode.ids import BlockId, RequestId, SlotId, TokenId
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, StepPlan, StepResult, TokenLogprobs
+from triode.models.step import Admission, Output, Pooling, StepPlan, StepResult, TokenLogprobs
 
 VOCAB = 50
 SAMPLING = (Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE)
@@ -188,7 +188,7 @@ class World:
         *,
         priority: int = 0,
         stop_token_ids: tuple[int, ...] = (),
-        pool_hidden: bool = False,
+        pooling: Pooling | None = None,
         deadline_at_s: float | None = None,
         salt: str | None = None,
         stop_after: int | None = None,
@@ -204,7 +204,7 @@ class World:
             priority=priority,
             cache_salt=salt,
             deadline_at_s=deadline_at_s,
-            pool_hidden=pool_hidden,
+            pooling=pooling,
         )
         self._arrivals += 1
         self.seen[request_id] = Seen(tokenized, stop_after=stop_after)

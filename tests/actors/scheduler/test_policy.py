@@ -8,7 +8,7 @@ from triode.actors.scheduler.config import SchedulerConfig
 from triode.cache.messages import Pin
 from triode.ids import RequestId
 from triode.models.sampling import SamplingParams
-from triode.models.step import Output
+from triode.models.step import Output, Pooling
 
 
 def world(*, max_running: int = 4, max_step_tokens: int = 16, num_blocks: int = 64, max_in_flight: int = 2) -> World:
@@ -243,7 +243,7 @@ def test_prompt_logprobs_survive_a_preemption_without_repeats() -> None:
 
 def test_an_embedding_request_samples_nothing() -> None:
     w = world()
-    request = w.submit(range(40), params(1), pool_hidden=True)
+    request = w.submit(range(40), params(1), pooling=Pooling.MEAN)
     w.run_to_the_end()
     assert w.seen[request].is_embedded
     assert w.seen[request].outputs == {}

@@ -13,6 +13,7 @@ from scheduler_world import World
 from triode.actors.scheduler.config import SchedulerConfig
 from triode.ids import RequestId
 from triode.models.sampling import SamplingParams
+from triode.models.step import Pooling
 
 BLOCK = 16
 
@@ -43,7 +44,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_logprobs=st.sampled_from([None, None, 0]),
         stop_token=st.sampled_from([(), (3, 7, 11)]),
         stop_after=st.sampled_from([None, None, 1, 5]),
-        pool_hidden=st.sampled_from([False, False, False, True]),
+        pooling=st.sampled_from([None, None, None, Pooling.LAST]),
     )
     def submit(
         self,
@@ -55,7 +56,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_logprobs: int | None,
         stop_token: tuple[int, ...],
         stop_after: int | None,
-        pool_hidden: bool,
+        pooling: Pooling | None,
     ) -> RequestId | object:
         blocks_each = -(-(num_tokens + max_tokens) // BLOCK)
         if n * blocks_each * BLOCK > self.world.capacity:
@@ -64,17 +65,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             return multiple()
         params = SamplingParams(
             max_tokens=max_tokens,
-            n=1 if pool_hidden else n,
-            prompt_logprobs=None if pool_hidden else prompt_logprobs,
-            stop=() if stop_after is None or pool_hidden else ("stop",),
+            n=1 if pooling else n,
+            prompt_logprobs=None if pooling else prompt_logprobs,
+            stop=() if stop_after is None or pooling else ("stop",),
         )
         return self.world.submit(
             [family * 1_000 + index for index in range(num_tokens)],
             params,
             priority=priority,
             stop_token_ids=() if stop_after is not None else stop_token,
-            stop_after=None if pool_hidden else stop_after,
-            pool_hidden=pool_hidden,
+            stop_after=None if pooling else stop_after,
+            pooling=pooling,
         )
 
     @rule(count=st.integers(1, 12))

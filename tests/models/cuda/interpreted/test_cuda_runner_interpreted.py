@@ -8,7 +8,7 @@ from cuda_world import CudaWorld
 from runner_world import RunnerWorld, Running
 from triode.cache.messages import BlockCopy
 from triode.models.sampling import SamplingParams
-from triode.models.step import Output, TableChange
+from triode.models.step import Output, Pooling, TableChange
 
 GREEDY = SamplingParams(temperature=0)
 DRAWN = SamplingParams(temperature=0.9, top_k=40, top_p=0.95)
@@ -73,10 +73,11 @@ def test_logprobs_are_those_of_the_eager_runner() -> None:
         assert got.logprob == pytest.approx(want.logprob, abs=1e-4)
 
 
-def test_an_embedding_is_that_of_the_eager_runner() -> None:
+@pytest.mark.parametrize("pooling", Pooling)
+def test_an_embedding_is_that_of_the_eager_runner(pooling: Pooling) -> None:
     embeddings = []
     for world in (CudaWorld(), RunnerWorld()):
-        running = world.admit(1, prompt(6))
+        running = world.admit(1, prompt(6), pooling=pooling)
         world.step((running, 4, Output.HIDDEN))
         world.step((running, 2, Output.HIDDEN))
         embeddings.append(running.embedding)
