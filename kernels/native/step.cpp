@@ -46,7 +46,7 @@ void forward(const TriodeModel& model, const TriodeBatch& batch, void* scratch, 
 template <class T>
 struct HeadBuffers {
     Phase* phases;
-    Private<T>* threads;
+    LinearScratch* threads;
     T* x;
     long stride;
 
@@ -55,10 +55,10 @@ struct HeadBuffers {
         Arena arena(base);
         phases = arena.take<Phase>(1);
         x = arena.take<T>(rows * stride);
-        threads = arena.take<Private<T>>(num_threads);
+        threads = arena.take<LinearScratch>(num_threads);
         for (int i = 0; i < num_threads; i++) {
-            Private<T> mine{};
-            mine.take_linear(arena);
+            LinearScratch mine;
+            mine.take(arena);
             if (base) threads[i] = mine;
         }
         return arena.used();

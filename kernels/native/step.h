@@ -5,50 +5,22 @@
 #pragma once
 
 #include "attention.h"
-#include "model.h"
-#include "team.h"
+#include "linear.h"
 
 namespace triode {
 
 // Up to so many tokens each thread normalises all of them for itself, which is quicker than meeting once more.
 constexpr long FEW_TOKENS = 16;
-// Rows of a product that one item computes: their inputs stay in the second-level cache.
-constexpr long ITEM_ROWS = 96;
 constexpr long ITEM_TOKENS = 8;
 constexpr long PHASES_A_LAYER = 8;
 constexpr long PHASES_BESIDE = 4;
 
-// Hands out aligned pieces of one allocation; from null it only counts.
-class Arena {
-  public:
-    explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-    template <class N>
-    N* take(long count) {
-        char* at = base_ + used_;
-        used_ += rounded_up(count * long(sizeof(N)), 64);
-        return reinterpret_cast<N*>(at);
-    }
-
-    long used() const { return used_; }
-
-  private:
-    char* base_;
-    long used_ = 0;
-};
-
 // What one thread has to itself.
 template <class T>
 struct Private {
-    float* product;  // [ITEM_ROWS][64]
-    T* normed;       // [FEW_TOKENS][padded hidden]
-    uint32_t* wide;  // [BLOCK_WORDS][64], a block of weights that are kept as bytes
+    T* normed;  // [FEW_TOKENS][padded hidden]
+    LinearScratch linear;
     AttentionScratch<T> attention;
-
-    void take_linear(Arena& arena) {
-        product = arena.take<float>(ITEM_ROWS * PANEL);
-        wide = arena.take<uint32_t>(BLOCK_WORDS * PANEL);
-    }
 };
 
 template <class T>
@@ -78,7 +50,7 @@ struct Buffers {
         inner = arena.take<T>(tokens * inner_stride);
         for (int i = 0; i < num_threads; i++) {
             Private<T> mine;
-            mine.take_linear(arena);
+            mine.linear.take(arena);
             mine.normed = arena.take<T>(FEW_TOKENS * hidden_stride);
             mine.attention.take(arena, {model.num_heads / model.num_kv_heads, model.head_dim});
             if (base) threads[i] = mine;
@@ -98,44 +70,6 @@ void rms_norm(const float* x, const float* weight, long size, float eps, T* out)
     for (; i < size; i++) squares[0] += x[i] * x[i];
     const float inverse = 1.f / std::sqrt(sum(squares) / float(size) + eps);
     for (i = 0; i < size; i++) narrow(x[i] * inverse * weight[i], out[i]);
-}
-
-// Rows of x times one panel of bytes, which become numbers block by block, once for all rows.
-template <class T>
-void multiply_bytes(const Private<T>& mine, const TriodeMatrix& matrix, const T* x, long stride, long rows, long panel) {
-    constexpr long AT_ONCE = BLOCK_WORDS / long(sizeof(T));
-    const long words = words_of<uint8_t>(matrix.in_features);
-    const uint32_t* bytes = matrix.panels + panel * words * PANEL;
-    for (long first = 0; first < words; first += AT_ONCE) {
-        const long count = std::min(AT_ONCE, words - first);
-        widen_panel<T>(bytes + first * PANEL, count, mine.wide);
-        multiply_panel(x + first * 4, stride, rows, mine.wide, count * long(sizeof(T)), mine.product, first == 0);
-    }
-    const float* scales = matrix.scales + panel * PANEL;
-    for (long i = 0; i < rows * PANEL; i += LANES) store(mine.product + i, load(mine.product + i) * load(scales + i % PANEL));
-}
-
-// x W^T, given to `write(row, first output, 64 sums)` panel by panel. `inputs()` is x, asked for once an item.
-template <class T, class Inputs, class Write>
-void linear(Worker& worker, const Private<T>& mine, const TriodeMatrix& matrix, Inputs inputs, long stride, long rows,
-            Write write) {
-    const long words = words_of<T>(matrix.in_features), panels = (matrix.out_features + PANEL - 1) / PANEL;
-    const long parts = (rows + ITEM_ROWS - 1) / ITEM_ROWS;
-    worker.share(panels * parts, [&](long item) {
-        const long panel = item % panels, part = item / panels;
-        const long first = rows * part / parts, end = rows * (part + 1) / parts;
-        const T* x = inputs() + first * stride;
-        if (matrix.scales)
-            multiply_bytes(mine, matrix, x, stride, end - first, panel);
-        else
-            multiply_panel(x, stride, end - first, matrix.panels + panel * words * PANEL, words, mine.product, true);
-        for (long row = first; row < end; row++) write(row, panel * PANEL, mine.product + (row - first) * PANEL);
-    });
-}
-
-inline Vec with_bias(const TriodeMatrix& matrix, long output, const float* sums) {
-    Vec y = load(sums);
-    return matrix.bias ? y + load(matrix.bias + output) : y;
 }
 
 template <class T>
@@ -201,7 +135,7 @@ class Step {
         const long tokens = batch_.num_tokens;
         if (tokens > FEW_TOKENS) {
             share_tokens(worker, [&](long token) { norm_padded(token, weight, buffers_.normed); });
-            linear(worker, mine, matrix, [&] { return buffers_.normed; }, buffers_.hidden_stride, tokens, write);
+            linear(worker, mine.linear, matrix, [&] { return buffers_.normed; }, buffers_.hidden_stride, tokens, write);
             return;
         }
         bool is_normed = false;
@@ -210,7 +144,7 @@ class Step {
             is_normed = true;
             return mine.normed;
         };
-        linear(worker, mine, matrix, inputs, buffers_.hidden_stride, tokens, write);
+        linear(worker, mine.linear, matrix, inputs, buffers_.hidden_stride, tokens, write);
     }
 
     void attention(Worker& worker, const Private<T>& mine, long index) const {
@@ -255,7 +189,7 @@ class Step {
             for (int i = 0; i < PANEL; i += LANES)
                 store(to + i, load(to + i) + with_bias(matrix, output + i, sums + i));
         };
-        linear(worker, mine, matrix, [x] { return x; }, stride, batch_.num_tokens, add);
+        linear(worker, mine.linear, matrix, [x] { return x; }, stride, batch_.num_tokens, add);
     }
 
     // Normalises and rotates, in place, the queries of a KV head's group and its key; stores key and value.
