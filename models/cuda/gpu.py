@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -92,10 +93,14 @@ class CudaMark:
         return elapsed_ms / 1e3
 
 
+_IN_USE: "WeakSet[CudaGpu]" = WeakSet()
+
+
 class CudaGpu:
     """An NVIDIA GPU with a stream and a memory pool of CUDA graphs."""
 
     def __init__(self, device: torch.device) -> None:
+        _IN_USE.add(self)
         self.device = device
         self.traits = GpuTraits.of(device)
         self._stream = torch.cuda.Stream(device)
@@ -172,5 +177,9 @@ class CudaGpu:
         """Also returns torch's cached memory to the driver, for whoever comes next."""
         self._idle.clear()
         self._lent.clear()
-        torch._C._cuda_clearCublasWorkspaces()
+        _IN_USE.discard(self)
+        # Torch keeps a workspace for each stream and frees all of them or none. The graphs of another engine have the
+        # addresses of theirs in them, so the last engine frees for all.
+        if not _IN_USE:
+            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
