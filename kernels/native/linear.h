@@ -47,7 +47,7 @@ void linear(Worker& worker, const LinearScratch& mine, const TriodeMatrix& matri
         const long first = rows * part / parts, end = rows * (part + 1) / parts;
         const T* x = inputs() + first * stride;
         if (matrix.scales)
-            multiply_bytes(mine, matrix, x, stride, end - first, panel);
+            multiply_bytes<T>(mine, matrix, x, stride, end - first, panel);
         else
             multiply_panel(x, stride, end - first, matrix.panels + panel * words * PANEL, words, mine.product, true);
         for (long row = first; row < end; row++) write(row, panel * PANEL, mine.product + (row - first) * PANEL);

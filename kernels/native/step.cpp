@@ -79,7 +79,7 @@ void logits(const TriodeModel& model, const T* hidden, long rows, float* out, vo
         auto write = [&](long row, long output, const float* sums) {
             memcpy(out + row * out_stride + output, sums, PANEL * sizeof(float));
         };
-        linear(worker, buffers.threads[worker.index], model.head, [&] { return buffers.x; }, buffers.stride, rows, write);
+        linear<T>(worker, buffers.threads[worker.index], model.head, [&] { return buffers.x; }, buffers.stride, rows, write);
     });
 }
 

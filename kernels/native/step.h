@@ -135,7 +135,7 @@ class Step {
         const long tokens = batch_.num_tokens;
         if (tokens > FEW_TOKENS) {
             share_tokens(worker, [&](long token) { norm_padded(token, weight, buffers_.normed); });
-            linear(worker, mine.linear, matrix, [&] { return buffers_.normed; }, buffers_.hidden_stride, tokens, write);
+            linear<T>(worker, mine.linear, matrix, [&] { return buffers_.normed; }, buffers_.hidden_stride, tokens, write);
             return;
         }
         bool is_normed = false;
@@ -144,7 +144,7 @@ class Step {
             is_normed = true;
             return mine.normed;
         };
-        linear(worker, mine.linear, matrix, inputs, buffers_.hidden_stride, tokens, write);
+        linear<T>(worker, mine.linear, matrix, inputs, buffers_.hidden_stride, tokens, write);
     }
 
     void attention(Worker& worker, const Private<T>& mine, long index) const {
@@ -189,7 +189,7 @@ class Step {
             for (int i = 0; i < PANEL; i += LANES)
                 store(to + i, load(to + i) + with_bias(matrix, output + i, sums + i));
         };
-        linear(worker, mine.linear, matrix, [x] { return x; }, stride, batch_.num_tokens, add);
+        linear<T>(worker, mine.linear, matrix, [x] { return x; }, stride, batch_.num_tokens, add);
     }
 
     // Normalises and rotates, in place, the queries of a KV head's group and its key; stores key and value.
