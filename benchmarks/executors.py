@@ -25,6 +25,7 @@ from triode.actors.executor.thread import ThreadExecutor
 from triode.cache.config import CacheConfig
 from triode.ids import BlockId, SlotId, StepId, TokenId
 from triode.models.config import ModelConfig, ModelOptions, RopeConfig
+from triode.models.guide import Guide
 from triode.models.progress import NullProgress, Progress
 from triode.models.runner import RunnerStatistics
 from triode.models.sampling import SamplingParams
@@ -43,6 +44,9 @@ class NullRunner:
 
     def launch(self, plan: StepPlan) -> None:
         self._results.append(answer(plan))
+
+    def check_guide(self, guide: Guide) -> None:
+        raise ValueError("guide must be None: there is no model")
 
     def is_ready(self) -> bool:
         return bool(self._results)

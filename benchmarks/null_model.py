@@ -10,6 +10,7 @@ from triode.cache.manager import CacheManager
 from triode.engine.config import EngineConfig
 from triode.engine.parts import EngineParts, Report
 from triode.ids import TokenId
+from triode.models.guide import Guide
 from triode.models.runner import RunnerStatistics
 from triode.models.step import Output, StepPlan, StepResult
 from triode.models.tokenizer import Tokenizer
@@ -40,6 +41,9 @@ class NullRunner:
             StepResult(plan.step_id, plan.slots, plan.epochs, accepted, token_ids=(token_id,) * sum(accepted))
         )
         self.answering_s += perf_counter() - started_at_s
+
+    def check_guide(self, guide: Guide) -> None:
+        raise ValueError("guide must be None: there is no model")
 
     def is_ready(self) -> bool:
         """Whether an answer waits."""

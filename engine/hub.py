@@ -192,6 +192,7 @@ class Hub:
             "tokenizer": partial(
                 run_tokenizer,
                 partial(prepare, tokenizer=parts.tokenizer, limits=parts.limits),
+                parts.executor.check_guide,
                 self._to_tokenizer,
                 self._to_scheduler.put,
             ),

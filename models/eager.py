@@ -21,6 +21,8 @@ from triode.cache.memory import return_freed_memory
 from triode.cache.pool import KVPool
 from triode.ids import SlotId, TokenId
 from triode.models.batch import StepBatch, build_batch
+from triode.models.grammar import GuideCompiler, check_guide
+from triode.models.guide import Guide
 from triode.models.logprobs import score_positions
 from triode.models.pooling import PooledHidden
 from triode.models.program import StepProgram
@@ -64,12 +66,16 @@ class EagerRunner:
     ) -> None:
         self._decoder = decoder
         self._pool = pool
-        self._slots = Slots(max_running, decoder.config.max_context_tokens, pool.block_size_tokens)
+        self._slots = Slots(max_running, decoder.config.max_context_tokens, pool.block_size_tokens, guides)
         self._num_threads = num_threads
         self._pooled: dict[SlotId, PooledHidden] = {}
         self._rows: _RowSet | None = None
         self._results: deque[StepResult] = deque()
         self._statistics = RunnerStatistics()
+
+    def check_guide(self, guide: Guide) -> None:
+        """Compile a guide."""
+        check_guide(self._slots.guides, guide)
 
     def launch(self, plan: StepPlan) -> None:
         """Compute the step."""
@@ -97,6 +103,8 @@ class EagerRunner:
     def _run(self, plan: StepPlan) -> StepResult:
         start_s = time.perf_counter()
         rows, batch = self._prepare(plan)
+        if rows.sampling is not None:
+            rows.sampling.begin()
         prepared_s = time.perf_counter()
         hidden_TD = self._decoder.forward(batch, self._pool.keys, self._pool.values)
         logits_RV = self._logits(hidden_TD, batch, rows)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from triode.models.guide import Guide
 from triode.models.step import StepPlan, StepResult
 
 
@@ -26,7 +27,15 @@ class RunnerStatistics(msgspec.Struct, frozen=True):
 
 
 class Runner(Protocol):
-    """Computes steps. `launch` and `collect` belong to one thread each; `statistics` may be called from any."""
+    """Computes steps. `launch` and `collect` belong to one thread each; `statistics` and `check_guide` may be called from
+    any."""
+
+    def check_guide(self, guide: Guide) -> None:
+        """Compile a guide before the first plan that has it.
+
+        Raises:
+            ValueError: with the reason why it cannot be followed.
+        """
 
     def launch(self, plan: StepPlan) -> None:
         """Start a step; it may run on while the caller goes on."""

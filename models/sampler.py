@@ -3,7 +3,7 @@
 What can be known before the logits (which passes the rows need, which rows are greedy, the parameter columns as
 tensors) is in `SampledRows`, made once and reused for as long as the same rows decode together.
 
-A row that has no possible token gets an error instead of a token and fails alone: `logit_bias`, `bad_words`,
+A row that has no possible token gets an error instead of a token and fails alone: `guide`, `logit_bias`, `bad_words`,
 `no_repeat_ngram_size` and `min_tokens` may forbid the whole vocabulary between them, and nothing that could be chosen
 then would be what was asked for.
 
@@ -18,6 +18,7 @@ import torch
 from triode.ids import TokenId
 from triode.kernels.sample.reference import IMPOSSIBLE, draw, greedy
 from triode.models.draws import uniform_draws
+from triode.models.guided import GuidedRows, forbid
 from triode.models.logits import passes_for
 from triode.models.logprobs import score
 from triode.models.sampling import pack
@@ -25,7 +26,7 @@ from triode.models.slots import SlotState
 from triode.models.step import TokenLogprobs
 
 ALL_FORBIDDEN = (
-    "no token is possible: logit_bias, bad_words, no_repeat_ngram_size and min_tokens together forbid the whole "
+    "no token is possible: guide, logit_bias, bad_words, no_repeat_ngram_size and min_tokens together forbid the whole "
     "vocabulary; allow at least one token"
 )
 NOT_FINITE = "the model's logits are not finite: its weights or their dtype cannot carry this input"
@@ -48,6 +49,7 @@ class SampledRows:
     def __init__(self, states: Sequence[SlotState], device: torch.device) -> None:
         columns = pack([state.params for state in states])
         self.states = tuple(states)
+        self.guided = GuidedRows.among(states)
         self.passes = passes_for(columns, states)
         greedy_rows = [row for row, is_greedy in enumerate(columns.greedy) if is_greedy]
         drawn_rows = [row for row, is_greedy in enumerate(columns.greedy) if not is_greedy]
@@ -66,16 +68,27 @@ class SampledRows:
         self.scored_rows = [row for row, num in enumerate(asked) if num is not None]
         self.num_alternatives = [num for num in asked if num is not None]
 
+    def begin(self) -> None:
+        """Start on what does not need the logits. Called once before each `sample`."""
+        if self.guided is not None:
+            self.guided.begin()
+
 
 def sample(logits_RV: torch.Tensor, rows: SampledRows) -> Samples:
     """One token a row. The logits are float32 and overwritten."""
     # Taken before the passes: logprobs are of the model's own distribution.
     logprobs_QV = torch.log_softmax(logits_RV[rows.scored_rows], dim=-1) if rows.scored_rows else None
+    if rows.guided is not None:
+        forbid(logits_RV, rows.guided.masks(), rows.guided.rows)
     for change in rows.passes:
         change(logits_RV)
     chosen = _choose(logits_RV, rows).tolist()
     token_ids = tuple(None if token_id == IMPOSSIBLE else TokenId(token_id) for token_id in chosen)
-    errors = tuple(_reason(logits_RV[row]) if token_id is None else None for row, token_id in enumerate(token_ids))
+    unguided = rows.guided.errors() if rows.guided is not None else {}
+    errors = tuple(
+        unguided.get(row) or _reason(logits_RV[row]) if token_id is None else None
+        for row, token_id in enumerate(token_ids)
+    )
     return Samples(
         token_ids=token_ids,
         errors=errors if any(errors) else None,

@@ -4,18 +4,19 @@ Nothing here is ever changed silently: a value outside its limits, or a pair of 
 raises `ValueError` naming the parameter, the constraint and the value. `pack` turns the parameters of a batch into one
 column per parameter, leaving out the parameters that no row uses.
 
-The order in which the sampler applies them: logit_bias, bad_words, no_repeat_ngram_size, min_tokens, repetition,
+The order in which the sampler applies them: guide, logit_bias, bad_words, no_repeat_ngram_size, min_tokens, repetition,
 presence and frequency penalty, temperature, top_k, top_p, min_p, draw.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import msgspec
 from msgspec.structs import force_setattr
 
 from triode.ids import TokenId
+from triode.models.guide import Guide
 
 MAX_LOGPROBS = 64
 """The most alternatives that `logprobs` and `prompt_logprobs` may ask for."""
@@ -84,8 +85,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """The same for the tokens of the prompt."""
     n: int = 1
     """How many independent samples to draw from the prompt."""
-    guide: Mapping[str, object] | None = None
-    """A constraint on the output. Not supported yet: anything but None is refused."""
+    guide: Guide | None = None
+    """What the output may look like: a JSON schema, a JSON object, a regular expression, choices or a grammar. It ends with
+    finish_reason `stop` where the guide is satisfied; an output cut by `max_tokens`, `stop` or `stop_token_ids` need not
+    satisfy it."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
 
@@ -210,7 +213,17 @@ def _check_combinations(params: SamplingParams) -> None:
     if params.is_greedy and params.n > 1:
         raise ValueError(f"n must be 1 when temperature is 0, because all samples would be equal, got {params.n}")
     if params.guide is not None:
-        raise ValueError(f"guide must be None: guided output is not supported yet, got {params.guide!r}")
+        _check_guide(params, params.guide)
+
+
+def _check_guide(params: SamplingParams, guide: object) -> None:
+    if not isinstance(guide, Guide):
+        names = ", ".join(kind.__name__ for kind in get_args(Guide))
+        raise ValueError(f"guide must be one of {names}, got {guide!r:.100}")
+    if params.min_tokens:
+        raise ValueError(f"min_tokens must be 0 with guide, which says where the output ends, got {params.min_tokens}")
+    if params.ignore_eos:
+        raise ValueError("ignore_eos must be False with guide, whose end the end-of-sequence token marks")
 
 
 def check_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from triode.ids import SlotId, TokenId
 from triode.models.counts import TokenCounts
+from triode.models.grammar import GuideCompiler, Matcher
 from triode.models.sampling import SamplingParams
 from triode.models.step import Admission, TableChange
 
@@ -21,7 +22,7 @@ IntArray = npt.NDArray[np.integer]
 class SlotState:
     """One admitted sequence. `history` is the slot's row of `Slots.tokens_SC`."""
 
-    def __init__(self, admission: Admission, history: IntArray) -> None:
+    def __init__(self, admission: Admission, history: IntArray, matcher: Matcher | None) -> None:
         self.epoch = admission.epoch
         self.params: SamplingParams = admission.params
         self.seed = admission.seed
@@ -29,8 +30,10 @@ class SlotState:
         self.stop_token_ids = admission.stop_token_ids
         self.bad_word_ids = admission.bad_word_ids
         self.num_prompt_tokens = admission.num_prompt_tokens
-        self.num_tokens = len(admission.token_ids)
         self.pooling = admission.pooling
+        self.num_tokens = len(admission.token_ids)
+        self.matcher = matcher
+        """How far the output has come in its guide."""
         self._history = history
         history[: self.num_tokens] = admission.token_ids
         self._counts: TokenCounts | None = None
@@ -61,12 +64,18 @@ class SlotState:
         self.num_tokens += 1
         if self._counts is not None:
             self._counts.add(token_id)
+        if self.matcher is not None:
+            self.matcher.consume(token_id)
 
 
 class Slots:
     """All slots of the batch."""
 
-    def __init__(self, num_slots: int, max_context_tokens: int, block_size_tokens: int) -> None:
+    def __init__(
+        self, num_slots: int, max_context_tokens: int, block_size_tokens: int, guides: GuideCompiler | None = None
+    ) -> None:
+        """Without `guides` no sequence may have one."""
+        self.guides = guides
         max_blocks = -(-max_context_tokens // block_size_tokens)
         self.tokens_SC = np.zeros((num_slots, max_context_tokens), np.int32)
         self.table_SX = np.zeros((num_slots, max_blocks), np.int32)
@@ -76,7 +85,14 @@ class Slots:
         """A sequence takes a slot; everything the slot knew before is forgotten."""
         # Block 0 belongs to nobody, so an entry that the plan never fills cannot reach another sequence's memory.
         self.table_SX[admission.slot] = 0
-        self._states[admission.slot] = SlotState(admission, self.tokens_SC[admission.slot])
+        self._states[admission.slot] = SlotState(admission, self.tokens_SC[admission.slot], self._matcher(admission))
+
+    def _matcher(self, admission: Admission) -> Matcher | None:
+        guide = admission.params.guide
+        if guide is None:
+            return None
+        assert self.guides is not None, "a runner without guides admits no guided sequence"
+        return self.guides.matcher(guide, admission.token_ids[admission.num_prompt_tokens :])
 
     def change_table(self, change: TableChange) -> None:
         """Entries of a slot's block table."""

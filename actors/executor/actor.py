@@ -5,6 +5,7 @@ from typing import NoReturn, Protocol
 
 from triode.actors.channels import Inbox, Put
 from triode.actors.messages import StepPlan, StepResult
+from triode.models.guide import Guide
 from triode.models.runner import RunnerStatistics
 
 
@@ -17,6 +18,9 @@ class Executor(Protocol):
 
     def start(self, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
         """Get ready. Results and faults are handed over in the event loop."""
+
+    async def check_guide(self, guide: Guide) -> str | None:
+        """Have a guide compiled beside the runner, before any plan has it. The reason why it cannot be, or None."""
 
     def launch(self, plan: StepPlan) -> None:
         """Take a step; its result follows through `results`, in launch order."""

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 from triode.actors.channels import Put
+from triode.actors.executor.guides import refusal
+from triode.models.guide import Guide
 from triode.models.runner import Runner, RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
@@ -18,6 +20,10 @@ class InlineExecutor:
     def start(self, results: Put[StepResult], _: Callable[[BaseException], None]) -> None:
         """Where results go. A fault needs no way of its own: it leaves `launch`."""
         self._results = results
+
+    async def check_guide(self, guide: Guide) -> str | None:
+        """Compile it at once."""
+        return refusal(self._runner, guide)
 
     def launch(self, plan: StepPlan) -> None:
         """Run the step and send its result."""

@@ -2,6 +2,7 @@
 
 from triode.actors.executor.protocol import Built, Open
 from triode.models.build import build_runner
+from triode.models.grammar import GuideCompiler
 from triode.models.loader import Checkpoint, open_checkpoint, resolve_device, resolve_dtype
 from triode.models.progress import Progress
 from triode.models.runner import Runner
@@ -22,8 +23,9 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
     """The same for a model that has been opened."""
     device = resolve_device(order.options.device)
     dtype = resolve_dtype(order.options.dtype, checkpoint.config, device)
+    config = checkpoint.config
     built = build_runner(
-        checkpoint.config,
+        config,
         # Not kept here: the decoder lays matrices out anew, and what it no longer needs becomes room for the cache.
         checkpoint.load_weights(dtype, device, progress),
         cache_config=order.cache,
@@ -32,6 +34,7 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
         num_threads=order.num_threads,
         kernels=order.options.kernels,
         quantization=order.options.quantization,
+        guides=GuideCompiler(checkpoint.tokenizer, config.vocab_size, config.eos_token_ids),
         progress=progress,
     )
     return built.runner, Built(

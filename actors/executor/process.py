@@ -5,6 +5,7 @@ the next step is launched. Plans and results cross a socket (`protocol.py`) in 1
 planning one step ahead. A plan is sent within `launch`, without a task of its own; one task reads the results.
 """
 
+import itertools
 from collections.abc import Callable
 
 import trio
@@ -14,8 +15,10 @@ from triode.actors.executor.child import Child
 from triode.actors.executor.protocol import (
     OPEN_RUNNER,
     Built,
+    CheckGuide,
     Close,
     Failed,
+    GuideChecked,
     Open,
     StageAdvanced,
     StageBegan,
@@ -23,6 +26,7 @@ from triode.actors.executor.protocol import (
     Stepped,
 )
 from triode.errors import EngineFault
+from triode.models.guide import Guide
 from triode.models.progress import Progress
 from triode.models.runner import RunnerStatistics
 from triode.models.step import StepPlan, StepResult
@@ -40,6 +44,8 @@ class ProcessExecutor:
         self._child = Child(opener)
         self._statistics = RunnerStatistics()
         self._is_closing = False
+        self._guide_numbers = itertools.count()
+        self._answers: dict[int, Callable[[str | None], None]] = {}
 
     @property
     def pid(self) -> int:
@@ -67,14 +73,33 @@ class ProcessExecutor:
                     return message
                 case Failed():
                     raise message.error()
-                case Stepped():
-                    raise AssertionError("a worker that has no runner yet has no results")
+                case Stepped() | GuideChecked():
+                    raise AssertionError("a worker that has no runner yet has no answers")
         raise await self._child.death()
 
     def start(self, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
         """Begin to read results, in the event loop that is current now."""
         # No task of the engine: closing waits for the running step, whose result must find a reader.
         trio.lowlevel.spawn_system_task(self._read, results, fault, name="triode worker's results")
+
+    async def check_guide(self, guide: Guide) -> str | None:
+        """Have the worker compile it. If the worker dies, the engine does, and this is cancelled."""
+        number = next(self._guide_numbers)
+        answered = trio.Event()
+        refusal: str | None = None
+
+        def answer(reason: str | None) -> None:
+            nonlocal refusal
+            refusal = reason
+            answered.set()
+
+        self._answers[number] = answer
+        self._child.post(CheckGuide(number, guide))
+        try:
+            await answered.wait()
+        finally:
+            self._answers.pop(number, None)
+        return refusal
 
     def launch(self, plan: StepPlan) -> None:
         """Send a step."""
@@ -107,6 +132,9 @@ class ProcessExecutor:
                     case Stepped():
                         self._statistics = message.statistics
                         results(message.result)
+                    case GuideChecked(number, refusal):
+                        if number in self._answers:
+                            self._answers[number](refusal)
                     case Failed():
                         fault(message.error())
                         return

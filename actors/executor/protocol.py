@@ -1,7 +1,8 @@
 """What an engine and its worker process say to each other, and how that becomes bytes.
 
-    engine → worker      Open, then a StepPlan for every step, then Close
-    worker → engine      stages of progress, Built, then a Stepped for every plan, in order; Failed is the last word
+    engine → worker      Open, then a StepPlan for every step, then Close; a CheckGuide now and then
+    worker → engine      stages of progress, Built, then a Stepped for every plan, in order; a GuideChecked for every
+                         CheckGuide, in any order; Failed is the last word
 
 A message is msgpack behind its length, over a pair of connected stream sockets: a plan that admits 100,000 tokens is
 larger than a datagram may be. Plan and result of a step of 256 rows take about 50 µs to encode and decode, half of it in
@@ -18,6 +19,7 @@ import msgspec
 from triode import errors
 from triode.cache.config import CacheConfig
 from triode.models.config import ModelConfig, ModelOptions
+from triode.models.guide import Guide
 from triode.models.runner import RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
@@ -34,6 +36,13 @@ class Open(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     max_running: int
     max_step_tokens: int
     num_threads: int | None
+
+
+class CheckGuide(msgspec.Struct, frozen=True, tag=True):
+    """`Runner.check_guide`."""
+
+    number: int
+    guide: Guide
 
 
 class Close(msgspec.Struct, frozen=True, tag=True):
@@ -79,6 +88,14 @@ class Stepped(msgspec.Struct, frozen=True, tag=True):
     statistics: RunnerStatistics
 
 
+class GuideChecked(msgspec.Struct, frozen=True, tag=True):
+    """The answer to the CheckGuide of this number."""
+
+    number: int
+    refusal: str | None
+    """Why the guide cannot be followed."""
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """The worker leaves because of an exception."""
 
@@ -100,8 +117,8 @@ _KINDS: dict[str, type[Exception]] = {
     **{name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)},
 }
 
-FromEngine: TypeAlias = Open | StepPlan | Close
-FromWorker: TypeAlias = StageBegan | StageAdvanced | StageDone | Built | Stepped | Failed
+FromEngine: TypeAlias = Open | StepPlan | CheckGuide | Close
+FromWorker: TypeAlias = StageBegan | StageAdvanced | StageDone | Built | Stepped | GuideChecked | Failed
 
 from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

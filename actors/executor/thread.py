@@ -12,7 +12,9 @@ from queue import SimpleQueue
 import trio
 
 from triode.actors.channels import Put
+from triode.actors.executor.guides import MAX_COMPILING, refusal
 from triode.errors import EngineFault
+from triode.models.guide import Guide
 from triode.models.runner import Runner, RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
@@ -30,6 +32,7 @@ class ThreadExecutor:
         self._plans: SimpleQueue[StepPlan | None] = SimpleQueue()
         self._launched: SimpleQueue[bool] = SimpleQueue()
         self._thread = threading.Thread(target=self._launch_plans, name="triode-executor", daemon=True)
+        self._compiling = trio.CapacityLimiter(MAX_COMPILING)
         self._collector = threading.Thread(target=self._collect_results, name="triode-results", daemon=True)
 
     def start(self, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
@@ -39,6 +42,12 @@ class ThreadExecutor:
         self._fault = fault
         self._thread.start()
         self._collector.start()
+
+    async def check_guide(self, guide: Guide) -> str | None:
+        """Compile it in a thread of its own."""
+        return await trio.to_thread.run_sync(
+            refusal, self._runner, guide, limiter=self._compiling, abandon_on_cancel=True
+        )
 
     def launch(self, plan: StepPlan) -> None:
         """Queue a step."""

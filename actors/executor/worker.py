@@ -20,16 +20,20 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import NoReturn
 
+from triode.actors.executor.guides import MAX_COMPILING, refusal
 from triode.actors.executor.protocol import (
     Built,
+    CheckGuide,
     Close,
     Failed,
     Frames,
     FromEngine,
     FromWorker,
+    GuideChecked,
     Open,
     StageAdvanced,
     StageBegan,
@@ -38,6 +42,7 @@ from triode.actors.executor.protocol import (
     encode,
     from_engine,
 )
+from triode.models.guide import Guide
 from triode.models.progress import Progress
 from triode.models.runner import Runner
 from triode.models.step import StepPlan
@@ -69,6 +74,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._sending = threading.Lock()
         self._frames = Frames()
 
     def fileno(self) -> int:
@@ -76,8 +82,10 @@ class Connection:
         return self._socket.fileno()
 
     def send(self, message: FromWorker) -> None:
-        """Send; waits while the engine is behind."""
-        self._socket.sendall(encode(message))
+        """Send, from any thread; waits while the engine is behind."""
+        data = encode(message)
+        with self._sending:
+            self._socket.sendall(data)
 
     def receive(self, wait_s: float | None = None) -> FromEngine | None:
         """The next message; None if none is complete within `wait_s` (None: wait for ever).
@@ -117,6 +125,7 @@ class RemoteProgress:
 def run_steps(connection: Connection, runner: Runner) -> None:
     """Compute plans until told to close. A result that is there goes out before anything else is begun."""
     num_in_flight = 0
+    compiling = ThreadPoolExecutor(MAX_COMPILING, thread_name_prefix="triode-guides")
     while True:
         if num_in_flight and runner.is_ready():
             connection.send(Stepped(runner.collect(), runner.statistics()))
@@ -126,8 +135,20 @@ def run_steps(connection: Connection, runner: Runner) -> None:
             case StepPlan() as plan:
                 runner.launch(plan)
                 num_in_flight += 1
+            case CheckGuide(number, guide):
+                compiling.submit(_answer, connection, runner, number, guide)
             case Close():
                 return
+
+
+def _answer(connection: Connection, runner: Runner, number: int, guide: Guide) -> None:
+    try:
+        connection.send(GuideChecked(number, refusal(runner, guide)))
+    except ConnectionError:
+        # The engine is gone, which the loop learns by itself.
+        return
+    except BaseException as error:  # whatever it is, the engine must learn it
+        connection.send(Failed(type(error).__name__, str(error), traceback.format_exc()))
 
 
 def _serve(connection: Connection, opener: str) -> bool:

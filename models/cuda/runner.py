@@ -31,6 +31,8 @@ from triode.models.cuda.hidden import READING_HIDDEN, Embeddings, score_prompts
 from triode.models.cuda.programs import bucket_for, prefill_shape
 from triode.models.cuda.sampling import SampledSet, append
 from triode.models.cuda.steps import DeviceSteps
+from triode.models.grammar import check_guide
+from triode.models.guide import Guide
 from triode.models.runner import RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
@@ -62,6 +64,10 @@ class CudaRunner:
         self._unlearned: deque[Flight] = deque()
         self._launched = RunnerStatistics()
         self._collected = RunnerStatistics()
+
+    def check_guide(self, guide: Guide) -> None:
+        """Compile a guide."""
+        check_guide(None, guide)
 
     def launch(self, plan: StepPlan) -> None:
         """Send the step on its way."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         TriodeError,
         UnsupportedModel,
     )
+    from triode.models.guide import Choices, Grammar, JsonObject, JsonSchema, Regex
     from triode.models.sampling import SamplingParams
 else:
 
@@ -49,6 +50,7 @@ else:
 
 _HOMES = {
     "LLM": "triode.engine.blocking",
+    "Choices": "triode.models.guide",
     "Completion": "triode.engine.completion",
     "CorruptModel": "triode.errors",
     "Delta": "triode.actors.messages",
@@ -59,10 +61,14 @@ _HOMES = {
     "EngineFault": "triode.errors",
     "EngineStatistics": "triode.engine.statistics",
     "FinishReason": "triode.actors.messages",
+    "Grammar": "triode.models.guide",
     "InsufficientMemory": "triode.errors",
+    "JsonObject": "triode.models.guide",
+    "JsonSchema": "triode.models.guide",
     "MissingExtra": "triode.errors",
     "ModelError": "triode.errors",
     "ModelNotFound": "triode.errors",
+    "Regex": "triode.models.guide",
     "Report": "triode.engine.parts",
     "RequestFailed": "triode.errors",
     "RequestStatus": "triode.actors.messages",
@@ -82,6 +88,11 @@ __all__ = [  # noqa: RUF022 - the public surface, sorted by what a reader looks 
     "LLM",
     "RequestStream",
     "SamplingParams",
+    "JsonSchema",
+    "JsonObject",
+    "Regex",
+    "Choices",
+    "Grammar",
     "Result",
     "Completion",
     "Delta",

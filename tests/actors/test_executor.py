@@ -16,6 +16,7 @@ from triode.actors.executor.inline import InlineExecutor
 from triode.actors.executor.thread import ThreadExecutor
 from triode.errors import EngineFault
 from triode.ids import StepId
+from triode.models.guide import Guide
 from triode.models.runner import RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
@@ -43,6 +44,9 @@ class NumberingRunner:
         if plan.step_id == self.fails_at:
             raise ZeroDivisionError(f"step {plan.step_id}")
         self._launched.append(plan)
+
+    def check_guide(self, guide: Guide) -> None:
+        raise ValueError("guide must be None: there is no model")
 
     def is_ready(self) -> bool:
         return bool(self._launched)

@@ -15,6 +15,7 @@ from triode.actors.messages import ChatMessages, Rejected, Submit, Tokenized
 from triode.actors.tokenizer.actor import LONG_PROMPT_BYTES, run_tokenizer
 from triode.actors.tokenizer.prepare import Limits, prepare
 from triode.ids import RequestId, TokenId
+from triode.models.guide import Guide, Regex
 from triode.models.sampling import SamplingParams
 from triode.models.tokenizer import Tokenizer
 
@@ -127,6 +128,11 @@ def test_bad_words_are_encoded_bare_and_after_a_space() -> None:
 # How answers travel
 
 
+async def check_guide(guide: Guide) -> str | None:
+    await trio.lowlevel.checkpoint()
+    return "it is refused" if guide == Regex("(") else None
+
+
 @asynccontextmanager
 async def running(
     answer: Callable[[Submit], Tokenized | Rejected],
@@ -134,7 +140,7 @@ async def running(
     inbox: Inbox[Submit] = Inbox()
     answers: list[Tokenized | Rejected] = []
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run_tokenizer, answer, inbox, answers.append)
+        nursery.start_soon(run_tokenizer, answer, check_guide, inbox, answers.append)
         yield inbox, answers
         nursery.cancel_scope.cancel()
 
@@ -191,4 +197,4 @@ async def test_a_bug_ends_the_actor(length: int) -> None:
     inbox.put(submit("x" * length))
     answers: list[Tokenized | Rejected] = []
     with pytest.RaisesGroup(ZeroDivisionError):
-        await run_tokenizer(answer, inbox, answers.append)
+        await run_tokenizer(answer, check_guide, inbox, answers.append)

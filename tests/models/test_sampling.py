@@ -86,7 +86,11 @@ REFUSED: list[tuple[str, object, str]] = [
         {7: 100.5},
         "logit_bias must have numbers >= -100 and <= 100, or -inf as values, got 100.5 for token 7",
     ),
-    ("guide", {"regex": "a"}, "guide must be None: guided output is not supported yet, got {'regex': 'a'}"),
+    (
+        "guide",
+        {"regex": "a"},
+        "guide must be one of JsonSchema, JsonObject, Regex, Choices, Grammar, got {'regex': 'a'}",
+    ),
 ]
 
 

@@ -13,6 +13,7 @@ from triode.actors.executor.protocol import Built, Open
 from triode.cache.config import CacheConfig
 from triode.ids import SlotId, StepId, TokenId
 from triode.models.config import ModelConfig, ModelOptions, RopeConfig
+from triode.models.guide import Guide
 from triode.models.progress import Progress
 from triode.models.runner import RunnerStatistics
 from triode.models.sampling import SamplingParams
@@ -85,6 +86,9 @@ class EchoRunner:
         self.num_steps += 1
         total = sum(sum(admission.token_ids) for admission in plan.admissions)
         self.results.append(StepResult(plan.step_id, plan.slots, plan.epochs, (1,), (TokenId(total),)))
+
+    def check_guide(self, guide: Guide) -> None:
+        raise ValueError("guide must be None: there is no model")
 
     def is_ready(self) -> bool:
         return bool(self.results)

@@ -1,0 +1,232 @@
+"""GuideCompiler: guides compiled for one tokenizer, and the masks of tokens that may come next.
+
+llguidance turns a guide into an automaton over bytes and walks the vocabulary's trie with it. A *matcher* is how far one
+sequence has come. The compiler keeps a prototype of each guide that it has compiled; a sequence gets a copy.
+
+What a caller may send is hostile. The text is bounded (`triode.models.guide`), and so is what becomes of it: compiling and
+each mask have a budget of work and of automaton states (`LIMITS`), beyond which compiling is refused, or the one sequence
+fails. Prototypes are kept by the length of their text, because memory follows it.
+
+    G matchers        W 32-bit words of a mask, one bit a token
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from triode.ids import TokenId
+from triode.models.guide import Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
+from triode.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+MaskWords = npt.NDArray[np.int32]
+
+MAX_CACHED_BYTES = 2**20
+"""Text of the guides that stay compiled: a compiled one takes up to about 200 times as much."""
+
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=100_000,
+    step_max_items=10_000,
+    max_lexer_states=20_000,
+    verbose_errors=False,
+)
+"""About 20 ms to build the lexer, 10 ms for a mask at worst, and 40 MB a sequence."""
+
+_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+"""Between tokens of JSON; without a bound, a model at a loss for words would fill its output with it."""
+
+
+class Matcher:
+    """How far one sequence has come in its guide."""
+
+    def __init__(self, inner: LLMatcher, compiler: "GuideCompiler") -> None:
+        self.inner = inner
+        self.compiler = compiler
+        self.error: str | None = None
+        """Why the guide cannot be followed any more; the sequence fails with it."""
+
+    def consume(self, token_id: TokenId) -> None:
+        """The sequence goes on with a token that the mask allowed. Past the end of the output nothing changes."""
+        if self.error is None and not self.inner.is_stopped() and not self.inner.consume_token(token_id):
+            self.error = _refusal(self.inner)
+
+
+class _Compiled(NamedTuple):
+    prototype: LLMatcher
+    num_bytes: int
+    """Of the grammar's text."""
+
+
+class GuideCompiler:
+    """Compiles guides. Methods may be called from any thread."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """`vocab_size` is the model's: a mask has no other tokens."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = [token_id for token_id in eos_token_ids if token_id < vocab_size]
+        self._lock = threading.Lock()
+        self._compiled: OrderedDict[Guide, _Compiled] = OrderedDict()
+        self._cached_bytes = 0
+
+    @property
+    def num_words(self) -> int:
+        """W: enough for the model's tokens and the tokenizer's."""
+        return -(-max(self._vocab_size, self._tokenizer.vocab_size) // 32)
+
+    def check(self, guide: Guide) -> None:
+        """Compile a guide, unless it is compiled already.
+
+        Raises:
+            ValueError: with the reason why it cannot be followed.
+        """
+        self._prototype(guide)
+
+    def matcher(self, guide: Guide, token_ids: Sequence[TokenId]) -> Matcher:
+        """A matcher for a sequence that has generated `token_ids` so far."""
+        matcher = Matcher(self._prototype(guide).deep_copy(), self)
+        for token_id in token_ids:
+            matcher.consume(token_id)
+        return matcher
+
+    def fill(self, matchers: Sequence[Matcher], mask_GW: MaskWords) -> None:
+        """Each matcher's mask of what may come next, in parallel and without the interpreter's lock.
+
+        Nothing may come next where a matcher has an error, which this may bring.
+        """
+        assert mask_GW.flags.c_contiguous, "llguidance writes to the array's memory"
+        live = [(matcher.inner, row) for row, matcher in enumerate(matchers) if matcher.error is None]
+        num_rows, num_words = mask_GW.shape
+        if live:
+            self._executor.unsafe_compute_mask_ptr(live, mask_GW.ctypes.data, num_words * 4, num_rows)
+        for row, matcher in enumerate(matchers):
+            if matcher.error is None and matcher.inner.is_error():
+                matcher.error = _refusal(matcher.inner)
+            if matcher.error is not None:
+                mask_GW[row] = 0
+
+    def begin_fill(self, matchers: Sequence[Matcher], mask_GW: MaskWords) -> "Future[None]":
+        """`fill` in another thread."""
+        return self._thread.submit(self.fill, matchers, mask_GW)
+
+    def _prototype(self, guide: Guide) -> LLMatcher:
+        with self._lock:
+            if (compiled := self._compiled.get(guide)) is not None:
+                self._compiled.move_to_end(guide)
+                return compiled.prototype
+            vocabulary = self._vocabulary
+        try:
+            grammar = _grammar(guide)
+        except ValueError as error:
+            raise ValueError(f"guide cannot be compiled: {error}") from error
+        prototype = LLMatcher(vocabulary, grammar, log_level=0, limits=LIMITS)
+        # The first mask builds most of what later ones need, and shows a guide that is too complex from the start.
+        if not prototype.is_error():
+            prototype.compute_bitmask()
+        if prototype.is_error():
+            raise ValueError(f"guide cannot be compiled: {_reason(prototype)}")
+        with self._lock:
+            self._keep(guide, _Compiled(prototype, len(grammar)))
+        return prototype
+
+    def _keep(self, guide: Guide, compiled: "_Compiled") -> None:
+        if guide not in self._compiled:
+            self._cached_bytes += compiled.num_bytes
+        self._compiled[guide] = compiled
+        while self._cached_bytes > MAX_CACHED_BYTES and len(self._compiled) > 1:
+            _, oldest = self._compiled.popitem(last=False)
+            self._cached_bytes -= oldest.num_bytes
+
+    @cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="triode-masks")
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        return LLExecutor()
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        # Made on first use, because it takes the better part of a second.
+        if not self._eos_token_ids:
+            raise ValueError("guide must be None: this model has no end-of-sequence token to end an output with")
+        return LLTokenizer(
+            TokenizerWrapper(_Vocabulary(self._tokenizer, self._eos_token_ids[0])),
+            n_vocab=max(self._vocab_size, self._tokenizer.vocab_size),
+            eos_token=self._eos_token_ids,
+        )
+
+
+def check_guide(guides: GuideCompiler | None, guide: Guide) -> None:
+    """What a runner answers when it is asked about a guide.
+
+    Raises:
+        ValueError: if the guide cannot be followed, or no guide can because there is no compiler.
+    """
+    if guides is None:
+        raise ValueError("guide must be None: this runner has no tokenizer to compile it for")
+    guides.check(guide)
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants one."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_id: int) -> None:
+        self.eos_token_id = eos_token_id
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        self.special_token_ids = sorted(tokenizer.special_ids)
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text, add_special_tokens=False)
+
+
+def _grammar(guide: Guide) -> str:
+    """In llguidance's own JSON form."""
+    match guide:
+        case JsonSchema(schema, compact):
+            return _json_grammar(str(schema), compact=compact)
+        case JsonObject(compact):
+            return _json_grammar('{"type": "object"}', compact=compact)
+        case Regex(pattern):
+            return LLMatcher.grammar_from_regex(pattern)
+        case Choices(options):
+            return _lark("start: " + " | ".join(json.dumps(option) for option in options))
+        case Grammar(lark):
+            return _lark(lark)
+
+
+def _json_grammar(schema: str, *, compact: bool) -> str:
+    # These outweigh what a schema may say for itself under "x-guidance".
+    overrides: JsonCompileOptions = {"lenient": False, "coerce_one_of": False}
+    if compact:
+        overrides["whitespace_flexible"] = False
+    else:
+        overrides["whitespace_pattern"] = _WHITE_SPACE
+    return LLMatcher.grammar_from_json_schema(schema, overrides=overrides)
+
+
+def _lark(text: str) -> str:
+    return json.dumps({"grammars": [{"lark_grammar": text}]})
+
+
+def _refusal(matcher: LLMatcher) -> str:
+    return f"the guide cannot be followed any further: {_reason(matcher)}"
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """The first lines of what llguidance says; a picture of its state follows."""
+    return matcher.get_error().partition("<non-verbose/>")[0].strip()
