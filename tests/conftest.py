@@ -1,5 +1,6 @@
 """What every test shares: the same random numbers and the same Hypothesis examples in each run, which are never timed."""
 
+import os
 import sys
 
 import pytest
@@ -8,6 +9,20 @@ from hypothesis import settings
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=2_000)
 settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that are not about a GPU find none: an engine that may choose its device would take it."""
+    if "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch finds no GPU here")
 
 
 @pytest.fixture(autouse=True)
