@@ -13,6 +13,7 @@ from starlette.routing import Route, WebSocketRoute
 from triode.engine.server.bridge import BridgeEndpoint
 from triode.engine.server.chat import ChatEndpoint
 from triode.engine.server.completions import CompletionEndpoint
+from triode.engine.server.embeddings import EmbeddingEndpoint
 from triode.engine.server.errors import RequestError
 from triode.engine.server.guard import Guard, error_response
 from triode.engine.server.service import Service
@@ -27,6 +28,7 @@ def build_app(service: Service) -> Starlette:
         routes=[
             Route("/v1/chat/completions", ChatEndpoint(service).create, methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(service).create, methods=["POST"]),
+            Route("/v1/embeddings", EmbeddingEndpoint(service).create, methods=["POST"]),
             WebSocketRoute("/v1/stream", bridge.connect),
             Route("/v1/stream/schema", bridge.schema),
             Route("/v1/models", status.models),

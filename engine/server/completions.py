@@ -33,13 +33,13 @@ class CompletionEndpoint:
         """One prompt or several, `n` samples of each."""
         body = decode(await read_body(request, self._service.config.max_body_bytes), _DECODER)
         self._service.check_model(body.model)
-        prompts = split_prompts(body.prompt, self._service.config.max_prompts)
+        prompts = split_prompts("prompt", body.prompt, self._service.config.max_prompts)
         job = Job.of(body, prompts, completion_params(body))
         return Generation(self._service, job, TextDialect(self._service, job.params.n), request)
 
 
-def split_prompts(prompt: str | list[str | int | list[int]], max_prompts: int) -> list[Prompt]:
-    """The prompts of a request: a text, token ids, or a list of one of them.
+def split_prompts(name: str, prompt: str | list[str | int | list[int]], max_prompts: int) -> list[Prompt]:
+    """The prompts in the field `name`: a text, token ids, or a list of one of them.
 
     Raises:
         RequestError: 400 if it is none of these, empty, or too many.
@@ -48,13 +48,11 @@ def split_prompts(prompt: str | list[str | int | list[int]], max_prompts: int) -
         return [prompt]
     kinds = {type(item) for item in prompt}
     if len(kinds) != 1:
-        raise refused(
-            "prompt", "prompt must be a text, token ids, or a non-empty list of texts or of lists of token ids"
-        )
+        raise refused(name, f"{name} must be a text, token ids, or a non-empty list of texts or of lists of token ids")
     if kinds == {int}:
         return [cast("list[int]", prompt)]
     if len(prompt) > max_prompts:
-        raise refused("prompt", f"prompt must be <= {max_prompts} prompts, got {len(prompt)}")
+        raise refused(name, f"{name} must be <= {max_prompts} prompts, got {len(prompt)}")
     return [item for item in prompt if not isinstance(item, int)]
 
 

@@ -1,7 +1,6 @@
 """The answer to one generation request: its streams are opened, read and written while the client is connected.
 
-What one step brings to one prompt is one write. Whatever ends the response early, the client's leaving included, leaves
-the gate's block, and that cancels the streams.
+What one step brings to one prompt is one write.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -9,16 +8,14 @@ from functools import partial
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from triode.actors.messages import FinishReason
 from triode.engine.completion import Result
 from triode.engine.request import Prompt
-from triode.engine.server.connection import Writer, first_of, together, until_left
+from triode.engine.server.attended import EVENT_HEADERS, Attended, write_json
+from triode.engine.server.connection import Writer, together
 from triode.engine.server.dialect import Dialect, usage_of
 from triode.engine.server.errors import engine_error, wrong_value
-from triode.engine.server.guard import caller_of
 from triode.engine.server.openai_requests import GenerationRequest
 from triode.engine.server.service import Service
 from triode.engine.stream import RequestStream
@@ -27,13 +24,6 @@ from triode.models.sampling import SamplingParams
 
 _ENCODER = msgspec.json.Encoder()
 _DONE = b"data: [DONE]\n\n"
-_JSON = [(b"content-type", b"application/json")]
-_EVENTS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    # Proxies of nginx's kind would hold the events back.
-    (b"x-accel-buffering", b"no"),
-]
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,39 +52,29 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Generation(Response):
+class Generation(Attended):
     """Runs a job and answers in a dialect."""
 
     def __init__(self, service: Service, job: Job, dialect: Dialect, request: Request) -> None:
-        # A Response only by type: nothing of it is known before the engine has begun.
-        self.background = None
-        self._service = service
+        super().__init__(service, request)
         self._job = job
         self._dialect = dialect
-        self._key = caller_of(request.scope).key
         self._places = range(len(job.prompts))
         self._streams: dict[int, RequestStream] = {}
         self._results: dict[int, Result] = {}
         self._timings = [service.metrics.timing() for _ in job.prompts]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Open, read, write.
-
-        Raises:
-            RequestError: as long as nothing has been sent.
-        """
-        writer = Writer(send, self._service.config.write_timeout_s)
-        with self._service.gate.admitted(self._key) as admitted:
-            self._admitted = admitted
-            try:
-                await first_of(partial(until_left, receive), writer.until_stuck, partial(self._answer, writer))
-            finally:
-                for timing in self._timings:
-                    timing.close()
-
-    async def _answer(self, writer: Writer) -> None:
+    async def _answer(self, writer: Writer, streams: list[RequestStream]) -> None:
+        """Open, read, write."""
         try:
-            await together([partial(self._open, place) for place in self._places])
+            await self._write(writer, streams)
+        finally:
+            for timing in self._timings:
+                timing.close()
+
+    async def _write(self, writer: Writer, streams: list[RequestStream]) -> None:
+        try:
+            await together([partial(self._open, place, streams) for place in self._places])
             if not self._job.is_streamed:
                 await together([partial(self._read, place) for place in self._places])
         except TriodeError as error:
@@ -102,11 +82,9 @@ class Generation(Response):
         if self._job.is_streamed:
             await self._stream(writer)
         else:
-            body = _ENCODER.encode(self._dialect.answer([self._results[place] for place in self._places]))
-            await writer.start(200, [*_JSON, (b"content-length", str(len(body)).encode())])
-            await writer.write(body, more=False)
+            await write_json(writer, self._dialect.answer([self._results[place] for place in self._places]))
 
-    async def _open(self, place: int) -> None:
+    async def _open(self, place: int, streams: list[RequestStream]) -> None:
         """Submit one prompt."""
         job, answer_id = self._job, self._dialect.answer_id
         try:
@@ -120,7 +98,7 @@ class Generation(Response):
             )
         except ValueError as error:
             raise wrong_value(error) from None
-        self._admitted.append(stream)
+        streams.append(stream)
         self._streams[place] = stream
 
     async def _read(
@@ -144,7 +122,7 @@ class Generation(Response):
         async def write(chunks: Sequence[msgspec.Struct]) -> None:
             await writer.write(b"".join(map(event, chunks)))
 
-        await writer.start(200, _EVENTS)
+        await writer.start(200, EVENT_HEADERS)
         try:
             await write(self._dialect.opening(len(self._places) * self._job.params.n))
             await together([partial(self._read, place, write) for place in self._places])

@@ -100,6 +100,23 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     suffix: str | None = None
 
 
+class EmbeddingRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/embeddings."""
+
+    input: str | list[str | int | TokenIds]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    """base64 is of little-endian float32 numbers."""
+    dimensions: int | None = None
+    """Only the model's own number: a part of its vectors means nothing by itself."""
+    pooling: Literal["mean", "last"] | None = None
+    """Of the final hidden states: their mean by default, or the last one."""
+    normalize: bool = True
+    """As OpenAI's, vectors have length 1; false leaves them as the model gives them."""
+    user: object = None
+    """Accepted; changes nothing."""
+
+
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /tokenize: a text, or a conversation."""
 

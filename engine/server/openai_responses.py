@@ -154,6 +154,30 @@ class TextChunk(Answer, frozen=True, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
 
 
+class Embedding(msgspec.Struct, frozen=True, kw_only=True):
+    """One vector: its numbers, or base64 of them as little-endian float32."""
+
+    object: str = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(msgspec.Struct, frozen=True):
+    """Tokens of all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to /v1/embeddings."""
+
+    object: str = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     """What is served."""
 

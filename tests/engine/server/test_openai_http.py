@@ -296,9 +296,9 @@ def test_a_body_without_a_length_is_limited_too(server: Running) -> None:
 def test_another_model_another_path_and_another_method_are_told_apart(client: httpx.Client) -> None:
     assert post(client, TEXT, status=404, model="gpt-4", prompt="x")["error"]["code"] == "model_not_found"
     assert client.get("/v1/models/gpt-4").status_code == 404
-    missing = client.post("/v1/embeddings", json={})
+    missing = client.post("/v1/images/generations", json={})
     assert missing.status_code == 404
-    assert missing.json()["error"]["message"] == "POST /v1/embeddings: not found"
+    assert missing.json()["error"]["message"] == "POST /v1/images/generations: not found"
     assert client.get(CHAT).status_code == 405
     forms = client.post(TEXT, content=b"{}", headers={"content-type": "text/plain"})
     assert forms.status_code == 415
