@@ -17,11 +17,9 @@ import msgspec
 
 from triode.cache.messages import Clear, Match, Matched, Pin, Pinned, Release, Reserve, Reserved, Unpin
 from triode.ids import RequestId, SequenceId, StepId, TokenId
+from triode.models.conversation import Conversation
 from triode.models.sampling import SamplingParams
 from triode.models.step import Pooling, StepPlan, StepResult, TokenLogprobs
-
-ChatMessages: TypeAlias = tuple[dict[str, object], ...]
-"""Messages in OpenAI's shape: `{"role": ..., "content": ...}`."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -63,7 +61,7 @@ class Submit(Message, frozen=True):
     request_id: RequestId
     arrival: int
     """Counts the engine's submits: requests of equal priority are admitted in this order."""
-    prompt: str | tuple[TokenId, ...] | ChatMessages
+    prompt: str | tuple[TokenId, ...] | Conversation
     params: SamplingParams
     seed: int
     """`params.seed`, or the one drawn at submit."""
@@ -232,7 +230,6 @@ Mail: TypeAlias = Opened | Rejected | Delta | PromptScored | Embedded | Ended
 __all__ = [
     "CacheInbox",
     "Cancel",
-    "ChatMessages",
     "Clear",
     "Delta",
     "DetokenizerInbox",

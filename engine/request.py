@@ -6,13 +6,13 @@ from typing import cast
 
 import msgspec
 
-from triode.actors.messages import ChatMessages
 from triode.ids import RequestId, TokenId
+from triode.models.conversation import Conversation
 from triode.models.sampling import SamplingParams, is_unicode
 from triode.models.step import Pooling
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
-"""Raw text, token ids, or chat messages in OpenAI's shape (then the model's chat template applies)."""
+Prompt = str | Sequence[int] | Sequence[Mapping[str, object]] | Conversation
+"""Raw text, token ids, or chat messages in OpenAI's shape, alone or with tools (then the model's chat template applies)."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,7 +22,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         ValueError: at construction, for an argument outside its limits.
     """
 
-    prompt: str | tuple[TokenId, ...] | ChatMessages
+    prompt: str | tuple[TokenId, ...] | Conversation
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
@@ -110,7 +110,7 @@ def check_cache_salt(cache_salt: object) -> None:
         raise ValueError(f"cache_salt must be valid Unicode, got {cache_salt!r}")
 
 
-def freeze_prompt(prompt: Prompt) -> str | tuple[TokenId, ...] | ChatMessages:
+def freeze_prompt(prompt: Prompt) -> str | tuple[TokenId, ...] | Conversation:
     """The prompt as it travels in a message.
 
     Raises:
@@ -118,21 +118,24 @@ def freeze_prompt(prompt: Prompt) -> str | tuple[TokenId, ...] | ChatMessages:
     """
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, Conversation):
+        return _freeze(prompt)
     given: object = prompt
     if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
         raise ValueError(f"prompt must be text, token ids or chat messages, got {type(prompt).__name__}")
-    if all(isinstance(item, Mapping) for item in prompt):
-        return _freeze_messages([dict(item) for item in prompt if isinstance(item, Mapping)])
+    if prompt and all(isinstance(item, Mapping) for item in prompt):
+        return _freeze(Conversation(tuple(dict(item) for item in prompt if isinstance(item, Mapping))))
     if all(type(item) is int for item in prompt):
         return tuple(TokenId(item) for item in prompt if isinstance(item, int))
     kinds = sorted({type(item).__name__ for item in prompt})
     raise ValueError(f"prompt must hold either token ids (int) or chat messages (dict), got {', '.join(kinds)}")
 
 
-def _freeze_messages(messages: list[dict[str, object]]) -> ChatMessages:
+def _freeze(chat: Conversation) -> Conversation:
     """Copies of plain values, all the way down: no code of the caller's runs in the engine, nor does a later change
     reach it."""
     try:
-        return tuple(msgspec.to_builtins(messages, builtin_types=(bytes, bytearray)))
+        plain = msgspec.to_builtins(chat, builtin_types=(bytes, bytearray))
+        return Conversation(tuple(plain["messages"]), tuple(plain["tools"]), plain["options"])
     except (TypeError, RecursionError) as error:
         raise ValueError(f"prompt must hold messages of text, numbers, lists and dicts: {error}") from error

@@ -7,6 +7,7 @@ transformers' `apply_chat_template`, for which templates are written.
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn, TypeGuard
 
 import jinja2
@@ -35,19 +36,29 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"the model's chat template is not valid: {error}") from error
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The prompt for `messages`, in OpenAI's shape.
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Message] = (),
+        options: Mapping[str, object] = MappingProxyType({}),
+    ) -> str:
+        """The prompt for `messages`, in OpenAI's shape, as `tools` are; `options` are the template's own variables.
 
         Raises:
-            ValueError: a message is malformed, or the template refuses the conversation.
+            ValueError: a message is malformed, an option has a name of ours, or the template refuses the conversation.
         """
-        values = {
+        values: dict[str, object] = {
             "messages": normalize(messages),
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             **self._special_tokens,
         }
+        if taken := sorted(values.keys() & options.keys()):
+            raise ValueError(f"options must not name {', '.join(taken)}, which the template has from elsewhere")
+        values |= options
         try:
             return self._template.render(values)
         # A template's program can fail in any way, and then these messages do not suit it.
@@ -72,11 +83,36 @@ def _normalize_message(index: int, message: Message) -> dict[str, object]:
         raise ValueError(f"{name} must be a mapping with role and content, got {message!r}")
     if message.get("role") not in ROLES:
         raise ValueError(f"{name}.role must be one of {', '.join(ROLES)}, got {message.get('role')!r}")
+    checked = dict(message)
+    if calls := message.get("tool_calls"):
+        checked["tool_calls"] = _calls(f"{name}.tool_calls", calls)
     if (content := message.get("content")) is None:
-        if message["role"] == "assistant" and message.get("tool_calls"):
-            return dict(message)
+        if message["role"] == "assistant" and calls:
+            return checked
         raise ValueError(f"{name}.content must be text, got None")
-    return {**message, "content": _text(f"{name}.content", content)}
+    return {**checked, "content": _text(f"{name}.content", content)}
+
+
+def _calls(name: str, calls: object) -> list[dict[str, object]]:
+    """Calls with their arguments as templates want them: an object, where OpenAI's shape has its JSON text."""
+    if not _is_list(calls):
+        raise ValueError(f"{name} must be a list of calls, got {calls!r}")
+    return [_call(f"{name}[{index}]", call) for index, call in enumerate(calls)]
+
+
+def _call(name: str, call: object) -> dict[str, object]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{name} must be a call with function.name, got {call!r}")
+    arguments = function.get("arguments") or "{}"
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{name}.function.arguments must be JSON, got {arguments!r}") from None
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{name}.function.arguments must be a JSON object, got {arguments!r}")
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[object]]:

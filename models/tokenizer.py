@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from triode.models.byte_alphabet import BYTE_OF_CHARACTER
 from triode.models.chat import ChatTemplate, Message
+from triode.models.conversation import Conversation
 
 # Unicode's normal forms shorten UTF-8 by at most this factor: 3 for singletons such as U+212A, 3 for composition.
 _MAX_NFC_SHRINK = 9
@@ -54,13 +55,27 @@ class Tokenizer:
         """Whether messages can be given instead of text."""
         return self._chat_template is not None
 
-    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    @property
+    def chat_template(self) -> str | None:
+        """The template's source."""
+        return self._chat_template
+
+    def apply_chat_template(
+        self, messages: Sequence[Message] | Conversation, *, add_generation_prompt: bool = True
+    ) -> str:
         """The prompt for a conversation; encode it without special tokens, for it has its own.
 
         Raises:
             ValueError: the model has no template, or a message is malformed or refused by the template.
         """
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        if not isinstance(messages, Conversation):
+            return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._template.render(
+            messages.messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=messages.tools,
+            options=messages.options,
+        )
 
     @cached_property
     def _template(self) -> ChatTemplate:

@@ -16,6 +16,7 @@ PUBLIC_NAMES = [
     "LLM",
     "RequestStream",
     "SamplingParams",
+    "Conversation",
     "JsonSchema",
     "JsonObject",
     "Regex",

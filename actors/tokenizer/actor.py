@@ -3,10 +3,12 @@
 from collections.abc import Awaitable, Callable
 from typing import NoReturn
 
+import msgspec
 import trio
 
 from triode.actors.channels import Inbox, Put
 from triode.actors.messages import Rejected, Submit, Tokenized
+from triode.models.conversation import Conversation
 from triode.models.guide import Guide
 
 LONG_PROMPT_BYTES = 16_000
@@ -62,8 +64,10 @@ def _size_bytes(submit: Submit) -> int:
     """About how much text there is to encode: a character takes a byte or a few."""
     if isinstance(submit.prompt, str):
         return len(submit.prompt)
-    contents = (message.get("content") for message in submit.prompt if isinstance(message, dict))
-    return sum(_content_size(content) for content in contents)
+    if not isinstance(submit.prompt, Conversation):
+        return 0
+    tools_bytes = len(msgspec.json.encode(submit.prompt.tools)) if submit.prompt.tools else 0
+    return tools_bytes + sum(_content_size(message.get("content")) for message in submit.prompt.messages)
 
 
 def _content_size(content: object) -> int:

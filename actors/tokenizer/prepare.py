@@ -1,12 +1,12 @@
 """From what the caller wrote to tokens the scheduler can queue, or the reason why it cannot."""
 
 from itertools import chain
-from typing import cast
 
 import msgspec
 
-from triode.actors.messages import ChatMessages, Rejected, Submit, Tokenized
+from triode.actors.messages import Rejected, Submit, Tokenized
 from triode.ids import TokenId
+from triode.models.conversation import Conversation
 from triode.models.sampling import SamplingParams, check_token_ids, is_unicode
 from triode.models.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ def prepare(submit: Submit, tokenizer: Tokenizer, limits: Limits) -> Tokenized |
 
 
 def encode(
-    prompt: str | tuple[TokenId, ...] | ChatMessages, tokenizer: Tokenizer, limits: Limits
+    prompt: str | tuple[TokenId, ...] | Conversation, tokenizer: Tokenizer, limits: Limits
 ) -> tuple[TokenId, ...]:
     """The prompt's tokens.
 
@@ -65,11 +65,11 @@ def encode(
     """
     if isinstance(prompt, str):
         token_ids = _encode_text(prompt, tokenizer, limits, add_special_tokens=True)
-    elif prompt and isinstance(prompt[0], dict):
+    elif isinstance(prompt, Conversation):
         text = tokenizer.apply_chat_template(prompt)
         token_ids = _encode_text(text, tokenizer, limits, add_special_tokens=False)
     else:
-        token_ids = cast("tuple[TokenId, ...]", prompt)
+        token_ids = prompt
         check_token_ids("prompt", token_ids, limits.vocab_size)
     if not token_ids:
         raise ValueError("prompt must have at least one token, got none")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         TriodeError,
         UnsupportedModel,
     )
+    from triode.models.conversation import Conversation
     from triode.models.guide import Choices, Grammar, JsonObject, JsonSchema, Regex
     from triode.models.sampling import SamplingParams
 else:
@@ -52,6 +53,7 @@ _HOMES = {
     "LLM": "triode.engine.blocking",
     "Choices": "triode.models.guide",
     "Completion": "triode.engine.completion",
+    "Conversation": "triode.models.conversation",
     "CorruptModel": "triode.errors",
     "Delta": "triode.actors.messages",
     "Engine": "triode.engine.engine",
@@ -88,6 +90,7 @@ __all__ = [  # noqa: RUF022 - the public surface, sorted by what a reader looks 
     "LLM",
     "RequestStream",
     "SamplingParams",
+    "Conversation",
     "JsonSchema",
     "JsonObject",
     "Regex",

@@ -11,10 +11,11 @@ import trio.testing
 
 from trained_tokenizers import byte_level_bpe
 from triode.actors.channels import Inbox
-from triode.actors.messages import ChatMessages, Rejected, Submit, Tokenized
+from triode.actors.messages import Rejected, Submit, Tokenized
 from triode.actors.tokenizer.actor import LONG_PROMPT_BYTES, run_tokenizer
 from triode.actors.tokenizer.prepare import Limits, prepare
 from triode.ids import RequestId, TokenId
+from triode.models.conversation import Conversation
 from triode.models.guide import Guide, Regex
 from triode.models.sampling import SamplingParams
 from triode.models.tokenizer import Tokenizer
@@ -32,13 +33,13 @@ def limits(**fields: int) -> Limits:
     return Limits(**sizes, eos_token_ids=(EOS,))
 
 
-def submit(prompt: str | tuple[int, ...] | ChatMessages, arrival: int = 0, **fields: Any) -> Submit:
-    given = cast("str | tuple[TokenId, ...] | ChatMessages", prompt)
+def submit(prompt: str | tuple[int, ...] | Conversation, arrival: int = 0, **fields: Any) -> Submit:
+    given = cast("str | tuple[TokenId, ...] | Conversation", prompt)
     return Submit(RequestId(f"r{arrival}"), arrival, given, SamplingParams(**fields), seed=7)
 
 
-def said(content: str) -> ChatMessages:
-    return ({"role": "user", "content": content},)
+def said(content: str) -> Conversation:
+    return Conversation(({"role": "user", "content": content},))
 
 
 def accepted(answer: Tokenized | Rejected) -> Tokenized:
@@ -84,7 +85,7 @@ def test_the_room_is_what_context_and_cache_leave() -> None:
         ((1,) * 99, {"min_tokens": 2}, "min_tokens must be <= max_tokens = 1, got 2"),
         ((1,), {"stop_token_ids": (5000,)}, "stop_token_ids must hold token ids >= 0 and < 5000, got 5000"),
         ((1,), {"logit_bias": {5000: 1}}, "logit_bias must hold token ids >= 0 and < 5000, got 5000"),
-        (({"role": "user"},), {}, r"messages[0].content must be text, got None"),
+        (Conversation(({"role": "user"},)), {}, r"messages[0].content must be text, got None"),
     ],
 )
 def test_what_cannot_run_is_refused(prompt: tuple[int, ...], fields: dict[str, Any], reason: str) -> None:
@@ -167,7 +168,7 @@ async def test_every_submit_is_answered_once() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["x" * (LONG_PROMPT_BYTES + 1), said("x" * (LONG_PROMPT_BYTES + 1))])
-async def test_a_long_prompt_does_not_hold_up_the_short_ones(prompt: str | ChatMessages) -> None:
+async def test_a_long_prompt_does_not_hold_up_the_short_ones(prompt: str | Conversation) -> None:
     may_go_on = threading.Event()
 
     def answer(submitted: Submit) -> Rejected:

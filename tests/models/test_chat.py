@@ -91,8 +91,32 @@ def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
 
 
 def test_an_assistant_message_may_have_tool_calls_instead_of_text() -> None:
-    message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
     assert normalize([message]) == [message]
+
+
+def test_arguments_of_calls_become_objects_which_templates_write_as_json() -> None:
+    source = "{{ messages[0].tool_calls[0].function.arguments | tojson }}"
+    for arguments in ('{"a": 1}', {"a": 1}):
+        call = {"function": {"name": "add", "arguments": arguments}}
+        assert render(source, [{"role": "assistant", "tool_calls": [call]}]) == '{"a": 1}'
+    assert render(source, [{"role": "assistant", "tool_calls": [{"function": {"name": "now"}}]}]) == "{}"
+
+
+def test_a_template_gets_the_tools_and_its_own_options() -> None:
+    template = ChatTemplate("{{ tools[0].function.name }} {{ enable_thinking }} {{ bos_token }}", {"bos_token": "<s>"})
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    options = {"enable_thinking": False}
+    assert template.render([USER], add_generation_prompt=True, tools=tools, options=options) == "add False <s>"
+    with pytest.raises(
+        ValueError, match="options must not name bos_token, tools, which the template has from elsewhere"
+    ):
+        template.render([USER], add_generation_prompt=True, options={"tools": [], "bos_token": ""})
+
+
+def called(calls: object) -> dict[str, object]:
+    return {"role": "assistant", "tool_calls": calls}
 
 
 @pytest.mark.parametrize(
@@ -113,6 +137,10 @@ def test_an_assistant_message_may_have_tool_calls_instead_of_text() -> None:
             r"messages\[0\].content\[0\].type must be text, got 'image_url': other parts are not supported yet",
         ),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], r"content\[0\].text must be a string, got 1"),
+        ([called(7)], r"messages\[0\].tool_calls must be a list of calls, got 7"),
+        ([called([{}])], r"tool_calls\[0\] must be a call with function.name, got {}"),
+        ([called([{"function": {"name": "f", "arguments": "{"}}])], r"tool_calls\[0\].function.arguments must be JSON"),
+        ([called([{"function": {"name": "f", "arguments": "1"}}])], r"arguments must be a JSON object, got 1"),
     ],
 )
 def test_a_malformed_message_is_refused_by_its_place(messages: Any, message: str) -> None:
