@@ -9,13 +9,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from triode.engine.server.bridge import BridgeEndpoint
 from triode.engine.server.chat import ChatEndpoint
 from triode.engine.server.completions import CompletionEndpoint
 from triode.engine.server.embeddings import EmbeddingEndpoint
 from triode.engine.server.errors import RequestError
-from triode.engine.server.guard import Guard, error_response
+from triode.engine.server.guard import Guard, error_response, refuse
 from triode.engine.server.service import Service
 from triode.engine.server.status import StatusEndpoints
 from triode.engine.server.tokens import TokenEndpoints
@@ -39,6 +40,7 @@ def build_app(service: Service) -> Starlette:
             Route("/ready", status.ready),
             Route("/version", status.version),
             Route("/metrics", status.metrics),
+            WebSocketRoute("/{path:path}", _no_such_socket),
         ],
         middleware=_middleware(service),
         exception_handlers={
@@ -75,6 +77,10 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     phrase = HTTPStatus(error.status_code).phrase.lower()
     message = f"{request.method} {request.url.path}: {phrase}"
     return error_response(RequestError(error.status_code, message, headers=error.headers))
+
+
+async def _no_such_socket(socket: WebSocket) -> None:
+    await refuse(RequestError(404, f"{socket.url.path}: not found"), socket.scope, socket.receive, socket.send)
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:

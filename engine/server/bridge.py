@@ -41,7 +41,7 @@ from triode.engine.server.connection import PacedSend, first_of
 from triode.engine.server.errors import RequestError, engine_error, wrong_value
 from triode.engine.server.guard import caller_of
 from triode.engine.server.service import Service
-from triode.engine.server.session import Session, Sessions, check_resumption, find_session
+from triode.engine.server.session import Session, Sessions, check_submit, find_session
 from triode.engine.stream import RequestStream
 from triode.errors import TriodeError
 
@@ -123,11 +123,11 @@ class _Open:
         if self.session is not None:
             self.session.cancel()
 
-    def leave(self) -> None:
-        """The socket is lost."""
+    def leave(self, *, for_good: bool) -> None:
+        """The socket is closed, or lost."""
         self._opening.cancel()
         if self.session is not None:
-            self.session.leave()
+            self.session.leave(for_good=for_good)
 
     async def open(self, opening: Callable[[], Awaitable[Session]]) -> Session | None:
         """The accepted request; None if the socket was lost before."""
@@ -147,13 +147,15 @@ class Bridge:
         self._key = caller_of(socket.scope).key
         self._paced = PacedSend(socket.send, service.config.write_timeout_s)
         self._open: dict[str, _Open] = {}
+        self._is_closed = False
+        """By the client, which will not come back."""
 
     async def run(self) -> None:
         """Until the socket closes, or is so slow that it is given up, and no request waits for another socket."""
         async with anyio.create_task_group() as requests:
             await first_of(partial(self._receive, requests), self._until_stuck)
             for request in list(self._open.values()):
-                request.leave()
+                request.leave(for_good=self._is_closed)
 
     async def _receive(self, requests: anyio.abc.TaskGroup) -> None:
         while (frame := await self._socket.receive())["type"] == "websocket.receive":
@@ -161,6 +163,8 @@ class Bridge:
                 await self._handle(self._decode(frame), requests)
             except RequestError as error:
                 await self._send(Failed(None, error.status, error.detail))
+        # A socket that is lost, or a page that is left, closes with another code.
+        self._is_closed = frame.get("code") == 1000
 
     async def _until_stuck(self) -> None:
         await self._paced.until_stuck()
@@ -230,7 +234,7 @@ class Bridge:
         await self._serve(submit.id, request, session, opening)
 
     async def _accept(self, submit: Submit) -> Session:
-        check_resumption(submit, self._service.config.max_resume_grace_s)
+        check_submit(submit, self._service.config.max_resume_grace_s)
         with ExitStack() as admission:
             admitted = admission.enter_context(self._service.gate.admitted(self._key))
             stream = await self._submit(submit)

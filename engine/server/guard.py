@@ -84,7 +84,7 @@ class Guard:
             if scope["type"] == "websocket":
                 self._check_origin(headers)
         except RequestError as error:
-            await _refuse(error, scope, receive, send)
+            await refuse(error, scope, receive, send)
             return
         await self._app({**scope, _SCOPE_KEY: Caller(request_id, key)}, receive, send)
 
@@ -120,7 +120,8 @@ class Guard:
             )
 
 
-async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+async def refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request, or a socket that is not open yet, with an error."""
     response = error_response(error)
     if scope["type"] == "http":
         await response(scope, receive, send)

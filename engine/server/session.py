@@ -53,6 +53,7 @@ class Session:
         # Whoever is cancelled lets go of the stream a moment after the next one has claimed the session.
         self._reading = anyio.Lock()
         self._is_finished = False
+        self._is_left = False
         admission.callback(self._timing.close)
         if self.token is not None:
             sessions[self.token] = self
@@ -95,7 +96,7 @@ class Session:
             with mine:
                 await self._send_all(name, send, forget, opening)
                 return
-            if self._holder is mine and self.token is not None:
+            if self._holder is mine and self.token is not None and not self._is_left:
                 mine = self._claim()
                 # A server that drains takes no new sockets.
                 with mine, anyio.move_on_after(self._grace_s):
@@ -105,13 +106,14 @@ class Session:
             if self._holder is mine:
                 self._end()
 
-    def leave(self) -> None:
-        """The socket is lost."""
+    def leave(self, *, for_good: bool) -> None:
+        """The socket is lost, or closed by a client that will not come back."""
+        self._is_left = for_good
         if self._holder is not None:
             self._holder.cancel()
 
     def _claim(self) -> anyio.CancelScope:
-        self.leave()
+        self.leave(for_good=False)
         self._holder = anyio.CancelScope()
         return self._holder
 
@@ -183,8 +185,8 @@ def find_session(sessions: Sessions, token: str, key: str) -> Session:
     return session
 
 
-def check_resumption(submit: Submit, max_grace_s: float) -> None:
-    """Whether the server keeps a request as its client asks.
+def check_submit(submit: Submit, max_grace_s: float) -> None:
+    """What the bridge asks beyond what the engine does.
 
     Raises:
         RequestError: 400.
@@ -194,6 +196,8 @@ def check_resumption(submit: Submit, max_grace_s: float) -> None:
         raise RequestError(400, message, param="resume_grace_s")
     if submit.resume_grace_s and submit.window is None:
         raise RequestError(400, "window must be given with resume_grace_s: it bounds what is kept", param="window")
+    if submit.params.prompt_logprobs is not None:
+        raise RequestError(400, "prompt_logprobs must be None on a bridge", param="prompt_logprobs")
 
 
 def cut(deltas: Sequence[Delta], max_tokens: int) -> Iterator[list[SampleDelta]]:

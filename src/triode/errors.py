@@ -6,6 +6,8 @@
     ├── EngineClosed               the engine has ended: open another
     ├── EngineFault                a bug or a device fault ended the engine; `__cause__` tells which
     ├── RequestFailed              one request failed while it ran; the engine and its neighbours go on
+    ├── ServerUnreachable          a client's server does not answer, or its socket was lost
+    ├── AccessDenied               a client's key is missing or wrong
     ├── InsufficientMemory         weights or KV cache do not fit; the message says what to lower
     ├── MissingExtra               an optional dependency is not installed; the message names the extra
     └── ModelError                 the model's files are at fault
@@ -35,6 +37,14 @@ class EngineFault(TriodeError):
 
 class RequestFailed(TriodeError):
     """This request failed while it ran. Other requests are not affected."""
+
+
+class ServerUnreachable(TriodeError):
+    """A client's server does not answer, or the socket was lost and with it what was unfinished."""
+
+
+class AccessDenied(TriodeError):
+    """A client's server does not serve this key, or this origin."""
 
 
 class InsufficientMemory(TriodeError):

@@ -103,6 +103,7 @@ def test_the_last_word_is_kept_until_it_is_acknowledged(server: Running) -> None
             # Its id is not free before that.
             socket.send("submit", id="b", prompt="Once")
             assert "id must be unique" in socket.receive_kind("failed")["error"]["message"]
+            drop(again)
     with open_socket(server) as again:
         socket = socket_of(again)
         socket.send("resume", id="b", token=token, seq=last["seq"])
@@ -150,6 +151,7 @@ def test_neither_a_wrong_token_nor_another_key_resumes(server: Running) -> None:
                 assert "seq must be >= 3" in strange.receive()["error"]["message"]
         # It was none of their business, and goes on.
         read_some(socket, 3)
+        drop(first)
     with open_socket(server) as last:
         socket = socket_of(last)
         socket.send("resume", id="a", token=token, seq=6)
@@ -167,6 +169,14 @@ def test_nobody_who_comes_back_ends_the_request(server: Running, grace: dict[str
         read_some(socket, 1)
         drop(connection)
         server.wait_until_idle()
+
+
+def test_a_client_that_says_goodbye_is_not_waited_for(server: Running) -> None:
+    with open_socket(server) as connection:
+        socket = socket_of(connection)
+        socket.send("submit", id="a", prompt="Once", params={**PARAMS, "max_tokens": 7000}, **KEPT)
+        read_some(socket, 1)
+    server.wait_until_idle()
 
 
 def test_a_drain_waits_for_nobody_to_come_back() -> None:
