@@ -64,7 +64,7 @@ def build_runner(
             raise ValueError(f"kernels must be auto on a GPU, got {kernels!r}")
         if quantization != "none":
             raise ValueError(f"quantization must be none on a GPU, got {quantization!r}")
-        return _build_on_gpu(config, weights, cache_config, max_running, max_step_tokens, progress)
+        return _build_on_gpu(config, weights, cache_config, max_running, max_step_tokens, guides, progress)
     native = choose_native(weights.embed_VD.dtype, kernels, quantization, progress)
     progress.stage("Preparing kernels", None, "")
     with torch.inference_mode(), cpu_threads(num_threads):
@@ -93,6 +93,7 @@ def _build_on_gpu(
     cache_config: CacheConfig,
     max_running: int,
     max_step_tokens: int,
+    guides: GuideCompiler | None,
     progress: Progress,
 ) -> BuiltRunner:
     progress.stage("Preparing kernels", None, "")
@@ -105,6 +106,7 @@ def _build_on_gpu(
         cache_config=cache_config,
         max_running=max_running,
         max_step_tokens=max_step_tokens,
+        guides=guides,
     )
     progress.done()
     return BuiltRunner(

@@ -13,7 +13,7 @@ fails. Prototypes are kept by the length of their text, because memory follows i
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -55,11 +55,21 @@ class Matcher:
         self.compiler = compiler
         self.error: str | None = None
         """Why the guide cannot be followed any more; the sequence fails with it."""
+        self._unread: list[TokenId] = []
 
-    def consume(self, token_id: TokenId) -> None:
-        """The sequence goes on with a token that the mask allowed. Past the end of the output nothing changes."""
-        if self.error is None and not self.inner.is_stopped() and not self.inner.consume_token(token_id):
-            self.error = _refusal(self.inner)
+    def append(self, token_id: TokenId) -> None:
+        """The sequence goes on with a token that the mask allowed. It is read when the next mask is asked for."""
+        self._unread.append(token_id)
+
+    def take_unread(self) -> list[TokenId]:
+        """Tokens appended since the last call. Past the end of the output nothing is read."""
+        unread, self._unread = self._unread, []
+        return [] if self.error is not None or self.inner.is_stopped() else unread
+
+    def check(self) -> None:
+        """Notice that llguidance has given up."""
+        if self.error is None and self.inner.is_error():
+            self.error = f"the guide cannot be followed any further: {_reason(self.inner)}"
 
 
 class _Compiled(NamedTuple):
@@ -97,7 +107,7 @@ class GuideCompiler:
         """A matcher for a sequence that has generated `token_ids` so far."""
         matcher = Matcher(self._prototype(guide).deep_copy(), self)
         for token_id in token_ids:
-            matcher.consume(token_id)
+            matcher.append(token_id)
         return matcher
 
     def fill(self, matchers: Sequence[Matcher], mask_GW: MaskWords) -> None:
@@ -106,19 +116,28 @@ class GuideCompiler:
         Nothing may come next where a matcher has an error, which this may bring.
         """
         assert mask_GW.flags.c_contiguous, "llguidance writes to the array's memory"
+        self._read(matchers)
         live = [(matcher.inner, row) for row, matcher in enumerate(matchers) if matcher.error is None]
         num_rows, num_words = mask_GW.shape
         if live:
             self._executor.unsafe_compute_mask_ptr(live, mask_GW.ctypes.data, num_words * 4, num_rows)
         for row, matcher in enumerate(matchers):
-            if matcher.error is None and matcher.inner.is_error():
-                matcher.error = _refusal(matcher.inner)
+            matcher.check()
             if matcher.error is not None:
                 mask_GW[row] = 0
 
-    def begin_fill(self, matchers: Sequence[Matcher], mask_GW: MaskWords) -> "Future[None]":
-        """`fill` in another thread."""
-        return self._thread.submit(self.fill, matchers, mask_GW)
+    def _read(self, matchers: Sequence[Matcher]) -> None:
+        unread = [(matcher, token_ids) for matcher in matchers if (token_ids := matcher.take_unread())]
+        if unread:
+            self._executor.consume_token_par([(matcher.inner, token_ids[0]) for matcher, token_ids in unread])
+        for matcher, token_ids in unread:
+            if len(token_ids) > 1:
+                matcher.inner.consume_tokens([*token_ids[1:]])
+            matcher.check()
+
+    def in_thread(self, fill: Callable[[], None]) -> "Future[None]":
+        """Have it done in the thread that makes masks."""
+        return self._thread.submit(fill)
 
     def _prototype(self, guide: Guide) -> LLMatcher:
         with self._lock:
@@ -221,10 +240,6 @@ def _json_grammar(schema: str, *, compact: bool) -> str:
 
 def _lark(text: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": text}]})
-
-
-def _refusal(matcher: LLMatcher) -> str:
-    return f"the guide cannot be followed any further: {_reason(matcher)}"
 
 
 def _reason(matcher: LLMatcher) -> str:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from triode.ids import TokenId
+from triode.kernels.guide_mask.reference import forbid
 from triode.kernels.sample.reference import IMPOSSIBLE, draw, greedy
 from triode.models.draws import uniform_draws
-from triode.models.guided import GuidedRows, forbid
+from triode.models.guided import GuidedRows
 from triode.models.logits import passes_for
 from triode.models.logprobs import score
 from triode.models.sampling import pack
@@ -79,7 +80,8 @@ def sample(logits_RV: torch.Tensor, rows: SampledRows) -> Samples:
     # Taken before the passes: logprobs are of the model's own distribution.
     logprobs_QV = torch.log_softmax(logits_RV[rows.scored_rows], dim=-1) if rows.scored_rows else None
     if rows.guided is not None:
-        forbid(logits_RV, rows.guided.masks(), rows.guided.rows)
+        rows.guided.wait()
+        forbid(logits_RV, rows.guided.mask_GW, rows.guided.row_G)
     for change in rows.passes:
         change(logits_RV)
     chosen = _choose(logits_RV, rows).tolist()

@@ -65,7 +65,7 @@ class SlotState:
         if self._counts is not None:
             self._counts.add(token_id)
         if self.matcher is not None:
-            self.matcher.consume(token_id)
+            self.matcher.append(token_id)
 
 
 class Slots:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from triode.models.cuda.arena import ArenaLayout, Changes, Words
+from triode.models.grammar import GuideCompiler
 from triode.models.slots import IntArray, Slots, SlotState
 from triode.models.step import Output, StepPlan
 
@@ -51,10 +52,16 @@ class PackedRows:
 class HostBatch:
     """The slots as the host sees them."""
 
-    def __init__(self, layout: ArenaLayout, max_context_tokens: int, block_size_tokens: int) -> None:
+    def __init__(
+        self,
+        layout: ArenaLayout,
+        max_context_tokens: int,
+        block_size_tokens: int,
+        guides: GuideCompiler | None = None,
+    ) -> None:
         self._layout = layout
         self._block_size = block_size_tokens
-        self._slots = Slots(layout.num_slots, max_context_tokens, block_size_tokens)
+        self._slots = Slots(layout.num_slots, max_context_tokens, block_size_tokens, guides)
         self._epoch_S = np.zeros(layout.num_slots, np.int64)
         self._admitted_S = np.zeros(layout.num_slots, np.int64)
         self._known_S = np.zeros(layout.num_slots, np.int64)
@@ -181,4 +188,10 @@ def is_decode(plan: StepPlan) -> bool:
 def has_history(state: SlotState) -> bool:
     """Whether the logits of this sequence are changed by something that follows from its tokens so far."""
     params = state.params
-    return bool(params.uses_penalties or params.no_repeat_ngram_size or params.min_tokens or state.bad_word_ids)
+    return bool(
+        state.matcher is not None
+        or params.uses_penalties
+        or params.no_repeat_ngram_size
+        or params.min_tokens
+        or state.bad_word_ids
+    )

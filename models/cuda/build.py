@@ -21,6 +21,7 @@ from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.gpu import CudaGpu
 from triode.models.cuda.programs import BUCKETS, PREFILL_TOKENS, bucket_for
 from triode.models.cuda.runner import CudaRunner
+from triode.models.grammar import GuideCompiler
 from triode.models.sampling import SamplingParams
 from triode.models.step import Admission, Output, StepPlan, TableChange
 from triode.models.weights import DecoderWeights
@@ -45,6 +46,7 @@ def build_cuda(
     cache_config: CacheConfig,
     max_running: int,
     max_step_tokens: int,
+    guides: GuideCompiler | None = None,
 ) -> BuiltCuda:
     """A runner for `max_running` sequences and steps of `max_step_tokens` tokens, on the device of the weights.
 
@@ -71,7 +73,7 @@ def build_cuda(
             cache_config, _block_bytes(decoder, cache_config), free_bytes, max_running * blocks_a_sequence
         )
         pool = _pool(num_blocks, decoder, cache_config)
-        runner = CudaRunner(decoder, pool, gpu, max_running=max_running, resources=resources.pop_all())
+        runner = CudaRunner(decoder, pool, gpu, max_running=max_running, guides=guides, resources=resources.pop_all())
     return BuiltCuda(runner, pool, _describe(decoder))
 
 

@@ -1,6 +1,6 @@
 """A launched step: what it will say, and how that is read once the device has passed its last mark."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,8 @@ class Flight:
     scores: PendingScores | None = None
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None
     embeddings: tuple[tuple[float, ...], ...] | None = None
+    refusals: Mapping[int, str] = field(default_factory=dict)
+    """By index in `token_R`, why a row cannot follow its guide any further."""
     learners: list[tuple[int, int, SlotState]] = field(default_factory=list)
     """(index in `token_R`, slot, state) of the rows whose host copy must learn their token."""
     _tokens: list[int] | None = None
@@ -100,7 +102,7 @@ class Flight:
         if not tokens or min(tokens) >= 0:
             return None
         errors: list[str | None] = [None] * len(self.plan.slots)
-        for row, token in zip(self.sampled, tokens, strict=True):
+        for index, (row, token) in enumerate(zip(self.sampled, tokens, strict=True)):
             if token < 0:
-                errors[row] = NOT_FINITE if token == NOT_FINITE_TOKEN else ALL_FORBIDDEN
+                errors[row] = NOT_FINITE if token == NOT_FINITE_TOKEN else self.refusals.get(index, ALL_FORBIDDEN)
         return tuple(errors)

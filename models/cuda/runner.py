@@ -4,9 +4,9 @@ A decode step is two pieces of captured work: *forward to logits*, and *sample a
 arena, so a steady decode step sends nothing but new block-table entries, and its successor can be launched before
 anyone has seen its tokens. Prefill and mixed steps run the same kernels one by one on arrays that the host packs.
 
-Where the host waits. `launch` does so in two cases only. Rows whose logits depend on their tokens so far (penalties,
-bad_words, no_repeat_ngram_size, min_tokens) have their passes computed from the host's copy of the history: it waits
-for the tokens of the step before, while the forward of this one runs. And rows that want prompt logprobs or embeddings
+Where the host waits. `launch` does so in two cases only. Rows whose logits depend on their tokens so far (guides,
+penalties, bad_words, no_repeat_ngram_size, min_tokens) have their masks and passes computed from the host's copy of the
+history: it waits for the tokens of the step before, while the forward of this one runs. And rows that want prompt logprobs or embeddings
 read their step's hidden states. Everything else is read in `collect`, which waits for its own step alone.
 
 `launch` belongs to one thread and `collect` to one thread; they may differ.
@@ -22,6 +22,7 @@ from contextlib import ExitStack
 import torch
 
 from triode.cache.pool import KVPool
+from triode.kernels.guide_mask.gpu import forbid
 from triode.models.cuda.arena import Arena, ArenaLayout, Changes, Words
 from triode.models.cuda.batch import HostBatch, has_history, is_decode
 from triode.models.cuda.decoder import CudaDecoder
@@ -31,8 +32,9 @@ from triode.models.cuda.hidden import READING_HIDDEN, Embeddings, score_prompts
 from triode.models.cuda.programs import bucket_for, prefill_shape
 from triode.models.cuda.sampling import SampledSet, append
 from triode.models.cuda.steps import DeviceSteps
-from triode.models.grammar import check_guide
+from triode.models.grammar import GuideCompiler, check_guide
 from triode.models.guide import Guide
+from triode.models.guided import GuidedRows
 from triode.models.runner import RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
@@ -47,13 +49,15 @@ class CudaRunner:
         gpu: Gpu,
         *,
         max_running: int,
+        guides: GuideCompiler | None = None,
         resources: ExitStack | None = None,
     ) -> None:
         self._gpu = gpu
+        self._guides = guides
         self._resources = resources or ExitStack()
         block_size, max_context = pool.block_size_tokens, decoder.config.max_context_tokens
         layout = ArenaLayout(max_running, bucket_for(max_running), -(-max_context // block_size))
-        self._host = HostBatch(layout, max_context, block_size)
+        self._host = HostBatch(layout, max_context, block_size, guides)
         self._changes = Changes(layout)
         with gpu.active():
             self._steps: DeviceSteps | None = DeviceSteps(decoder, pool, Arena(layout, gpu), gpu)
@@ -67,7 +71,7 @@ class CudaRunner:
 
     def check_guide(self, guide: Guide) -> None:
         """Compile a guide."""
-        check_guide(None, guide)
+        check_guide(self._guides, guide)
 
     def launch(self, plan: StepPlan) -> None:
         """Send the step on its way."""
@@ -178,6 +182,8 @@ class CudaRunner:
             scores = rows.score(logits_QV, self._gpu)
             if rows.remembers:
                 self._learn()
+            if rows.guided is not None:
+                self._guide(rows.guided, logits_QV)
             for change in rows.passes:
                 change(logits_QV)
             device_token_Q = choose()
@@ -185,6 +191,8 @@ class CudaRunner:
                 scores.finish(device_token_Q)
             token_Q = self._gpu.download(device_token_Q)
         flight = Flight(plan, begun, computed, self._gpu.end_step(), sampled, token_Q, scores)
+        if rows is not None and rows.guided is not None:
+            flight.refusals = rows.guided.errors()
         if rows is not None and rows.remembers:
             flight.learners = [
                 (index, plan.slots[row], rows.states[index])
@@ -193,6 +201,14 @@ class CudaRunner:
             ]
             self._unlearned.append(flight)
         return flight
+
+    def _guide(self, guided: GuidedRows, logits_QV: torch.Tensor) -> None:
+        """Masks are made while the forward runs, sent, and applied behind it."""
+        guided.fill()
+        words = self._gpu.upload(guided.words)
+        num_guided = len(guided.row_G)
+        mask_GW = words[num_guided:].view(guided.mask_GW.shape)
+        forbid(logits_QV, mask_GW, words[:num_guided], self._gpu.traits)
 
     def _sampled_set(self, plan: StepPlan, sampled: Sequence[int]) -> SampledSet:
         key = (plan.slots, plan.epochs, sampled)

@@ -8,6 +8,7 @@ from triode.ids import TokenId
 from triode.models.cuda.batch import has_history
 from triode.models.cuda.gpu import Gpu
 from triode.models.cuda.scores import PendingScores
+from triode.models.guided import GuidedRows
 from triode.models.logits import passes_for
 from triode.models.sampling import pack
 from triode.models.slots import SlotState
@@ -19,6 +20,7 @@ class SampledSet:
     def __init__(self, states: Sequence[SlotState]) -> None:
         columns = pack([state.params for state in states])
         self.states = tuple(states)
+        self.guided = GuidedRows.among(states)
         self.passes = passes_for(columns, states)
         self.remembers = any(has_history(state) for state in states)
         """Whether a pass looks at tokens that only the device may have yet."""

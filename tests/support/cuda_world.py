@@ -12,6 +12,7 @@ from triode.kernels.gpu_traits import INTERPRETER
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.gpu import Mark
 from triode.models.cuda.runner import CudaRunner
+from triode.models.grammar import GuideCompiler
 
 
 class PassedMark:
@@ -73,9 +74,9 @@ class InterpretedGpu:
 class CudaWorld(RunnerWorld):
     """The same sequences through `CudaRunner`, interpreted."""
 
-    def __init__(self, *, max_running: int = 8, seed: int = 0) -> None:
-        super().__init__(max_running=max_running, seed=seed)
+    def __init__(self, *, max_running: int = 8, seed: int = 0, guides: GuideCompiler | None = None) -> None:
+        super().__init__(max_running=max_running, seed=seed, guides=guides)
         self.gpu = InterpretedGpu()
         with self.gpu.active():
             decoder = CudaDecoder(tiny_config(), tiny_weights(), self.gpu.traits, max_tokens=512, max_rows=32)
-        self.runner = CudaRunner(decoder, self.pool, self.gpu, max_running=max_running)
+        self.runner = CudaRunner(decoder, self.pool, self.gpu, max_running=max_running, guides=guides)

@@ -15,6 +15,7 @@ from triode.kernels.dispatch import choose_kernels
 from triode.models.config import ModelConfig
 from triode.models.decoder import Decoder
 from triode.models.eager import EagerRunner
+from triode.models.grammar import GuideCompiler
 from triode.models.progress import NullProgress
 from triode.models.random_model import RandomTensors, random_config
 from triode.models.runner import Runner
@@ -67,7 +68,7 @@ class Running:
 class RunnerWorld:
     """A runner and the blocks it may use, handed out in random order."""
 
-    def __init__(self, *, max_running: int = 8, seed: int = 0) -> None:
+    def __init__(self, *, max_running: int = 8, seed: int = 0, guides: GuideCompiler | None = None) -> None:
         decoder, config = tiny_decoder(), tiny_config()
         self.pool = KVPool(
             128,
@@ -81,7 +82,7 @@ class RunnerWorld:
         # What nobody has written must never be read.
         for tensor in (*self.pool.keys, *self.pool.values):
             tensor.fill_(torch.nan)
-        self.runner: Runner = EagerRunner(decoder, self.pool, max_running=max_running)
+        self.runner: Runner = EagerRunner(decoder, self.pool, max_running=max_running, guides=guides)
         self.free = list(map(BlockId, range(1, 128)))
         Random(seed).shuffle(self.free)
         self.num_steps = 0

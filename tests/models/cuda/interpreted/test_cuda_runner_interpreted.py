@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from cuda_world import CudaWorld
+from guides import COLOURS, DIGITS, EOS, PERSON, tiny_guides
 from runner_world import RunnerWorld, Running
 from triode.cache.messages import BlockCopy
 from triode.models.sampling import SamplingParams
@@ -108,3 +109,34 @@ def test_steps_may_be_launched_before_the_tokens_of_the_last_are_read() -> None:
     check.prefill(again)
     check.decode(again, num_tokens=3)
     assert ahead == again.output
+
+
+def play_guided(world: RunnerWorld) -> list[Running]:
+    person = world.admit(0, prompt(3), SamplingParams(guide=PERSON, logprobs=1), seed=1)
+    drawn = world.admit(1, prompt(4, 1), DRAWN, seed=5)
+    colour = world.admit(2, prompt(5, 2), SamplingParams(temperature=0, guide=COLOURS))
+    world.step((person, 3, Output.SAMPLE), (drawn, 4, Output.SAMPLE), (colour, 5, Output.SAMPLE))
+    world.decode(person, drawn, colour, num_tokens=4)
+    world.decode(person, drawn, num_tokens=4)
+    return [person, drawn, colour]
+
+
+def test_guided_tokens_are_those_of_the_eager_runner() -> None:
+    want, got = (play_guided(make(guides=tiny_guides())) for make in (RunnerWorld, CudaWorld))
+    assert [running.output for running in got] == [running.output for running in want]
+    assert got[2].output[-1] == EOS
+    assert all(running.errors == [] for running in got)
+
+
+def test_a_step_without_guides_sends_no_mask() -> None:
+    world = CudaWorld(guides=tiny_guides())
+    drawn = world.admit(1, prompt(4, 1), DRAWN, seed=5)
+    guided = world.admit(2, prompt(4, 2), SamplingParams(guide=DIGITS), seed=5)
+    world.prefill(drawn)
+    world.prefill(guided)
+    world.decode(drawn, guided, num_tokens=1)
+    assert world.gpu.uploads[-1] == 1 + tiny_guides().num_words
+    world.decode(drawn, num_tokens=1)
+    world.gpu.uploads.clear()
+    world.decode(drawn, num_tokens=2)
+    assert world.gpu.uploads == []
