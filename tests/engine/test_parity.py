@@ -1,18 +1,17 @@
 """SmolLM2 through all five actors, against transformers: the same tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import triode
 from engines import greedy
+from transformers_llama import in_transformers
 from triode.engine.request import Prompt
-from triode.models.config import KernelChoice, ModelConfig, ModelOptions
+from triode.models.config import KernelChoice, ModelOptions
 from triode.models.loader import open_checkpoint
 from triode.models.tokenizer import Tokenizer
-from triode.models.weights import DecoderWeights
 
 MODEL = "smollm2-135m"
 FRANCE = "What is the capital of France? Explain briefly."
@@ -46,53 +45,6 @@ PROMPTS: list[Prompt] = [
 ]
 
 
-def transformers_model(config: ModelConfig, weights: DecoderWeights) -> LlamaForCausalLM:
-    """The same weights in transformers' own module."""
-    shape = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
-        max_position_embeddings=config.max_context_tokens,
-        tie_word_embeddings=config.tie_word_embeddings,
-        attn_implementation="eager",
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(shape)
-    model.to_empty(device="cpu")
-    model.load_state_dict(state_dict(config, weights))
-    model.model.rotary_emb.__init__(shape)  # its buffers are computed, not loaded
-    return model.eval()
-
-
-def state_dict(config: ModelConfig, weights: DecoderWeights) -> Mapping[str, torch.Tensor]:
-    state = {
-        "model.embed_tokens.weight": weights.embed_VD,
-        "model.norm.weight": weights.final_norm_D,
-        "lm_head.weight": weights.head_VD,
-    }
-    for index, layer in enumerate(weights.layers):
-        q_ED, k_ED, v_ED = layer.qkv_ED.split([config.q_size, config.kv_size, config.kv_size])
-        gate_FD, up_FD = layer.gate_up_FD.chunk(2)
-        parts = {
-            "input_layernorm": layer.input_norm_D,
-            "post_attention_layernorm": layer.post_norm_D,
-            "self_attn.q_proj": q_ED,
-            "self_attn.k_proj": k_ED,
-            "self_attn.v_proj": v_ED,
-            "self_attn.o_proj": layer.o_DE,
-            "mlp.gate_proj": gate_FD,
-            "mlp.up_proj": up_FD,
-            "mlp.down_proj": layer.down_DF,
-        }
-        state |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in parts.items()}
-    return state
-
-
 class Oracle:
     """What transformers would have said."""
 
@@ -100,7 +52,7 @@ class Oracle:
         checkpoint = open_checkpoint(ModelOptions(model=MODEL))
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         weights = checkpoint.load_weights(torch.float32, torch.device("cpu"))
-        self._model = transformers_model(checkpoint.config, weights)
+        self._model = in_transformers(checkpoint.config, weights)
         self._eos = checkpoint.config.eos_token_ids
 
     def encode(self, prompt: Prompt) -> list[int]:

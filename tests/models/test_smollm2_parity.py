@@ -1,17 +1,14 @@
 """SmolLM2 on real prompts: greedy decoding in float32 gives the tokens that transformers gives."""
 
-import warnings
-
 import pytest
 import torch
-import transformers
 
 from paged_decoding import PagedDecoding, PagedSequence
+from transformers_llama import in_transformers
 from triode.kernels.dispatch import choose_kernels
-from triode.models.config import ModelConfig, ModelOptions
+from triode.models.config import ModelOptions
 from triode.models.decoder import Decoder
 from triode.models.loader import open_checkpoint
-from triode.models.weights import DecoderWeights
 
 NUM_NEW = 24
 QUESTIONS = [
@@ -40,45 +37,6 @@ TEXTS = [
     '{"name": "Alice", "age": ',
     "Water boils at",
 ]
-
-
-def in_transformers(config: ModelConfig, weights: DecoderWeights) -> transformers.LlamaForCausalLM:
-    """The same weights in transformers' model."""
-    settings = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
-        tie_word_embeddings=True,
-    )
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
-        model = transformers.LlamaForCausalLM(settings).eval()
-    state = {"model.embed_tokens.weight": weights.embed_VD, "lm_head.weight": weights.embed_VD}
-    state["model.norm.weight"] = weights.final_norm_D
-    for index, layer in enumerate(weights.layers):
-        q, k, v = layer.qkv_ED.split((config.q_size, config.kv_size, config.kv_size))
-        gate, up = layer.gate_up_FD.chunk(2)
-        parts = {
-            "input_layernorm": layer.input_norm_D,
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": layer.o_DE,
-            "post_attention_layernorm": layer.post_norm_D,
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": layer.down_DF,
-        }
-        state |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in parts.items()}
-    model.load_state_dict(state, assign=True)
-    # Not a parameter: the empty model's is empty too.
-    model.model.rotary_emb = type(model.model.rotary_emb)(settings)
-    return model
 
 
 @pytest.mark.slow
