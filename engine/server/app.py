@@ -17,6 +17,7 @@ from triode.engine.server.completions import CompletionEndpoint
 from triode.engine.server.embeddings import EmbeddingEndpoint
 from triode.engine.server.errors import RequestError
 from triode.engine.server.guard import Guard, error_response, refuse
+from triode.engine.server.playground import playground
 from triode.engine.server.service import Service
 from triode.engine.server.status import StatusEndpoints
 from triode.engine.server.tokens import TokenEndpoints
@@ -40,6 +41,7 @@ def build_app(service: Service) -> Starlette:
             Route("/ready", status.ready),
             Route("/version", status.version),
             Route("/metrics", status.metrics),
+            *([Route("/", playground)] if service.config.playground else []),
             WebSocketRoute("/{path:path}", _no_such_socket),
         ],
         middleware=_middleware(service),

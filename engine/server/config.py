@@ -37,6 +37,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A client that takes nothing for so long is dropped, and its requests are cancelled."""
     drain_s: float = 30.0
     """After SIGTERM, unfinished requests may go on for so long."""
+    playground: bool = True
+    """Show a page at / from which the model can be tried; it asks for a key if one is needed."""
     log_requests: bool = True
     """Log a line for every request; texts are never logged."""
 

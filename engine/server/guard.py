@@ -5,6 +5,7 @@ import hmac
 import logging
 import secrets
 import time
+from base64 import urlsafe_b64decode
 from collections.abc import MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,8 +21,10 @@ from triode.engine.server.errors import RequestError
 
 _LOG = logging.getLogger("triode.server")
 _SCOPE_KEY = "triode.caller"
-_OPEN = ("/health", "/ready", "/version", "/metrics")
-"""Paths without texts: probes and scrapers have no key."""
+_OPEN = ("/", "/health", "/ready", "/version", "/metrics")
+"""Paths without texts: probes and scrapers have no key, and the playground asks for one."""
+_KEY_PROTOCOL = "triode.bearer."
+"""Begins a subprotocol that is none: browsers can send a socket's key, in URL-safe base64, in no other way."""
 
 
 class Caller(msgspec.Struct, frozen=True):
@@ -96,7 +99,7 @@ class Guard:
         """
         if not self._digests:
             return ""
-        scheme, _, key = headers.get("authorization", "").partition(" ")
+        scheme, _, key = _authorization(headers).partition(" ")
         shown = _digest(key.strip())
         # Every key is compared, each in constant time: the answer's time tells nothing about the keys.
         matches = [hmac.compare_digest(shown, digest) for digest in self._digests]
@@ -135,6 +138,19 @@ def _path(scope: Scope) -> str:
     """The path below the place where the app is mounted."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
+
+
+def _authorization(headers: Headers) -> str:
+    """The Authorization header, or what takes its place for a browser's socket."""
+    for offered in headers.get("sec-websocket-protocol", "").split(","):
+        name = offered.strip()
+        if name.startswith(_KEY_PROTOCOL):
+            encoded = name.removeprefix(_KEY_PROTOCOL)
+            try:
+                return f"Bearer {urlsafe_b64decode(encoded + '=' * (-len(encoded) % 4)).decode()}"
+            except ValueError:
+                return ""
+    return headers.get("authorization", "")
 
 
 def _request_id(headers: Headers) -> str:
