@@ -1,6 +1,6 @@
 """The memory that keys and values live in, and how much of it there can be.
 
-Shape letters: L layers, P blocks, B tokens a block, K KV heads, H head dim.
+Shape letters: L layers, P blocks, B tokens a block, K KV heads, H elements of a head.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from triode.errors import InsufficientMemory
 class KVPool:
     """Keys and values of all layers in one allocation, cut into blocks.
 
-    `keys[l]` and `values[l]` are the views of layer `l`, each [P, B, K, H]. Token `i` of a sequence lives at
-    `[table[i // B], i % B]`. The memory starts uninitialised and blocks are reused as they are: whoever reads must
+    `keys[l]` and `values[l]` are the views of layer `l`, each [P, B, K, H]; H is `elements_per_head`. Token `i` of a
+    sequence lives at `[table[i // B], i % B]`. The memory starts uninitialised and blocks are reused as they are: whoever reads must
     mask positions that no token of the sequence has written (NaN times a weight of zero is NaN).
     """
 
@@ -35,7 +35,8 @@ class KVPool:
         self.num_blocks = num_blocks
         self.block_size_tokens = block_size_tokens
         # Axis 1 tells keys (0) from values (1).
-        shape = (num_layers, 2, num_blocks, block_size_tokens, num_kv_heads, head_dim)
+        elements = elements_per_head(head_dim, dtype)
+        shape = (num_layers, 2, num_blocks, block_size_tokens, num_kv_heads, elements)
         self._storage_L2PBKH = torch.empty(shape, dtype=dtype, device=device)
         self.keys = tuple(layer_2PBKH[0] for layer_2PBKH in self._storage_L2PBKH)
         self.values = tuple(layer_2PBKH[1] for layer_2PBKH in self._storage_L2PBKH)
@@ -59,11 +60,20 @@ class KVPool:
         self._storage_L2PBKH[:, :, targets] = self._storage_L2PBKH[:, :, sources]
 
 
+def elements_per_head(head_dim: int, dtype: torch.dtype) -> int:
+    """Elements of `dtype` that one head of one token takes.
+
+    As int8 they are the numbers, zeros up to a multiple of 4, and the 4 bytes of the float32 that multiplies them
+    (kernels/native/kv.h).
+    """
+    return -(-head_dim // 4) * 4 + 4 if dtype == torch.int8 else head_dim
+
+
 def bytes_per_block(
     *, block_size_tokens: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> int:
     """Bytes that one block takes in all layers, keys and values together."""
-    return 2 * num_layers * block_size_tokens * num_kv_heads * head_dim * dtype.itemsize
+    return 2 * num_layers * block_size_tokens * num_kv_heads * elements_per_head(head_dim, dtype) * dtype.itemsize
 
 
 def num_blocks_for(config: CacheConfig, bytes_per_block: int, free_bytes: int, useful_blocks: int) -> int:

@@ -12,7 +12,6 @@ from triode.models.config import KernelChoice, ModelConfig, Quantization
 from triode.models.cpu import choose_native, cpu_program, describe_kernels
 from triode.models.eager import EagerRunner, cpu_threads
 from triode.models.grammar import GuideCompiler
-from triode.models.program import StepProgram
 from triode.models.progress import NullProgress, Progress
 from triode.models.runner import Runner
 from triode.models.weights import DecoderWeights, LayerWeights, places
@@ -46,7 +45,7 @@ def build_runner(
     guides: GuideCompiler | None = None,
     progress: Progress | None = None,
 ) -> BuiltRunner:
-    """A runner for `max_running` sequences, where the weights are. Keys and values are kept in the weights' dtype.
+    """A runner for `max_running` sequences, where the weights are. Keys and values are kept in the weights' dtype, or as int8.
 
     On a GPU, buffers are made for steps of `max_step_tokens` tokens; on the CPU a step may have any number.
 
@@ -69,12 +68,13 @@ def build_runner(
     progress.stage("Preparing kernels", None, "")
     with torch.inference_mode(), cpu_threads(num_threads):
         num_threads_used = torch.get_num_threads()
+        kv_dtype = _kv_dtype(cache_config, weights.embed_VD.dtype, native.missing, is_native=native.library is not None)
         layers = deque(weights.layers)
         weights = replace(weights, layers=())
         decoder = cpu_program(config, weights, _freed_one_by_one(layers), native.library, quantization)
     del weights
     progress.done()
-    pool = _build_pool(config, cache_config, max_running, decoder)
+    pool = _build_pool(config, cache_config, max_running, decoder.device, kv_dtype)
     runner = EagerRunner(decoder, pool, max_running=max_running, num_threads=num_threads, guides=guides)
     return BuiltRunner(
         runner=runner,
@@ -82,7 +82,7 @@ def build_runner(
         num_threads=num_threads_used,
         weights_bytes=weights_bytes,
         kv_cache_bytes=pool.num_bytes,
-        kv_dtype=decoder.dtype,
+        kv_dtype=kv_dtype,
         kernels=describe_kernels(decoder.kernels.names, native.missing),
     )
 
@@ -96,6 +96,8 @@ def _build_on_gpu(
     guides: GuideCompiler | None,
     progress: Progress,
 ) -> BuiltRunner:
+    if cache_config.kv_dtype != "auto":
+        raise ValueError(f"kv_dtype must be auto on a GPU, got {cache_config.kv_dtype!r}")
     progress.stage("Preparing kernels", None, "")
     # Imported here: no CPU path needs Triton.
     from triode.models.cuda.build import build_cuda
@@ -129,24 +131,33 @@ def _freed_one_by_one(layers: deque[LayerWeights]) -> Iterator[LayerWeights]:
         yield layers.popleft()
 
 
-def _build_pool(config: ModelConfig, cache_config: CacheConfig, max_running: int, decoder: StepProgram) -> KVPool:
+def _kv_dtype(cache_config: CacheConfig, dtype: torch.dtype, missing: str | None, *, is_native: bool) -> torch.dtype:
+    if cache_config.kv_dtype == "auto":
+        return dtype
+    if not is_native:
+        reason = missing or "the torch kernels were asked for"
+        raise ValueError(f"kv_dtype must be auto here, got {cache_config.kv_dtype!r}: {reason}")
+    return torch.int8
+
+
+def _build_pool(
+    config: ModelConfig, cache_config: CacheConfig, max_running: int, device: torch.device, kv_dtype: torch.dtype
+) -> KVPool:
     block_bytes = bytes_per_block(
         block_size_tokens=cache_config.block_size_tokens,
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        dtype=decoder.dtype,
+        dtype=kv_dtype,
     )
     blocks_a_sequence = -(-config.max_context_tokens // cache_config.block_size_tokens)
-    num_blocks = num_blocks_for(
-        cache_config, block_bytes, free_memory_bytes(decoder.device), max_running * blocks_a_sequence
-    )
+    num_blocks = num_blocks_for(cache_config, block_bytes, free_memory_bytes(device), max_running * blocks_a_sequence)
     return KVPool(
         num_blocks,
         block_size_tokens=cache_config.block_size_tokens,
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        dtype=decoder.dtype,
-        device=decoder.device,
+        dtype=kv_dtype,
+        device=device,
     )

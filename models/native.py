@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from triode.cache.pool import elements_per_head
 from triode.kernels.native.isa import InstructionSet
 from triode.kernels.native.library import BatchStruct, NativeLibrary
 from triode.models.batch import StepBatch
@@ -81,7 +82,7 @@ class NativeDecoder:
 
         Args:
             batch: the step's tokens, without padding.
-            keys_PBKH: each layer's keys (`KVPool.keys`), contiguous, in the dtype of the weights.
+            keys_PBKH: each layer's keys (`KVPool.keys`), contiguous, in the dtype of the weights or int8.
             values_PBKH: each layer's values.
 
         Returns:
@@ -99,6 +100,7 @@ class NativeDecoder:
             table_columns=block_table_RC.shape[1],
             block_size_tokens=rows.block_size_tokens,
             num_blocks=len(keys_PBKH[0]),
+            kv_is_int8=keys_PBKH[0].dtype == torch.int8,
             token_ids=batch.token_ids_T.data_ptr(),
             positions=batch.positions_PT.data_ptr(),
             slots=batch.slot_T.data_ptr(),
@@ -129,8 +131,10 @@ class NativeDecoder:
         config = self.config
         for tensor in (*keys_PBKH, *values_PBKH):
             assert tensor.is_contiguous(), "the cache is contiguous"
-            assert tensor.dtype == self.dtype, f"the cache is {self.dtype}"
-            assert tensor.shape[2:] == (config.num_kv_heads, config.head_dim), "the cache has the model's heads"
+            assert tensor.dtype == keys_PBKH[0].dtype, "keys and values are of one dtype"
+            assert tensor.dtype in (self.dtype, torch.int8), f"the cache is {self.dtype} or int8"
+            elements = elements_per_head(config.head_dim, tensor.dtype)
+            assert tensor.shape[2:] == (config.num_kv_heads, elements), "the cache has the model's heads"
         assert len(keys_PBKH) == len(values_PBKH) == config.num_layers, "the cache has the model's layers"
         self._pool = (keys_PBKH, values_PBKH)
         self._pool_addresses = (_addresses(keys_PBKH), _addresses(values_PBKH))

@@ -5,14 +5,21 @@
 // packed panels, so that scores and outputs are the same products as those of the weights. What a query sees
 // of a tile depends on its own position alone; a tile that it does not see leaves its state as it was, bit for bit. So it
 // does not matter which queries are computed together.
+//
+// Every 512 positions, a segment, begin anew, and are then added to the segments before them, in order. Hence segments
+// may be computed by different threads, or one after the other, with the same result.
 #pragma once
 
+#include "kv.h"
 #include "panel.h"
 
 namespace triode {
 
 constexpr long TILE = PANEL;
+constexpr long SEGMENT = 8 * TILE;
 constexpr long MAX_QUERY_ROWS = 64;
+// Segments of decoding rows that are computed apart, so that threads share a long context: so many a thread at most.
+constexpr long PIECES_A_THREAD = 64;
 
 struct HeadShape {
     long group;     // query heads of one KV head
@@ -22,28 +29,49 @@ struct HeadShape {
     long rows() const { return queries() * group; }
 };
 
-// Where the keys and values of one row are, for one layer and KV head.
-template <class T>
+// Where the keys and values of one row are, for one layer and KV head. What one position has is a run of numbers, or of
+// signed bytes with their scale (`kv.h`).
 struct CachedHead {
-    const T* keys;
-    const T* values;
+    const char* keys;
+    const char* values;
     const int64_t* blocks;
     long block_size;
-    long token_stride;  // numbers from one position of a block to the next
+    long token_bytes;  // from one position of a block to the next
+    long head_bytes;
 
-    // Where `count` consecutive positions are, counted in numbers from the first block.
+    // Where `count` consecutive positions are, counted in bytes from the first block.
     void locate(long first, long count, long* offsets) const {
         long column = first / block_size, in_block = first % block_size;
         for (long i = 0; i < count; i++) {
-            offsets[i] = (blocks[column] * block_size + in_block) * token_stride;
+            offsets[i] = (blocks[column] * block_size + in_block) * token_bytes;
             if (++in_block == block_size) in_block = 0, column++;
         }
     }
 
     // The rows of a head lie apart, in blocks that lie anywhere: no hardware sees the next one coming.
-    static void prefetch(const T* heads, const long* offsets, long count, long head_dim) {
+    void prefetch(const char* heads, const long* offsets, long count) const {
         for (long i = 0; i < count; i++)
-            for (long d = 0; d < head_dim; d += 64 / long(sizeof(T))) __builtin_prefetch(heads + offsets[i] + d);
+            for (long at = 0; at < head_bytes; at += 64) __builtin_prefetch(heads + offsets[i] + at);
+    }
+};
+
+// Softmax so far of some queries over some positions, and the values that it has weighed.
+struct Softmax {
+    float* out;      // [panels][rows][64]
+    float* total;    // [rows][LANES]
+    float* highest;  // [rows]
+
+    static long floats(long rows, long panels) { return rows * (panels * PANEL + LANES) + rounded_up(rows, 16); }
+
+    static Softmax at(float* memory, long rows, long panels) {
+        float* total = memory + panels * rows * PANEL;
+        return {memory, total, total + rows * LANES};
+    }
+
+    void clear(long rows, long panels) const {
+        for (long r = 0; r < rows; r++) highest[r] = -INFINITY;
+        memset(total, 0, rows * LANES * sizeof(float));
+        memset(out, 0, panels * rows * PANEL * sizeof(float));
     }
 };
 
@@ -51,60 +79,77 @@ template <class T>
 struct AttentionScratch {
     T* queries;         // [rows][head_dim]
     uint32_t* keys;     // one panel of head_dim inputs
+    uint32_t* bytes;    // the same of signed bytes
+    float* scales;      // [64], of such keys
     float* values;      // a panel of 64 inputs for every 64 of head_dim
     float* scores;      // [rows][64]
-    float* out;         // [panels][rows][64]
-    float* highest;     // [rows]
-    float* total;       // [rows][LANES]
+    float* part;        // `Softmax` of a segment
+    float* whole;       // `Softmax` of the segments up to it
     const T* nothing;   // head_dim zeros
 
     template <class Arena>
     void take(Arena& arena, const HeadShape& shape) {
         queries = arena.template take<T>(shape.rows() * shape.head_dim);
-        keys = arena.template take<uint32_t>(words_of<T>(shape.head_dim) * PANEL);
+        keys = arena.template take<uint32_t>(words_of<T>(rounded_up(shape.head_dim, 4)) * PANEL);
+        bytes = arena.template take<uint32_t>(words_of<int8_t>(shape.head_dim) * PANEL);
+        scales = arena.template take<float>(TILE);
         values = arena.template take<float>(shape.panels() * TILE * PANEL);
         scores = arena.template take<float>(shape.rows() * TILE);
-        out = arena.template take<float>(shape.panels() * shape.rows() * PANEL);
-        highest = arena.template take<float>(shape.rows());
-        total = arena.template take<float>(shape.rows() * LANES);
+        part = arena.template take<float>(Softmax::floats(shape.rows(), shape.panels()));
+        whole = arena.template take<float>(Softmax::floats(shape.rows(), shape.panels()));
         nothing = arena.template take<T>(shape.head_dim);
     }
 };
 
-// The keys of `count` positions as a panel. The rest of the 64 are zeros: they may never have been written.
-template <class T>
-void pack_keys(const CachedHead<T>& head, const long* offsets, long count, long head_dim, const T* nothing,
-               uint32_t* panel) {
-    const uint32_t* key[TILE];
-    for (long i = 0; i < TILE; i++) {
-        const T* numbers = i < count ? head.keys + offsets[i] : nothing;
-        key[i] = reinterpret_cast<const uint32_t*>(numbers);
-    }
-    const long words = words_of<T>(head_dim);
+// The words of `count` positions as a panel. The rest of the 64 are zeros: they may never have been written.
+inline void pack_words(const char* heads, const long* offsets, long count, long words, const void* nothing,
+                       uint32_t* panel) {
+    const uint32_t* from[TILE];
+    for (long i = 0; i < TILE; i++)
+        from[i] = static_cast<const uint32_t*>(i < count ? static_cast<const void*>(heads + offsets[i]) : nothing);
     long word = 0;
 #if defined(__AVX512F__)
     for (; word + 16 <= words; word += 16) {
         for (long i = 0; i < TILE; i += 16) {
             const uint32_t* square[16];
-            for (long j = 0; j < 16; j++) square[j] = key[i + j] + word;
+            for (long j = 0; j < 16; j++) square[j] = from[i + j] + word;
             transpose_square(square, panel + word * PANEL + i, PANEL);
         }
     }
 #endif
     for (; word < words; word++)
-        for (long i = 0; i < TILE; i++) memcpy(panel + word * PANEL + i, key[i] + word, 4);
+        for (long i = 0; i < TILE; i++) memcpy(panel + word * PANEL + i, from[i] + word, 4);
+}
+
+// Scores of a tile: queries times keys as they are stored.
+template <class T>
+void score(T, const CachedHead& head, const long* offsets, long count, const HeadShape& shape, long rows,
+           const AttentionScratch<T>& scratch) {
+    const long words = words_of<T>(shape.head_dim);
+    pack_words(head.keys, offsets, count, words, scratch.nothing, scratch.keys);
+    multiply_panel(scratch.queries, shape.head_dim, rows, scratch.keys, words, scratch.scores, true);
+}
+
+// Every byte is exact as a T, and the scale of a position multiplies its scores.
+template <class T>
+void score(int8_t, const CachedHead& head, const long* offsets, long count, const HeadShape& shape, long rows,
+           const AttentionScratch<T>& scratch) {
+    const long words = words_of<int8_t>(shape.head_dim);
+    pack_words(head.keys, offsets, count, words, scratch.nothing, scratch.bytes);
+    widen_panel<T>(scratch.bytes, words, scratch.keys);
+    multiply_panel(scratch.queries, shape.head_dim, rows, scratch.keys, words_of<T>(shape.head_dim), scratch.scores, true);
+    for (long i = 0; i < TILE; i++) scratch.scales[i] = i < count ? kv_scale(head.keys + offsets[i], shape.head_dim) : 0.f;
+    for (long i = 0; i < rows * TILE; i += LANES)
+        store(scratch.scores + i, load(scratch.scores + i) * load(scratch.scales + i % TILE));
 }
 
 // The values of `count` positions as float panels [head_dim / 64][count][64]; what is past head_dim is not touched.
-template <class T>
-void pack_values(const CachedHead<T>& head, const long* offsets, long count, long head_dim, float* panels) {
+template <class Stored>
+void pack_values(const CachedHead& head, const long* offsets, long count, long head_dim, float* panels) {
     for (long i = 0; i < count; i++) {
-        const T* value = head.values + offsets[i];
-        for (long at = 0; at < head_dim; at += PANEL) {
-            float* to = panels + at * TILE + i * PANEL;
-            const long width = std::min<long>(PANEL, head_dim - at);
-            for (long d = 0; d < width; d++) to[d] = widen(value[at + d]);
-        }
+        const char* value = head.values + offsets[i];
+        for (long at = 0; at < head_dim; at += PANEL)
+            read_kv<Stored>(value, head_dim, at, std::min<long>(PANEL, head_dim - at), panels + at * TILE + i * PANEL);
     }
 }
 
@@ -137,66 +182,107 @@ inline float soften(float* scores, long from, long to, float scale, float& highe
 }
 
 // Turns the scores of one tile into weights, and rescales the output so far to them.
-template <class T>
-void weigh(const HeadShape& shape, long position, long first, long rows, long window, float scale,
-           const AttentionScratch<T>& scratch) {
+inline void weigh(const HeadShape& shape, long position, long first, long rows, long window, float scale, float* scores,
+                  const Softmax& part) {
     for (long r = 0; r < rows; r++) {
         const long own = position + r / shape.group - first;
         const long from = window ? std::clamp(own - window + 1, 0L, TILE) : 0;
         const long to = std::clamp(own + 1, 0L, TILE);
-        const float rescale =
-            soften(scratch.scores + r * TILE, from, to, scale, scratch.highest[r], scratch.total + r * LANES);
+        const float rescale = soften(scores + r * TILE, from, to, scale, part.highest[r], part.total + r * LANES);
         if (rescale == 1.f) continue;
         for (long p = 0; p < shape.panels(); p++) {
-            float* earlier = scratch.out + (p * rows + r) * PANEL;
+            float* earlier = part.out + (p * rows + r) * PANEL;
             for (int i = 0; i < PANEL; i++) earlier[i] *= rescale;
         }
     }
 }
 
-// Divides by the sums of weights: query i, head g goes to out + i * out_stride + g * head_dim.
-template <class T>
-void finish(const HeadShape& shape, long rows, const AttentionScratch<T>& scratch, T* out, long out_stride) {
-    for (long r = 0; r < rows; r++) {
-        const float inverse = 1.f / sum(load(scratch.total + r * LANES));
-        T* to = out + r / shape.group * out_stride + r % shape.group * shape.head_dim;
-        for (long d = 0; d < shape.head_dim; d++)
-            narrow(scratch.out[(d / PANEL * rows + r) * PANEL + d % PANEL] * inverse, to[d]);
-    }
-}
+// Queries at consecutive positions, `shape.group` heads each, and what they see.
+struct Queries {
+    long position;  // of the first
+    long count;
+    long window;  // 0: all positions up to its own
 
-// Queries of one row at consecutive positions: `num_queries` from `position`, `shape.group` heads each, already in
-// `scratch.queries`. Tiles are fetched one ahead, keys while the scores are computed and values while the output is.
-template <class T>
-void attend(const CachedHead<T>& head, const HeadShape& shape, long position, long num_queries, long window, float scale,
-            const AttentionScratch<T>& scratch, T* out, long out_stride) {
-    const long head_dim = shape.head_dim, rows = num_queries * shape.group;
-    const long words = words_of<T>(head_dim), last = position + num_queries - 1;
-    for (long r = 0; r < rows; r++) scratch.highest[r] = -INFINITY;
-    memset(scratch.total, 0, rows * LANES * sizeof(float));
-    memset(scratch.out, 0, shape.panels() * rows * PANEL * sizeof(float));
+    long last() const { return position + count - 1; }
+    long lowest(long query) const { return window ? std::max(0L, position + query - window + 1) : 0; }
+    long first_segment() const { return lowest(0) / SEGMENT; }
+    long num_segments() const { return last() / SEGMENT + 1 - first_segment(); }
+};
 
-    const long lowest = window ? std::max(0L, position - window + 1) : 0;
-    const long begin = lowest / TILE * TILE;
+// One segment's softmax, from nothing. Tiles are fetched one ahead, keys while the scores are computed and values while
+// the output is.
+template <class T, class Stored>
+void attend_segment(const CachedHead& head, const HeadShape& shape, const Queries& queries, long segment, float scale,
+                    const AttentionScratch<T>& scratch, const Softmax& part) {
+    const long rows = queries.count * shape.group;
+    const long begin = std::max(segment * SEGMENT, queries.lowest(0) / TILE * TILE);
+    const long end = std::min((segment + 1) * SEGMENT, queries.last() + 1);
+    part.clear(rows, shape.panels());
     long offsets[TILE], next_offsets[TILE];
-    head.locate(begin, std::min(TILE, last + 1 - begin), offsets);
-    head.prefetch(head.values, offsets, std::min(TILE, last + 1 - begin), head_dim);
-    for (long first = begin; first <= last; first += TILE) {
-        const long count = std::min(TILE, last + 1 - first), next = std::clamp(last + 1 - (first + TILE), 0L, TILE);
+    head.locate(begin, std::min(TILE, end - begin), offsets);
+    head.prefetch(head.values, offsets, std::min(TILE, end - begin));
+    for (long first = begin; first < end; first += TILE) {
+        const long count = std::min(TILE, end - first), next = std::clamp(end - (first + TILE), 0L, TILE);
         head.locate(first + TILE, next, next_offsets);
-        pack_keys(head, offsets, count, head_dim, scratch.nothing, scratch.keys);
-        head.prefetch(head.keys, next_offsets, next, head_dim);
-        multiply_panel(scratch.queries, head_dim, rows, scratch.keys, words, scratch.scores, true);
-        weigh(shape, position, first, rows, window, scale, scratch);
-        pack_values(head, offsets, count, head_dim, scratch.values);
-        head.prefetch(head.values, next_offsets, next, head_dim);
+        head.prefetch(head.keys, next_offsets, next);
+        score(Stored{}, head, offsets, count, shape, rows, scratch);
+        weigh(shape, queries.position, first, rows, queries.window, scale, scratch.scores, part);
+        pack_values<Stored>(head, offsets, count, shape.head_dim, scratch.values);
+        head.prefetch(head.values, next_offsets, next);
         std::copy_n(next_offsets, next, offsets);
         for (long p = 0; p < shape.panels(); p++) {
             const uint32_t* panel = reinterpret_cast<const uint32_t*>(scratch.values + p * TILE * PANEL);
-            multiply_panel(scratch.scores, TILE, rows, panel, count, scratch.out + p * rows * PANEL, false);
+            multiply_panel(scratch.scores, TILE, rows, panel, count, part.out + p * rows * PANEL, false);
         }
     }
-    finish(shape, rows, scratch, out, out_stride);
+}
+
+// Adds a segment to those before it, for the queries that see it. The first one that a query sees it takes as it is.
+inline void merge(const HeadShape& shape, const Queries& queries, long segment, const Softmax& part,
+                  const Softmax& whole) {
+    const long rows = queries.count * shape.group, panels = shape.panels();
+    const long first = segment * SEGMENT, end = first + SEGMENT;
+    for (long r = 0; r < rows; r++) {
+        const long query = r / shape.group, lowest = queries.lowest(query);
+        if (queries.position + query < first || lowest >= end) continue;
+        const bool is_first = lowest >= first;
+        const float before = whole.highest[r], highest = is_first ? part.highest[r] : std::max(before, part.highest[r]);
+        const float base = highest == -INFINITY ? 0.f : highest;
+        const Vec keep = exponential(splat(before - base)), add = exponential(splat(part.highest[r] - base));
+        auto join = [&](const float* from, float* to) {
+            store(to, is_first ? load(from) : multiply_add(load(from), add, load(to) * keep));
+        };
+        whole.highest[r] = highest;
+        join(part.total + r * LANES, whole.total + r * LANES);
+        for (long p = 0; p < panels; p++)
+            for (long i = (p * rows + r) * PANEL, lane = 0; lane < PANEL; lane += LANES)
+                join(part.out + i + lane, whole.out + i + lane);
+    }
+}
+
+// Divides by the sums of weights: query i, head g goes to out + i * out_stride + g * head_dim.
+template <class T>
+void finish(const HeadShape& shape, long rows, const Softmax& whole, T* out, long out_stride) {
+    for (long r = 0; r < rows; r++) {
+        const float inverse = 1.f / sum(load(whole.total + r * LANES));
+        T* to = out + r / shape.group * out_stride + r % shape.group * shape.head_dim;
+        for (long d = 0; d < shape.head_dim; d++)
+            narrow(whole.out[(d / PANEL * rows + r) * PANEL + d % PANEL] * inverse, to[d]);
+    }
+}
+
+// All that the queries see, segment after segment; they are in `scratch.queries` already.
+template <class T, class Stored>
+void attend(const CachedHead& head, const HeadShape& shape, const Queries& queries, float scale,
+            const AttentionScratch<T>& scratch, T* out, long out_stride) {
+    const long rows = queries.count * shape.group, first = queries.first_segment(), segments = queries.num_segments();
+    const Softmax part = Softmax::at(scratch.part, rows, shape.panels());
+    const Softmax whole = Softmax::at(scratch.whole, rows, shape.panels());
+    for (long segment = first; segment < first + segments; segment++) {
+        attend_segment<T, Stored>(head, shape, queries, segment, scale, scratch, part);
+        if (segments > 1) merge(shape, queries, segment, part, whole);
+    }
+    finish(shape, rows, segments > 1 ? whole : part, out, out_stride);
 }
 
 }  // namespace triode

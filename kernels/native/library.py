@@ -73,6 +73,7 @@ class BatchStruct(Structure):
         ("table_columns", c_int64),
         ("block_size_tokens", c_int64),
         ("num_blocks", c_int64),
+        ("kv_is_int8", c_int64),
         ("token_ids", c_void_p),
         ("positions", c_void_p),
         ("slots", c_void_p),

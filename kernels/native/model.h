@@ -55,13 +55,14 @@ struct TriodeBatch {
     int64_t table_columns;
     int64_t block_size_tokens;
     int64_t num_blocks;
+    int64_t kv_is_int8;          // the cache holds signed bytes with their scales (`kv.h`); otherwise numbers like the weights
     const int64_t* token_ids;    // [T]
     const int64_t* positions;    // [T]: what the rotary embedding rotates by
     const int64_t* slots;        // [T]: block * block size + offset, where key and value are stored
     const int64_t* query_start;  // [R + 1]
     const int64_t* start;        // [R]: the position in the cache of a row's first query token
     const int64_t* block_table;  // [R, C]
-    void* const* keys;           // each layer's [blocks, block size, kv heads, head dim]
+    void* const* keys;           // each layer's [blocks, block size, kv heads, head bytes]
     void* const* values;
     void* hidden;                // out: [T, hidden_size]
 };

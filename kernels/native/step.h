@@ -12,7 +12,7 @@ namespace triode {
 // Up to so many tokens each thread normalises all of them for itself, which is quicker than meeting once more.
 constexpr long FEW_TOKENS = 16;
 constexpr long ITEM_TOKENS = 8;
-constexpr long PHASES_A_LAYER = 8;
+constexpr long PHASES_A_LAYER = 9;
 constexpr long PHASES_BESIDE = 4;
 
 // What one thread has to itself.
@@ -32,10 +32,13 @@ struct Buffers {
     float* qkv;
     T* attended;
     T* inner;
+    float* pieces;  // [PIECES_A_THREAD * num_threads] `Softmax` of one query's group
     Private<T>* threads;
+    long num_threads;
 
     // Lays out the buffers of a step over `base`; returns how many bytes they take.
-    long take(void* base, const TriodeModel& model, long tokens, int num_threads) {
+    long take(void* base, const TriodeModel& model, long tokens, int thread_count) {
+        num_threads = thread_count;
         hidden_stride = rounded_up(model.hidden_size, PANEL);
         qkv_stride = rounded_up((model.num_heads + 2 * model.num_kv_heads) * model.head_dim, PANEL);
         attended_stride = rounded_up(model.num_heads * model.head_dim, PANEL);
@@ -55,8 +58,12 @@ struct Buffers {
             mine.attention.take(arena, {model.num_heads / model.num_kv_heads, model.head_dim});
             if (base) threads[i] = mine;
         }
+        const HeadShape shape{model.num_heads / model.num_kv_heads, model.head_dim};
+        pieces = arena.take<float>(max_pieces() * Softmax::floats(shape.group, shape.panels()));
         return arena.used();
     }
+
+    long max_pieces() const { return num_threads > 1 ? PIECES_A_THREAD * num_threads : 0; }
 
     static long num_phases(const TriodeModel& model) { return model.num_layers * PHASES_A_LAYER + PHASES_BESIDE; }
 };
@@ -81,7 +88,8 @@ class Step {
           buffers_(buffers),
           shape_{model.num_heads / model.num_kv_heads, model.head_dim},
           scale_(1.f / std::sqrt(float(model.head_dim))),
-          is_decode_(batch.num_rows == batch.num_tokens) {}
+          is_decode_(batch.num_rows == batch.num_tokens),
+          head_bytes_(kv_head_bytes(model.head_dim, batch.kv_is_int8 ? 1 : long(sizeof(T)))) {}
 
     void run(Worker& worker) const {
         const Private<T>& mine = buffers_.threads[worker.index];
@@ -155,11 +163,15 @@ class Step {
         };
         linear_of_norm(worker, mine, layer.input_norm, layer.qkv, write_qkv);
         // A row of one query reads no other token's new key: whoever attends for it stores its key as well.
-        if (!is_decode_)
+        const bool is_split = splits(layer);
+        if (!is_decode_ || is_split)
             share_tokens(worker, [&](long token) {
                 for (long head = 0; head < model_.num_kv_heads; head++) rotate_and_store(index, token, head);
             });
-        share_attention(worker, mine, index);
+        if (is_split)
+            share_segments(worker, mine, index);
+        else
+            share_attention(worker, mine, index);
         add_product(worker, mine, layer.o, buffers_.attended, buffers_.attended_stride);
     }
 
@@ -201,11 +213,17 @@ class Step {
         float* key = qkv + (N + kv_head) * H;
         rotate(key, layer.k_norm, token);
         const float* value = qkv + (N + K + kv_head) * H;
-        const long slot = (batch_.slots[token] * K + kv_head) * H;
-        T* key_to = static_cast<T*>(batch_.keys[layer_index]) + slot;
-        T* value_to = static_cast<T*>(batch_.values[layer_index]) + slot;
-        for (long d = 0; d < H; d++) narrow(key[d], key_to[d]);
-        for (long d = 0; d < H; d++) narrow(value[d], value_to[d]);
+        const long at = (batch_.slots[token] * K + kv_head) * head_bytes_;
+        auto write = [&](auto* keys, auto* values) {
+            write_kv(key, H, keys);
+            write_kv(value, H, values);
+        };
+        char* key_to = static_cast<char*>(batch_.keys[layer_index]) + at;
+        char* value_to = static_cast<char*>(batch_.values[layer_index]) + at;
+        if (batch_.kv_is_int8)
+            write(reinterpret_cast<int8_t*>(key_to), reinterpret_cast<int8_t*>(value_to));
+        else
+            write(reinterpret_cast<T*>(key_to), reinterpret_cast<T*>(value_to));
     }
 
     // Pairs (i, i + H / 2), as in arXiv 2104.09864's other layout.
@@ -239,24 +257,98 @@ class Step {
     long num_queries(long row) const { return batch_.query_start[row + 1] - batch_.query_start[row]; }
 
     void attend_block(const Private<T>& mine, long index, long row, long first, long count, long kv_head) const {
-        const long H = model_.head_dim, K = model_.num_kv_heads, group = shape_.group;
         const long token = batch_.query_start[row] + first;
         if (is_decode_) rotate_and_store(index, token, kv_head);
+        take_queries(mine, token, count, kv_head);
+        const Queries queries{batch_.start[row] + first, count, long(model_.layers[index].window_tokens)};
+        const CachedHead head = cached_head(index, row, kv_head);
+        if (batch_.kv_is_int8)
+            attend<T, int8_t>(head, shape_, queries, scale_, mine.attention, attended(token, kv_head), attended_stride());
+        else
+            attend<T, T>(head, shape_, queries, scale_, mine.attention, attended(token, kv_head), attended_stride());
+    }
+
+    void take_queries(const Private<T>& mine, long token, long count, long kv_head) const {
+        const long size = shape_.group * model_.head_dim;
         for (long i = 0; i < count; i++) {
-            const float* from = buffers_.qkv + (token + i) * buffers_.qkv_stride + kv_head * group * H;
-            T* to = mine.attention.queries + i * group * H;
-            for (long d = 0; d < group * H; d++) narrow(from[d], to[d]);
+            const float* from = buffers_.qkv + (token + i) * buffers_.qkv_stride + kv_head * size;
+            T* to = mine.attention.queries + i * size;
+            for (long d = 0; d < size; d++) narrow(from[d], to[d]);
         }
-        const CachedHead<T> head{
-            static_cast<const T*>(batch_.keys[index]) + kv_head * H,
-            static_cast<const T*>(batch_.values[index]) + kv_head * H,
+    }
+
+    CachedHead cached_head(long index, long row, long kv_head) const {
+        const long at = kv_head * head_bytes_;
+        return {
+            static_cast<const char*>(batch_.keys[index]) + at,
+            static_cast<const char*>(batch_.values[index]) + at,
             batch_.block_table + row * batch_.table_columns,
             long(batch_.block_size_tokens),
-            K * H,
+            long(model_.num_kv_heads) * head_bytes_,
+            head_bytes_,
         };
-        T* out = buffers_.attended + token * buffers_.attended_stride + kv_head * group * H;
-        attend(head, shape_, batch_.start[row] + first, count, long(model_.layers[index].window_tokens), scale_,
-               mine.attention, out, buffers_.attended_stride);
+    }
+
+    long attended_stride() const { return buffers_.attended_stride; }
+
+    T* attended(long token, long kv_head) const {
+        return buffers_.attended + token * attended_stride() + kv_head * shape_.group * model_.head_dim;
+    }
+
+    Queries decoding(const TriodeLayer& layer, long row) const {
+        return {batch_.start[row], 1, long(layer.window_tokens)};
+    }
+
+    // Whether the segments of decoding rows are computed apart: if they are few, and some row has several.
+    bool splits(const TriodeLayer& layer) const {
+        if (!is_decode_ || batch_.num_rows * model_.num_kv_heads > buffers_.max_pieces()) return false;
+        const long segments = num_segments(layer);
+        return segments > batch_.num_rows && segments * model_.num_kv_heads <= buffers_.max_pieces();
+    }
+
+    long num_segments(const TriodeLayer& layer) const {
+        long segments = 0;
+        for (long row = 0; row < batch_.num_rows; row++) segments += decoding(layer, row).num_segments();
+        return segments;
+    }
+
+    // An item is a segment of one row and KV head; once all are there, an item is such a row and head.
+    void share_segments(Worker& worker, const Private<T>& mine, long index) const {
+        const TriodeLayer& layer = model_.layers[index];
+        const long heads = model_.num_kv_heads;
+        long row = 0, before = 0;
+        worker.share(num_segments(layer) * heads, [&](long item) {
+            for (long items; before + (items = decoding(layer, row).num_segments() * heads) <= item; row++) before += items;
+            attend_piece(mine, index, row, (item - before) / heads, (item - before) % heads, piece(item));
+        });
+        long joined_row = 0, first = 0;
+        worker.share(batch_.num_rows * heads, [&](long item) {
+            for (; joined_row < item / heads; joined_row++) first += decoding(layer, joined_row).num_segments() * heads;
+            join_pieces(mine, decoding(layer, joined_row), joined_row, item % heads, first);
+        });
+    }
+
+    Softmax piece(long item) const {
+        const long size = Softmax::floats(shape_.group, shape_.panels());
+        return Softmax::at(buffers_.pieces + item * size, shape_.group, shape_.panels());
+    }
+
+    void attend_piece(const Private<T>& mine, long index, long row, long number, long kv_head, const Softmax& to) const {
+        const Queries queries = decoding(model_.layers[index], row);
+        const CachedHead head = cached_head(index, row, kv_head);
+        const long segment = queries.first_segment() + number;
+        take_queries(mine, row, 1, kv_head);
+        if (batch_.kv_is_int8)
+            attend_segment<T, int8_t>(head, shape_, queries, segment, scale_, mine.attention, to);
+        else
+            attend_segment<T, T>(head, shape_, queries, segment, scale_, mine.attention, to);
+    }
+
+    void join_pieces(const Private<T>& mine, const Queries& queries, long row, long kv_head, long first_item) const {
+        const Softmax whole = Softmax::at(mine.attention.whole, shape_.group, shape_.panels());
+        for (long i = 0; i < queries.num_segments(); i++)
+            merge(shape_, queries, queries.first_segment() + i, piece(first_item + i * model_.num_kv_heads + kv_head), whole);
+        finish(shape_, shape_.group, whole, attended(row, kv_head), attended_stride());
     }
 
     const TriodeModel& model_;
@@ -265,6 +357,7 @@ class Step {
     const HeadShape shape_;
     const float scale_;
     const bool is_decode_;
+    const long head_bytes_;  // of one position in the cache
 };
 
 }  // namespace triode

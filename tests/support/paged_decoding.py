@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from triode.cache.pool import elements_per_head
 from triode.models.batch import build_batch
 from triode.models.program import StepProgram
 
@@ -24,12 +25,17 @@ class PagedSequence:
 class PagedDecoding:
     """A pool full of NaN, and steps that mix prefill chunks and decodes in one batch."""
 
-    def __init__(self, decoder: StepProgram, num_blocks: int, seed: int = 0) -> None:
+    def __init__(
+        self, decoder: StepProgram, num_blocks: int, seed: int = 0, kv_dtype: torch.dtype | None = None
+    ) -> None:
         config = decoder.config
-        shape = (num_blocks, BLOCK_SIZE_TOKENS, config.num_kv_heads, config.head_dim)
+        dtype = kv_dtype or decoder.dtype
+        shape = (num_blocks, BLOCK_SIZE_TOKENS, config.num_kv_heads, elements_per_head(config.head_dim, dtype))
+        # Four bytes of -1 are a scale that is NaN.
+        nothing = -1 if dtype == torch.int8 else torch.nan
         self.decoder = decoder
-        self.keys = [torch.full(shape, torch.nan, dtype=decoder.dtype) for _ in range(config.num_layers)]
-        self.values = [torch.full(shape, torch.nan, dtype=decoder.dtype) for _ in range(config.num_layers)]
+        self.keys = [torch.full(shape, nothing, dtype=dtype) for _ in range(config.num_layers)]
+        self.values = [torch.full(shape, nothing, dtype=dtype) for _ in range(config.num_layers)]
         self.free = np.random.default_rng(seed).permutation(np.arange(1, num_blocks)).tolist()
 
     @torch.inference_mode()
