@@ -17,6 +17,8 @@ from triode.ids import RequestId
 
 NUM_REMEMBERED = 4096
 """How many ended requests `MailboxRegistry.status` still knows."""
+NUM_PATIENT = 64
+"""A reader who waits for the end is woken by so many items all the same: kept unread, each takes some 250 bytes."""
 
 
 class Waker(Protocol):
@@ -46,23 +48,26 @@ class Mailbox:
         """What the reader must raise once it has read the items: the engine's fault, or why nothing was submitted."""
         self.reader: object | None = None
         """What the waker needs to wake the reader; None while nobody waits."""
+        self.is_patient = False
+        """Set by a reader who wants the whole: it is woken at the end, and now and then to make room."""
         self._items: deque[Mail] = deque()
         self._num_unfinished = num_samples
 
     def put(self, item: Mail) -> None:
         """Add an item and keep the request's status."""
+        self._items.append(item)
         match item:
-            case Delta(finish_reason=reason) if reason is not None:
-                self._num_unfinished -= 1
-                if self._num_unfinished == 0:
-                    self.status = RequestStatus.FINISHED
+            case Delta(finish_reason=reason):
+                if reason is not None:
+                    self._num_unfinished -= 1
+                    if self._num_unfinished == 0:
+                        self.status = RequestStatus.FINISHED
             case Ended(status=status):
                 self.status = status
             case Rejected():
                 self.status = RequestStatus.FAILED
             case _:
                 pass
-        self._items.append(item)
 
     def refuse(self, error: Exception) -> None:
         """The request could not even be submitted; its reader raises `error`."""
@@ -78,6 +83,8 @@ class Mailbox:
     @property
     def has_news(self) -> bool:
         """Whether a reader has no need to wait."""
+        if self.is_patient and not self.status.is_final:
+            return len(self._items) >= NUM_PATIENT
         return bool(self._items) or self.error is not None
 
 
@@ -141,7 +148,8 @@ class MailboxRegistry:
         if mailbox is None:
             return
         mailbox.put(item)
-        self._dirty[mailbox.request_id] = mailbox
+        if mailbox.has_news:
+            self._dirty[mailbox.request_id] = mailbox
         if mailbox.status.is_final:
             self._close(mailbox)
 
@@ -155,16 +163,15 @@ class MailboxRegistry:
         """An embedding request has its answer."""
         if mailbox := self._open.get(request_id):
             mailbox.status = RequestStatus.FINISHED
+            self._dirty[request_id] = mailbox
             self._close(mailbox)
 
     def flush(self) -> None:
         """Wake every reader that has new mail, once."""
         dirty, self._dirty = self._dirty, {}
-        wakers: dict[int, Waker] = {}
         for mailbox in dirty.values():
             mailbox.waker.notify(mailbox)
-            wakers[id(mailbox.waker)] = mailbox.waker
-        for waker in wakers.values():
+        for waker in {mailbox.waker for mailbox in dirty.values()}:
             waker.flush()
 
     def end_all(self, reason: str) -> None:

@@ -49,7 +49,10 @@ class RequestStatus(enum.StrEnum):
     @property
     def is_final(self) -> bool:
         """Whether nothing more will happen to the request."""
-        return self in (RequestStatus.FINISHED, RequestStatus.CANCELLED, RequestStatus.FAILED)
+        return self in _FINAL_STATUSES
+
+
+_FINAL_STATUSES = frozenset({RequestStatus.FINISHED, RequestStatus.CANCELLED, RequestStatus.FAILED})
 
 
 # ─ caller → tokenizer

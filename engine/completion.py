@@ -91,9 +91,10 @@ class _Sample:
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
         self.token_ids.extend(delta.token_ids)
-        self.logprobs.extend(delta.logprobs or ())
-        self.finish_reason = delta.finish_reason
-        self.stop_reason = delta.stop_reason
+        if delta.logprobs is not None:
+            self.logprobs.extend(delta.logprobs)
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
 class Reply:

@@ -90,8 +90,12 @@ class RequestStream:
             RequestFailed: if the request failed while it ran.
             EngineFault: if the engine did.
         """
-        while not self._reply.is_complete:
-            await self._receive()
+        self._mailbox.is_patient = True
+        try:
+            while not self._reply.is_complete:
+                await self._receive()
+        finally:
+            self._mailbox.is_patient = False
         self._check_well()
         return self._reply.result(self._mailbox.num_cached_tokens)
 

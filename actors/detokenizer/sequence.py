@@ -42,7 +42,8 @@ class SequenceText:
         self.num_tokens += 1
         if is_stop_token and not self._include_stop:
             return ""
-        return self._watched(self._decoder.feed((token_id,)))
+        text = self._decoder.feed((token_id,))
+        return text if self._matcher is None else self._watched(text)
 
     def finish(self) -> str:
         """The sequence has ended: the text still held back. A stop string may be found only now."""

@@ -1,6 +1,9 @@
 """Consumes Tokenized, Rejected, Cancel, SetPriority, Matched, Reserved, StepResult, Stopped.
 
 Produces Match, Reserve, Release for the cache, StepPlan for the executor, and what the detokenizer must know.
+
+A step's tokens are passed on when its successor is on its way: text is made, and its readers run, while the device
+computes, not before it may begin.
 """
 
 from collections.abc import Callable
@@ -47,6 +50,11 @@ async def run_scheduler(
             cache(released)
         if question := core.wants(now_s):
             cache(question)
+        if core.outbox.holds_tokens:
+            if core.is_asking:
+                continue
+            # The executor hands on its plan before the detokenizer wakes.
+            await trio.lowlevel.checkpoint()
         for said in core.outbox.take_for_detokenizer():
             detokenizer(said)
 

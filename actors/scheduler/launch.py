@@ -12,41 +12,35 @@ SAMPLING = frozenset({Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE})
 """Outputs that add a token to the sequence."""
 
 
-class LaunchedRow(NamedTuple):
-    """A sequence as it was when its step was launched."""
-
-    sequence: Sequence
-    epoch: int
-    start: int
-    output: Output
-
-
 class Launch(NamedTuple):
     """A step on its way, its rows in the plan's order."""
 
     step_id: StepId
-    rows: list[LaunchedRow]
+    rows: list[Want]
+    epochs: tuple[int, ...]
+    """The rows' epochs when they were launched."""
 
 
 def build_plan(reserved: Reserved, wants: list[Want], admitted: list[Sequence]) -> tuple[Launch, StepPlan]:
     """The plan of one step. Counts the launched tokens into its sequences."""
-    rows: list[LaunchedRow] = []
     slots: dict[SequenceId, SlotId] = {}
-    for sequence, start, num_tokens, output in wants:
+    for want in wants:
+        sequence = want.sequence
         assert sequence.slot is not None, "a launched row holds a slot"
         slots[sequence.sequence_id] = sequence.slot
-        rows.append(LaunchedRow(sequence, sequence.epoch, start, output))
-        sequence.num_computed = start + num_tokens
+        sequence.num_computed = want.num_computed + want.num_tokens
         sequence.num_in_flight += 1
-        if output in SAMPLING:
+        if want.output in SAMPLING:
             sequence.num_pending += 1
+    # Of lists, which are made faster than what a generator yields.
+    epochs = tuple([want.sequence.epoch for want in wants])
     plan = StepPlan(
         step_id=reserved.step_id,
         slots=tuple(slots.values()),
-        epochs=tuple(row.epoch for row in rows),
-        start_positions=tuple(row.start for row in rows),
-        num_query_tokens=tuple(want.num_tokens for want in wants),
-        outputs=tuple(row.output for row in rows),
+        epochs=epochs,
+        start_positions=tuple([want.num_computed for want in wants]),
+        num_query_tokens=tuple([want.num_tokens for want in wants]),
+        outputs=tuple([want.output for want in wants]),
         admissions=tuple(_admission(sequence) for sequence in admitted),
         table_changes=tuple(
             TableChange(slots[table.sequence_id], table.first_block, table.block_ids)
@@ -55,7 +49,7 @@ def build_plan(reserved: Reserved, wants: list[Want], admitted: list[Sequence]) 
         ),
         copies=reserved.copies,
     )
-    return Launch(reserved.step_id, rows), plan
+    return Launch(reserved.step_id, wants, epochs), plan
 
 
 def _admission(sequence: Sequence) -> Admission:

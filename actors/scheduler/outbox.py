@@ -1,6 +1,6 @@
 """What the scheduler has to say, collected while it decides; the shell takes it and sends it."""
 
-from triode.actors.messages import DetokenizerInbox, Release, StatusChanged
+from triode.actors.messages import DetokenizerInbox, Release, Sampled, StatusChanged
 from triode.actors.scheduler.request import Request
 from triode.cache.messages import ReleaseRow
 from triode.ids import RequestId
@@ -17,6 +17,11 @@ class Outbox:
     def to_detokenizer(self, message: DetokenizerInbox) -> None:
         """Queue a message for the detokenizer."""
         self._detokenizer.append(message)
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether a step's tokens are among the messages."""
+        return any(isinstance(message, Sampled) for message in self._detokenizer)
 
     def release(self, row: ReleaseRow) -> None:
         """Queue a sequence's blocks for return."""

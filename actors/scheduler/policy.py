@@ -151,6 +151,11 @@ class Scheduler:
             self._end(request, RequestStatus.CANCELLED, "its deadline has passed")
 
     @property
+    def is_asking(self) -> bool:
+        """Whether the cache manager owes an answer, which a plan may follow."""
+        return self._is_asking
+
+    @property
     def next_deadline_s(self) -> float:
         """When `expire` has something to do."""
         return self._deadlines.next_s
@@ -256,8 +261,8 @@ class Scheduler:
         self._next_step += 1
         launch, plan = build_plan(reserved, rows, admitted)
         self._launched.append(launch)
-        for sequence, *_ in rows:
-            self._fork(sequence.request)
+        for want in rows:
+            self._fork(want.sequence.request)
         return plan
 
     def _admit(self, want: Want) -> None:

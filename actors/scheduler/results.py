@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 from triode.actors.messages import Embedded, FinishReason, PromptScored, RequestStatus, Sampled
-from triode.actors.scheduler.launch import SAMPLING, Launch, LaunchedRow
+from triode.actors.scheduler.launch import SAMPLING, Launch
 from triode.actors.scheduler.outbox import Outbox
 from triode.actors.scheduler.request import Request, Sequence
+from triode.actors.scheduler.wants import Want
 from triode.ids import RequestId, TokenId
 from triode.models.step import Output, StepResult, TokenLogprobs
 
@@ -47,10 +48,10 @@ def read_step(launch: Launch, result: StepResult, outbox: Outbox) -> Reading:
     columns = _Columns()
     reading = Reading([], {})
     first = 0
-    for index, row in enumerate(launch.rows):
-        num_accepted = result.num_accepted[index]
+    rows = zip(launch.rows, launch.epochs, result.num_accepted, strict=True)
+    for index, (row, epoch, num_accepted) in enumerate(rows):
         row.sequence.num_in_flight -= 1
-        if row.sequence.slot is not None and row.sequence.epoch == row.epoch:
+        if row.sequence.slot is not None and row.sequence.epoch == epoch:
             _score_prompt(row, index, result, outbox)
             if row.output is Output.HIDDEN:
                 _read_embedding(row, index, result, outbox, reading.ended)
@@ -65,7 +66,7 @@ def read_step(launch: Launch, result: StepResult, outbox: Outbox) -> Reading:
 
 
 def _read_tokens(
-    row: LaunchedRow, first: int, num_accepted: int, result: StepResult, columns: _Columns, outbox: Outbox
+    row: Want, first: int, num_accepted: int, result: StepResult, columns: _Columns, outbox: Outbox
 ) -> bool:
     """Take the row's new tokens up to the one that ends the sequence. Returns whether one did."""
     sequence = row.sequence
@@ -95,17 +96,17 @@ def finish_reason(request: Request, token_id: TokenId, num_tokens: int) -> Finis
     return FinishReason.LENGTH if num_tokens >= request.max_total_tokens else None
 
 
-def _score_prompt(row: LaunchedRow, index: int, result: StepResult, outbox: Outbox) -> None:
+def _score_prompt(row: Want, index: int, result: StepResult, outbox: Outbox) -> None:
     if result.prompt_logprobs is None or row.output not in (Output.PROMPT_LOGPROBS, Output.PROMPT_LOGPROBS_AND_SAMPLE):
         return
     request = row.sequence.request
-    scores = result.prompt_logprobs[index][: request.num_prompt_tokens - 1 - row.start]
-    request.num_scored = row.start + len(scores)
+    scores = result.prompt_logprobs[index][: request.num_prompt_tokens - 1 - row.num_computed]
+    request.num_scored = row.num_computed + len(scores)
     if scores:
         outbox.to_detokenizer(PromptScored(request.request_id, scores))
 
 
-def _read_embedding(row: LaunchedRow, index: int, result: StepResult, outbox: Outbox, ended: list[Sequence]) -> None:
+def _read_embedding(row: Want, index: int, result: StepResult, outbox: Outbox, ended: list[Sequence]) -> None:
     sequence = row.sequence
     if sequence.num_computed < sequence.num_prompt_tokens or sequence.num_in_flight:
         return

@@ -1,7 +1,8 @@
 """Sharing a step's token budget, and the question to the cache manager that follows from it."""
 
 from bisect import bisect_right
-from typing import NamedTuple
+
+import msgspec
 
 from triode.actors.scheduler.request import Sequence
 from triode.cache.messages import Reserve, ReserveRow
@@ -9,7 +10,7 @@ from triode.ids import SequenceId, StepId
 from triode.models.step import Output
 
 
-class Want(NamedTuple):
+class Want(msgspec.Struct, frozen=True, gc=False):
     """A row that the next step could compute."""
 
     sequence: Sequence
@@ -18,7 +19,7 @@ class Want(NamedTuple):
     output: Output
 
 
-class Ready(NamedTuple):
+class Ready(msgspec.Struct, frozen=True, gc=False):
     """A running sequence and how many tokens it could compute: looked at several times a step, counted once."""
 
     sequence: Sequence
@@ -42,11 +43,11 @@ def share_budget(running: list[Ready], candidates: list[tuple[Sequence, int]], b
     """
     left = prompt_budget(running, budget_tokens)
     wants: list[Want] = []
-    for sequence, num_ready in running:
-        if num_ready == 1:
-            wants.append(_want(sequence, sequence.num_computed, 1))
-        elif num_ready and left > 0:
-            want = _want(sequence, sequence.num_computed, min(num_ready, left))
+    for ready in running:
+        if ready.num_tokens == 1:
+            wants.append(_want(ready.sequence, ready.sequence.num_computed, 1))
+        elif ready.num_tokens and left > 0:
+            want = _want(ready.sequence, ready.sequence.num_computed, min(ready.num_tokens, left))
             left -= want.num_tokens
             wants.append(want)
     for sequence, num_cached in candidates:
@@ -82,18 +83,22 @@ def build_reserve(step_id: StepId, wants: list[Want], running: list[Ready], now_
     """
     victims: list[SequenceId] = []
     num_behind: dict[SequenceId, int] = {}
-    for sequence, num_ready in reversed(running):
-        num_behind[sequence.sequence_id] = len(victims)
-        if num_ready:
-            victims.append(sequence.sequence_id)
-    priorities = [sequence.request.priority for sequence, num_ready in running if num_ready]
+    for ready in reversed(running):
+        sequence_id = ready.sequence.sequence_id
+        num_behind[sequence_id] = len(victims)
+        if ready.num_tokens:
+            victims.append(sequence_id)
+    priorities: list[int] | None = None
     rows = []
-    for sequence, start, num_tokens, _ in wants:
+    for want in wants:
+        sequence, end = want.sequence, want.num_computed + want.num_tokens
         if sequence.slot is not None:
-            num_table_tokens = start + num_tokens
+            num_table_tokens = end
             max_victims = num_behind[sequence.sequence_id]
         else:
             num_table_tokens = len(sequence.token_ids)
+            if priorities is None:
+                priorities = [ready.sequence.request.priority for ready in running if ready.num_tokens]
             max_victims = len(priorities) - bisect_right(priorities, sequence.request.priority)
-        rows.append(ReserveRow(sequence.sequence_id, start, start + num_tokens, num_table_tokens, max_victims))
+        rows.append(ReserveRow(sequence.sequence_id, want.num_computed, end, num_table_tokens, max_victims))
     return Reserve(step_id, tuple(rows), tuple(victims), now_s)

@@ -4,8 +4,8 @@ import pytest
 import trio
 import trio.testing
 
-from triode.actors.mailbox import NUM_REMEMBERED, Mailbox, MailboxRegistry, TrioWaker
-from triode.actors.messages import Delta, Ended, FinishReason, Rejected, RequestStatus
+from triode.actors.mailbox import NUM_PATIENT, NUM_REMEMBERED, Mailbox, MailboxRegistry, TrioWaker
+from triode.actors.messages import Delta, Embedded, Ended, FinishReason, Rejected, RequestStatus
 from triode.errors import EngineFault
 from triode.ids import RequestId, TokenId
 
@@ -141,6 +141,52 @@ def test_a_fault_reaches_every_open_mailbox_behind_its_mail() -> None:
     assert (len(mailbox.take()), mailbox.error, mailbox.status) == (1, fault, RequestStatus.FAILED)
     assert mailbox.has_news
     assert waker.notified == ["a"]
+
+
+def test_a_patient_reader_is_woken_at_the_end_and_to_make_room() -> None:
+    registry, waker = MailboxRegistry(), CountingWaker()
+    mailbox = opened(registry, "a", waker)
+    mailbox.is_patient = True
+    for _ in range(NUM_PATIENT):
+        assert not mailbox.has_news
+        registry.flush()
+        assert waker.notified == []
+        registry.deliver(delta("a"))
+    registry.flush()
+    assert waker.notified == ["a"]
+    assert len(mailbox.take()) == NUM_PATIENT
+    registry.deliver(delta("a"))
+    registry.deliver(delta("a", ends=True))
+    registry.flush()
+    assert waker.notified == ["a", "a"]
+    assert len(mailbox.take()) == 2
+
+
+def test_what_came_while_a_reader_was_patient_is_news_when_it_no_longer_is() -> None:
+    registry, waker = MailboxRegistry(), CountingWaker()
+    mailbox = opened(registry, "a", waker)
+    mailbox.is_patient = True
+    registry.deliver(delta("a"))
+    mailbox.is_patient = False
+    assert mailbox.has_news
+
+
+@pytest.mark.parametrize("ending", ["fault", "close", "embedding"])
+def test_a_patient_reader_is_woken_by_every_kind_of_end(ending: str) -> None:
+    registry, waker = MailboxRegistry(), CountingWaker()
+    mailbox = opened(registry, "a", waker)
+    mailbox.is_patient = True
+    match ending:
+        case "fault":
+            registry.fail_all(EngineFault("it broke"))
+        case "close":
+            registry.end_all("the engine was closed")
+        case "embedding":
+            registry.deliver(Embedded(RequestId("a"), (1.0,)))
+            registry.finish(RequestId("a"))
+            registry.flush()
+    assert waker.notified == ["a"]
+    assert mailbox.has_news
 
 
 def test_a_refusal_wakes_its_reader_at_once() -> None:

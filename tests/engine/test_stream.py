@@ -10,6 +10,7 @@ import trio.testing
 
 import triode
 from engines import LONG, LONG_TEXT, check_nothing_is_left, complete, drawn, greedy, open_gated, open_tiny
+from triode.actors.mailbox import NUM_PATIENT, Mailbox, TrioWaker
 from triode.errors import RequestFailed
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it rests."
@@ -94,6 +95,37 @@ async def test_a_reader_wakes_at_most_once_a_step() -> None:
             await gate.step()
             assert len(batches) <= before + 1
         assert max(batches) == 4
+
+
+@pytest.mark.parametrize("num_tokens", [20, 150])
+async def test_whoever_wants_the_whole_is_seldom_woken(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[Mailbox] = []
+    notify = TrioWaker.notify
+
+    def count(waker: TrioWaker, mailbox: Mailbox) -> None:
+        woken.append(mailbox)
+        notify(waker, mailbox)
+
+    monkeypatch.setattr(TrioWaker, "notify", count)
+    async with open_tiny(executor="inline") as engine:
+        results = await engine.generate([PROMPT] * 3, greedy(num_tokens))
+    assert [result.usage.completion_tokens for result in results] == [num_tokens] * 3
+    # Queued, a few times to make room, and the end.
+    assert len(woken) <= 3 * (2 + num_tokens // NUM_PATIENT)
+
+
+async def test_giving_up_on_the_whole_leaves_what_came_to_the_next_reader() -> None:
+    async with open_gated() as (engine, gate):
+        stream = await engine.submit(PROMPT, greedy(6))
+        with trio.move_on_after(1):
+            await stream.result()
+        await gate.step(3)
+        with trio.move_on_after(1):
+            await stream.result()
+        first = await anext(stream)
+        assert len(first.token_ids) == 1
+        gate.open()
+        assert len((await stream.result()).completion.token_ids) == 6
 
 
 async def test_cancelling_a_stream_ends_it() -> None:

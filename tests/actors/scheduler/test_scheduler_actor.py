@@ -1,0 +1,113 @@
+"""The scheduler's shell: in which order it speaks to the others."""
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import pytest
+import trio
+import trio.testing
+
+from scheduler_world import CheckingRunner
+from triode.actors.cache.actor import run_cache
+from triode.actors.channels import Inbox
+from triode.actors.messages import (
+    CacheInbox,
+    DetokenizerInbox,
+    Opened,
+    Sampled,
+    SchedulerInbox,
+    StepPlan,
+    StepResult,
+    Tokenized,
+)
+from triode.actors.scheduler.actor import run_scheduler
+from triode.actors.scheduler.config import SchedulerConfig
+from triode.actors.scheduler.policy import Scheduler
+from triode.cache.config import CacheConfig
+from triode.cache.manager import CacheManager
+from triode.ids import RequestId, TokenId
+from triode.models.sampling import SamplingParams
+
+
+class Actors:
+    """A scheduler and a cache that run, and a log of what reaches the executor and the detokenizer."""
+
+    def __init__(self, max_in_flight: int) -> None:
+        self.log: list[tuple[str, int]] = []
+        self._inbox: Inbox[SchedulerInbox] = Inbox()
+        self._results: deque[StepResult] = deque()
+        self._runner = CheckingRunner(16, max_running=4)
+        self._plans: Inbox[StepPlan] = Inbox()
+        self._news: Inbox[DetokenizerInbox] = Inbox()
+        to_cache: Inbox[CacheInbox] = Inbox()
+        cache = CacheManager(64, CacheConfig())
+        config = SchedulerConfig(max_running=4, max_step_tokens=64)
+        self.tasks: list[Callable[[], Awaitable[object]]] = [
+            partial(run_cache, cache, to_cache, self._inbox.put, lambda _: None),
+            partial(
+                run_scheduler,
+                Scheduler(config, max_in_flight=max_in_flight),
+                self._inbox,
+                to_cache.put,
+                self._plans.put,
+                self._news.put,
+            ),
+            self._launch,
+            self._read,
+        ]
+
+    def submit(self, arrival: int, max_tokens: int) -> None:
+        params = SamplingParams(max_tokens=max_tokens)
+        tokens = tuple(map(TokenId, range(1, 6)))
+        self._inbox.put(Tokenized(RequestId(f"r{arrival}"), arrival, tokens, params, seed=arrival, stop_token_ids=()))
+
+    async def run_to_the_end(self) -> None:
+        """Retire the oldest step whenever nobody has anything to do."""
+        await trio.testing.wait_all_tasks_blocked()
+        while self._results:
+            self._inbox.put(self._results.popleft())
+            await trio.testing.wait_all_tasks_blocked()
+
+    async def _launch(self) -> None:
+        while True:
+            for plan in await self._plans.take():
+                self.log.append(("launched", plan.step_id))
+                self._results.append(self._runner.run(plan))
+
+    async def _read(self) -> None:
+        while True:
+            for message in await self._news.take():
+                match message:
+                    case Sampled(step_id=step_id):
+                        self.log.append(("read", step_id))
+                    case Opened():
+                        self.log.append(("opened", 0))
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+async def test_a_steps_tokens_are_passed_on_when_its_successor_has_been_launched(max_in_flight: int) -> None:
+    actors = Actors(max_in_flight)
+    async with trio.open_nursery() as nursery:
+        for task in actors.tasks:
+            nursery.start_soon(task)
+        for arrival in range(4):
+            actors.submit(arrival, max_tokens=6 + arrival)
+        await actors.run_to_the_end()
+        nursery.cancel_scope.cancel()
+    num_steps = sum(what == "launched" for what, _ in actors.log)
+    assert num_steps >= 9
+    assert [step for what, step in actors.log if what == "read"] == list(range(num_steps)), "all are read, in order"
+    for step in range(num_steps - max_in_flight):
+        assert actors.log.index(("launched", step + max_in_flight)) < actors.log.index(("read", step))
+
+
+async def test_a_request_is_opened_before_its_first_step_ends() -> None:
+    actors = Actors(2)
+    async with trio.open_nursery() as nursery:
+        for task in actors.tasks:
+            nursery.start_soon(task)
+        actors.submit(0, max_tokens=3)
+        await actors.run_to_the_end()
+        nursery.cancel_scope.cancel()
+    assert actors.log.index(("opened", 0)) < actors.log.index(("read", 0))
