@@ -20,6 +20,7 @@ C blocks in a table      W programs (query tile, KV head)    S segments      M (
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -149,6 +150,7 @@ def attend(
     WINDOW: tl.constexpr,
     LONG_ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
+    MERGE_STAGES: tl.constexpr,
     KV_MODE: tl.constexpr,
     DOT: tl.constexpr,
     PDL: tl.constexpr,
@@ -241,7 +243,7 @@ def attend(
             row_peak = tl.full([PAIRS], LOWEST, tl.float32)
             row_mass = tl.zeros([PAIRS], tl.float32)
             row_acc = tl.zeros([PAIRS, HEAD_PADDED], tl.float32)
-            for segment in tl.range(num_segments, num_stages=4):
+            for segment in tl.range(num_segments, num_stages=MERGE_STAGES):
                 # Past L1, which another launch on this multiprocessor may have filled.
                 at = work_states + segment * num_states
                 peak = tl.load(state_ptr + at * 2, mask=valid, other=LOWEST, cache_modifier=".cg")
@@ -292,22 +294,44 @@ class AttentionTile:
     num_stages: int
 
 
-def decode_tile(group: int, head_dim: int, kv_dtype: torch.dtype) -> AttentionTile:
+# The best first.
+_DECODE_STAGES = (3, 2, 1)
+_DECODE_STAGES_OF_LARGE_HEADS = (2, 1)
+_PREFILL_TILES_OF_LARGE_HEADS = (AttentionTile(64, 8, 1), AttentionTile(32, 8, 1), AttentionTile(16, 4, 1))
+_PREFILL_TILES = (
+    AttentionTile(128, 8, 3),
+    AttentionTile(128, 8, 2),
+    AttentionTile(64, 8, 2),
+    *_PREFILL_TILES_OF_LARGE_HEADS,
+)
+
+
+def decode_tile(group: int, head_dim: int, kv_dtype: torch.dtype, traits: GpuTraits) -> AttentionTile:
     """The tile for rows of few query tokens: one tensor-core instruction high, unless the group is larger.
 
     An 8-bit operand reaches the small instruction in another order than the warp-group instruction that prefill uses on
     SM90, which shows in the last bits; 64 pairs make decode use that one too.
     """
     least = 64 if kv_dtype.itemsize == 1 else 16
-    return AttentionTile(max(least, triton.next_power_of_2(group)), num_warps=4, num_stages=3 if head_dim <= 128 else 2)
+    pairs = max(least, triton.next_power_of_2(group))
+    stages = _DECODE_STAGES if head_dim <= 128 else _DECODE_STAGES_OF_LARGE_HEADS
+    return _first_that_fits([AttentionTile(pairs, 4, number) for number in stages], head_dim, kv_dtype, traits)
 
 
-def prefill_tile(group: int, head_dim: int, traits: GpuTraits) -> AttentionTile:
+def prefill_tile(group: int, head_dim: int, dtype: torch.dtype, traits: GpuTraits) -> AttentionTile:
     """The tile for rows of many query tokens, as tall as registers and shared memory allow."""
-    if head_dim > 128:
-        return AttentionTile(max(64, triton.next_power_of_2(group)), num_warps=8, num_stages=1)
-    num_stages = 3 if traits.shared_memory_bytes > 160 * 1024 else 2
-    return AttentionTile(max(128, triton.next_power_of_2(group)), num_warps=8, num_stages=num_stages)
+    tiles = _PREFILL_TILES if head_dim <= 128 else _PREFILL_TILES_OF_LARGE_HEADS
+    tile = _first_that_fits(tiles, head_dim, dtype, traits)
+    return dataclasses.replace(tile, pairs=max(tile.pairs, triton.next_power_of_2(group)))
+
+
+def _first_that_fits(
+    tiles: Sequence[AttentionTile], head_dim: int, dtype: torch.dtype, traits: GpuTraits
+) -> AttentionTile:
+    """The first tile whose queries, and keys and values of every stage, fit into shared memory; else the last."""
+    row_bytes = max(16, triton.next_power_of_2(head_dim)) * max(2, dtype.itemsize)
+    room = traits.shared_memory_bytes // row_bytes
+    return next((tile for tile in tiles if tile.pairs + 2 * TILE_TOKENS * tile.num_stages <= room), tiles[-1])
 
 
 def paged_attention(
@@ -356,10 +380,10 @@ def paged_attention(
     if key_PBKH.dtype == torch.float8_e4m3fn and not traits.has_fp8:
         raise ValueError("a float8_e4m3fn KV cache needs compute capability >= 8.9")
     group = num_heads // num_kv_heads
-    small = decode_tile(group, head_dim, key_PBKH.dtype)
+    small = decode_tile(group, head_dim, key_PBKH.dtype, traits)
     if tile is None:
         long_rows = max_query_tokens > small.pairs // group
-        tile = prefill_tile(group, head_dim, traits) if long_rows else small
+        tile = prefill_tile(group, head_dim, q_TNH.dtype, traits) if long_rows else small
     query_tokens = tile.pairs // group
     long_rows = max_query_tokens > query_tokens
     num_tiles = num_tokens // query_tokens + num_rows if long_rows else num_rows
@@ -397,6 +421,7 @@ def paged_attention(
         WINDOW=window_tokens,
         LONG_ROWS=long_rows,
         SPLIT=split,
+        MERGE_STAGES=_merge_stages(tile.pairs, head_dim, traits),
         KV_MODE=KV_AS_STORED,
         DOT=dot_dtype(q_TNH.dtype, traits),
         PDL=traits.dependent_launch,
@@ -412,6 +437,14 @@ def splits_for(num_rows: int, num_kv_heads: int, max_segments: int, traits: GpuT
     Depends on nothing that lives on the device, so that it can be fixed when a CUDA graph is captured.
     """
     return max(1, min(max_segments, math.ceil(2 * traits.num_sms / (num_rows * num_kv_heads))))
+
+
+def _merge_stages(pairs: int, head_dim: int, traits: GpuTraits) -> int:
+    """How many segments' states are in flight while they are merged: one in registers, the others in shared memory."""
+    state_bytes = pairs * (triton.next_power_of_2(head_dim) + 2) * 4
+    # The rest is for what the compiler itself puts there.
+    room_bytes = traits.shared_memory_bytes - 8192
+    return max(1, min(4, 1 + room_bytes // state_bytes))
 
 
 def _holds(workspace: AttentionWorkspace, num_programs: int, num_states: int, head_dim: int) -> bool:

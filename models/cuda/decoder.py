@@ -247,8 +247,8 @@ class CudaDecoder:
     def prefill_splits(self, num_tokens: int, num_rows: int) -> int:
         """The same for a packed step of so many tokens and rows; 1 where the workspace cannot hold the states."""
         group = self.config.num_heads // self.config.num_kv_heads
-        tile = prefill_tile(group, self.config.head_dim, self.traits)
-        if num_tokens <= decode_tile(group, self.config.head_dim, self.dtype).pairs // group:
+        tile = prefill_tile(group, self.config.head_dim, self.dtype, self.traits)
+        if num_tokens <= decode_tile(group, self.config.head_dim, self.dtype, self.traits).pairs // group:
             # Such rows take the decode tile: one program a row.
             return 1
         num_tiles = num_tokens // (tile.pairs // group) + num_rows
@@ -265,7 +265,7 @@ class CudaDecoder:
     def _allocate_prefill_workspace(self) -> AttentionWorkspace:
         """For as many programs as fit, of tiles that a long chunk takes."""
         config = self.config
-        pairs = prefill_tile(config.num_heads // config.num_kv_heads, config.head_dim, self.traits).pairs
+        pairs = prefill_tile(config.num_heads // config.num_kv_heads, config.head_dim, self.dtype, self.traits).pairs
         state_bytes = self.max_segments * pairs * (config.head_dim + 2) * 4
         num_programs = min(2 * self.traits.num_sms + config.num_kv_heads, max(1, _WORKSPACE_BYTES // state_bytes))
         return AttentionWorkspace.allocate(num_programs, self.max_segments, pairs, config.head_dim, self.device)
