@@ -14,10 +14,17 @@ from triton.runtime.jit import JITFunction
 from triode.kernels.gpu_traits import GpuTraits
 
 AMPERE = GpuTraits(num_sms=108, shared_memory_bytes=163 * 1024, dependent_launch=False, has_fp8=False)
+ADA = GpuTraits(num_sms=128, shared_memory_bytes=99 * 1024, dependent_launch=False, has_fp8=True)
 HOPPER = GpuTraits(num_sms=132, shared_memory_bytes=227 * 1024, dependent_launch=True, has_fp8=True)
+_CAPABILITIES = {AMPERE: 80, ADA: 89, HOPPER: 90}
 
 
-class AbsentGpu:
+def fits(compiled: list[Any], traits: GpuTraits) -> bool:
+    """Whether there are kernels, and none asks for more shared memory than the GPU has."""
+    return bool(compiled) and all(kernel.metadata.shared <= traits.shared_memory_bytes for kernel in compiled)
+
+
+class AbsentDriver:
     """As much of a Triton driver as binding arguments and compiling asks for."""
 
     def __init__(self, capability: int) -> None:
@@ -35,19 +42,27 @@ class AbsentGpu:
 
 
 @contextlib.contextmanager
-def launches_compiled_for(traits: GpuTraits) -> Iterator[list[Any]]:
-    """Inside, a launch compiles its kernel and appends it to the yielded list. Nothing runs."""
+def launches_compiled_for(traits: GpuTraits, *, one_of_a_kind: bool = False) -> Iterator[list[Any]]:
+    """Inside, a launch compiles its kernel and appends it to the yielded list. Nothing runs.
+
+    With `one_of_a_kind` a kernel is compiled once for each setting of its switches, whatever its sizes are.
+    """
     compiled: list[Any] = []
+    kinds: set[tuple[str, frozenset[str]]] = set()
     run = JITFunction.run
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kind = kernel.__name__, frozenset(name for name, value in options.items() if value is True)
+        if one_of_a_kind and kind in kinds:
+            return None
+        kinds.add(kind)
         compiled.append(run(kernel, *args, grid=grid, warmup=True, **options))
         return compiled[-1]
 
     driver = triton.runtime.driver
     before = driver._active
     JITFunction.run = compile_only
-    driver.set_active(AbsentGpu(90 if traits.dependent_launch else 80))
+    driver.set_active(AbsentDriver(_CAPABILITIES[traits]))
     try:
         yield compiled
     finally:
