@@ -25,6 +25,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("torch finds no GPU here")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests have recorded is told, because somebody wants to quote it."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties if report.when == "call" else ():
+                terminalreporter.write_line(f"{report.nodeid}: {name}: {value}")
+
+
 @pytest.fixture(autouse=True)
 def same_numbers_in_every_run() -> None:
     """Random tensors are the same whenever and in whatever order a test runs; tests without torch do not import it."""
