@@ -441,7 +441,7 @@ def splits_for(num_rows: int, num_kv_heads: int, max_segments: int, traits: GpuT
 
 def _merge_stages(pairs: int, head_dim: int, traits: GpuTraits) -> int:
     """How many segments' states are in flight while they are merged: one in registers, the others in shared memory."""
-    state_bytes = pairs * (triton.next_power_of_2(head_dim) + 2) * 4
+    state_bytes: int = pairs * (triton.next_power_of_2(head_dim) + 2) * 4
     # The rest is for what the compiler itself puts there.
     room_bytes = traits.shared_memory_bytes - 8192
     return max(1, min(4, 1 + room_bytes // state_bytes))
