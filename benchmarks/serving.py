@@ -30,7 +30,8 @@ from triode.engine import host
 from triode.engine.config import EngineConfig
 from triode.engine.parts import EngineParts
 from triode.engine.server.config import ServerConfig
-from triode.engine.server.running import Server, run_server, take_port
+from triode.engine.server.running import Server, run_server
+from triode.engine.server.starting import take_port
 from triode.models.config import ModelOptions
 from triode.models.loader import open_checkpoint
 from triode.models.progress import Progress

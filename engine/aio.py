@@ -104,6 +104,11 @@ class Engine:
         return self._hub.parts.report
 
     @property
+    def ended_by(self) -> Exception | None:
+        """Why the engine takes no more requests: EngineClosed, or the EngineFault it had; None while it runs."""
+        return self._hub.ended_by
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, which may be used from any thread."""
         return self._hub.parts.tokenizer

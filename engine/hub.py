@@ -129,6 +129,11 @@ class Hub:
             if otherwise is not None:
                 otherwise(self.ended())
 
+    @property
+    def ended_by(self) -> Exception | None:
+        """Why the engine takes no more requests; None while it does."""
+        return self.ended() if self._is_closed or self.fault is not None else None
+
     def ended(self) -> Exception:
         """Why the engine takes no more calls."""
         if self.fault is not None:

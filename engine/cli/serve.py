@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+import trio
+
 from triode.engine.cli.flags import add_flags, given
 from triode.engine.cli.opening import add_engine_arguments, engine_settings
 from triode.engine.cli.progress import shown_progress
@@ -45,13 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Check all that needs no model, take the port, then load and serve."""
     require_extra()
-    from triode.engine.server.running import check_tls, take_port
+    from triode.engine.server.starting import check_tls, take_port
 
     engine, server = read_settings(arguments, os.environ)
+    if server.server == "hypercorn":
+        require_extra("hypercorn")
     check_tls(server)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     with take_port(server) as bound:
-        asyncio.run(_serve(arguments.model, engine, server, bound))
+        if server.server == "uvicorn":
+            asyncio.run(_serve(arguments.model, engine, server, bound))
+        else:
+            trio.run(_serve_on_trio, arguments.model, engine, server, bound)
     return 0
 
 
@@ -67,7 +74,16 @@ def read_settings(arguments: argparse.Namespace, environment: Mapping[str, str])
     values |= engine_settings(arguments) | given(arguments, ServerConfig)
     of_server = {name: values.pop(name) for name in ServerConfig.__struct_fields__ if name in values}
     # The structs check what the flags' and the file's types do not.
-    return EngineConfig().override(values), ServerConfig(**of_server)  # type: ignore[arg-type]
+    engine, server = EngineConfig().override(values), ServerConfig(**of_server)  # type: ignore[arg-type]
+    if engine.executor == "auto" and has_gpu(engine.options.device):
+        # The GPU's launches then wait for no client's bytes.
+        engine = engine.override({"executor": "process"})
+    return engine, server
+
+
+def has_gpu(device: str) -> bool:
+    """Whether steps will run on a GPU, as far as that is known without torch."""
+    return device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
 
 
 async def _serve(model: str, engine_config: EngineConfig, server_config: ServerConfig, bound: socket.socket) -> None:
@@ -80,6 +96,19 @@ async def _serve(model: str, engine_config: EngineConfig, server_config: ServerC
         async with open_engine(model, engine_config, progress=progress) as engine:
             shown.close()
             await run_server(Server(engine, server_config, _report), bound)
+
+
+async def _serve_on_trio(
+    model: str, engine_config: EngineConfig, server_config: ServerConfig, bound: socket.socket
+) -> None:
+    from triode.engine.engine import open_engine
+    from triode.engine.server.trio_running import run_until_signal
+
+    with ExitStack() as shown:
+        progress = shown.enter_context(shown_progress())
+        async with open_engine(model, engine_config, progress=progress) as engine:
+            shown.close()
+            await run_until_signal(engine, server_config, bound, _report)
 
 
 def _report(text: str) -> None:

@@ -15,7 +15,7 @@ from websockets.protocol import State
 from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
-from triode.engine.server.bridge_messages import FromClient, FromServer
+from triode.engine.server.bridge_messages import FromClient, FromServer, Goodbye
 from triode.errors import AccessDenied, ServerUnreachable
 
 CONNECT_S = 10
@@ -76,6 +76,7 @@ class Wire:
             try:
                 # A socket that only seems to be lost must not tell the server that nobody comes back.
                 if not self._is_lost and self._protocol.state is State.OPEN:
+                    self._protocol.send_binary(_ENCODE(Goodbye()))
                     self._protocol.send_close(1000)
                     await self._flush()
             except ServerUnreachable:

@@ -14,11 +14,12 @@ from triode.engine.server.extra import require_extra
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from triode.engine.aio import Engine
+    from triode.engine.server.served import ServedEngine
 
 
-def create_app(engine: "Engine", config: ServerConfig | None = None) -> "Starlette":
-    """An ASGI app that serves a running engine; run it in the engine's asyncio loop, alone or mounted into another app.
+def create_app(engine: "ServedEngine", config: ServerConfig | None = None) -> "Starlette":
+    """An ASGI app that serves a running engine; run it in the engine's loop, asyncio or Trio, alone or mounted into
+    another app.
 
     Raises:
         MissingExtra: if `triode[serve]` is not installed.

@@ -42,11 +42,22 @@ class Attended(Response):
         """
         writer = Writer(send, self._service.config.write_timeout_s)
         with self._service.gate.admitted(self._key) as streams:
-            await first_of(partial(until_left, receive), writer.until_stuck, partial(self._answer, writer, streams))
+            await first_of(
+                partial(until_left, receive),
+                partial(_until_given_up, writer, streams),
+                partial(self._answer, writer, streams),
+            )
 
     async def _answer(self, writer: Writer, streams: list[RequestStream]) -> None:
         """Write everything. Streams that are opened belong into the list."""
         raise NotImplementedError
+
+
+async def _until_given_up(writer: Writer, streams: list[RequestStream]) -> None:
+    await writer.until_stuck()
+    # Some servers' writes cannot be cancelled; the requests can.
+    for stream in streams:
+        stream.cancel()
 
 
 async def write_json(writer: Writer, body: msgspec.Struct) -> None:

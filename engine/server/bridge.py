@@ -28,6 +28,7 @@ from triode.engine.server.bridge_messages import (
     Failed,
     FromClient,
     FromServer,
+    Goodbye,
     Ping,
     Pong,
     Priority,
@@ -147,15 +148,14 @@ class Bridge:
         self._key = caller_of(socket.scope).key
         self._paced = PacedSend(socket.send, service.config.write_timeout_s)
         self._open: dict[str, _Open] = {}
-        self._is_closed = False
-        """By the client, which will not come back."""
+        self._said_goodbye = False
 
     async def run(self) -> None:
         """Until the socket closes, or is so slow that it is given up, and no request waits for another socket."""
         async with anyio.create_task_group() as requests:
             await first_of(partial(self._receive, requests), self._until_stuck)
             for request in list(self._open.values()):
-                request.leave(for_good=self._is_closed)
+                request.leave(for_good=self._said_goodbye)
 
     async def _receive(self, requests: anyio.abc.TaskGroup) -> None:
         while (frame := await self._socket.receive())["type"] == "websocket.receive":
@@ -163,8 +163,6 @@ class Bridge:
                 await self._handle(self._decode(frame), requests)
             except RequestError as error:
                 await self._send(Failed(None, error.status, error.detail))
-        # A socket that is lost, or a page that is left, closes with another code.
-        self._is_closed = frame.get("code") == 1000
 
     async def _until_stuck(self) -> None:
         await self._paced.until_stuck()
@@ -205,6 +203,8 @@ class Bridge:
                 await self._set_priority(name, priority)
             case Status(id=name):
                 await self._tell_status(name)
+            case Goodbye():
+                self._said_goodbye = True
             case Ping():
                 await self._send(Pong())
 

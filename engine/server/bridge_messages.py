@@ -1,7 +1,7 @@
 """The messages of `/v1/stream`, one to a frame: JSON texts or msgpack bytes, by the subprotocol the client asks for.
 
     client ─submit→ server ─accepted, delta, delta, ..., finished→ client         or, at any point: ─failed→
-    client ─ack, cancel, priority, status, ping→ server
+    client ─ack, cancel, priority, status, ping, goodbye→ server
     client ─resume→ server ─resumed, delta, ..., finished→ client                on another socket, after the first dropped
 
 `id` is the client's own name of a request, unique among the unfinished ones of its socket. Every submit is answered by
@@ -82,6 +82,10 @@ class Status(ClientMessage, frozen=True):
     """Ask where a request is."""
 
     id: Id
+
+
+class Goodbye(ClientMessage, frozen=True):
+    """The client will not come back: when the socket closes, nothing waits to be resumed."""
 
 
 class Ping(ClientMessage, frozen=True):
@@ -166,5 +170,5 @@ class Pong(ServerMessage, frozen=True):
     """The answer to `ping`."""
 
 
-FromClient: TypeAlias = Submit | Resume | Ack | Cancel | Priority | Status | Ping
+FromClient: TypeAlias = Submit | Resume | Ack | Cancel | Priority | Status | Goodbye | Ping
 FromServer: TypeAlias = Accepted | Resumed | StreamDelta | Finished | Failed | StatusReply | Pong

@@ -1,5 +1,7 @@
 """ServerConfig: what a server can be told besides the engine's settings."""
 
+from typing import Literal
+
 import msgspec
 from msgspec.structs import force_setattr
 
@@ -15,6 +17,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The address to listen at; 0.0.0.0 is every network of this machine."""
     port: int = 8000
     """0 takes any free one, which the start-up report names."""
+    server: Literal["uvicorn", "hypercorn"] = "uvicorn"
+    """Which server runs the app: uvicorn (asyncio, several times as fast) or Hypercorn (one Trio loop with the engine)."""
     served_name: str | None = None
     """What clients call the model; None takes MODEL as it was given."""
     api_keys: tuple[str, ...] = ()
@@ -53,6 +57,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             value = getattr(self, name)
             if not (value is None and name == "max_concurrent_per_key") and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if self.server not in ("uvicorn", "hypercorn"):
+            raise ValueError(f"server must be one of uvicorn, hypercorn, got {self.server!r}")
         if not 0 < self.write_timeout_s <= 3600:
             raise ValueError(f"write_timeout_s must be > 0 and <= 3600, got {self.write_timeout_s!r}")
         for name in ("drain_s", "max_resume_grace_s"):

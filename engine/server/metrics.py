@@ -12,8 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from triode.actors.messages import Delta, FinishReason
-from triode.engine.aio import Engine
 from triode.engine.completion import Result
+from triode.engine.server.served import ServedEngine
 from triode.engine.statistics import ActorStatistics
 
 _FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -26,7 +26,7 @@ _LABEL = "model_name"
 class Metrics:
     """The metrics of one app."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
+    def __init__(self, engine: ServedEngine, model_name: str) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine, model_name))
 
@@ -113,7 +113,7 @@ class Timing:
 class _EngineCollector(Collector):
     """Reads the engine's statistics at each scrape."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
+    def __init__(self, engine: ServedEngine, model_name: str) -> None:
         self._engine = engine
         self._model_name = model_name
 

@@ -8,12 +8,12 @@ from typing import TypeVar
 import anyio.to_thread
 
 import triode
-from triode.engine.aio import Engine
 from triode.engine.parts import Report
 from triode.engine.server.config import ServerConfig
 from triode.engine.server.errors import RequestError
 from triode.engine.server.gate import Gate
 from triode.engine.server.metrics import Metrics
+from triode.engine.server.served import ServedEngine
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ MAX_TEXT_IN_LOOP = 16_384
 class Service:
     """One engine as it is served."""
 
-    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+    def __init__(self, engine: ServedEngine, config: ServerConfig) -> None:
         self.engine = engine
         self.config = config
         self.model_name = config.served_name or engine.report.model

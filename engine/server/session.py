@@ -109,11 +109,15 @@ class Session:
     def leave(self, *, for_good: bool) -> None:
         """The socket is lost, or closed by a client that will not come back."""
         self._is_left = for_good
+        if self.token is None:
+            # Some servers' writes cannot be cancelled; the request can.
+            self.stream.cancel()
         if self._holder is not None:
             self._holder.cancel()
 
     def _claim(self) -> anyio.CancelScope:
-        self.leave(for_good=False)
+        if self._holder is not None:
+            self._holder.cancel()
         self._holder = anyio.CancelScope()
         return self._holder
 

@@ -58,7 +58,6 @@ class StatusEndpoints:
         )
 
     def _check_engine(self) -> None:
-        try:
-            self._service.engine.statistics()
-        except TriodeError as error:
-            raise RequestError(503, str(error), code=engine_error(error).detail.code) from error
+        ended_by = self._service.engine.ended_by
+        if isinstance(ended_by, TriodeError):
+            raise RequestError(503, str(ended_by), code=engine_error(ended_by).detail.code)

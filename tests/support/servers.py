@@ -10,11 +10,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import trio
 
 import triode
-from triode.engine.aio import Engine
+from triode.engine.engine import Engine as TrioEngine
 from triode.engine.server.config import ServerConfig
-from triode.engine.server.running import Server, run_server, take_port
+from triode.engine.server.running import Server, run_server
+from triode.engine.server.starting import take_port
+from triode.engine.server.trio_running import TrioServer
+from triode.engine.statistics import EngineStatistics
+
+SERVERS = ("uvicorn", "hypercorn")
+"""What may run the app."""
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_running": 16, "max_step_tokens": 64, "kv_cache_bytes": 2**24}
 """The tiny model's whole context of 8,192 tokens fits four times."""
@@ -37,10 +44,11 @@ WIDE: dict[str, Any] = {
 class Running:
     """A server that listens."""
 
-    def __init__(self, port: int, engine: Engine, stop: Callable[[], object]) -> None:
+    def __init__(self, port: int, engine: Any, stop: Callable[[], object]) -> None:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.engine = engine
+        """An asyncio engine, which answers any thread; or what passes calls on to a Trio engine."""
         self.stop = stop
         """As a first signal: drain, then end."""
         self.ended = threading.Event()
@@ -86,6 +94,17 @@ class Running:
         raise TimeoutError(f"{statistics.num_unfinished} requests are left")
 
 
+class _FromThread:
+    """What tests ask an engine of another thread's Trio loop."""
+
+    def __init__(self, engine: TrioEngine, token: trio.lowlevel.TrioToken) -> None:
+        self._engine = engine
+        self._token = token
+
+    def statistics(self) -> EngineStatistics:
+        return trio.from_thread.run_sync(self._engine.statistics, trio_token=self._token)
+
+
 @contextmanager
 def running(model: str = "random:tiny", overrides: dict[str, Any] | None = None, **config: Any) -> Iterator[Running]:
     """A server with an engine of its own."""
@@ -94,16 +113,35 @@ def running(model: str = "random:tiny", overrides: dict[str, Any] | None = None,
     is_started = threading.Event()
     failures: list[BaseException] = []
 
-    async def serve() -> None:
+    settings = SETTINGS | (overrides or {})
+
+    async def serve_on_asyncio() -> None:
         with take_port(server_config) as bound:
-            async with triode.aio.open_engine(model, **(SETTINGS | (overrides or {}))) as engine:
+            async with triode.aio.open_engine(model, **settings) as engine:
                 server = Server(engine, server_config, lambda _: is_started.set())
                 started.append(Running(bound.getsockname()[1], engine, lambda: setattr(server, "should_exit", True)))
                 await run_server(server, bound)
 
+    async def serve_on_trio() -> None:
+        with take_port(server_config) as bound:
+            async with triode.open_engine(model, **settings) as engine:
+                trio_server = TrioServer(engine, server_config, lambda _: is_started.set())
+                token = trio.lowlevel.current_trio_token()
+                started.append(
+                    Running(
+                        bound.getsockname()[1],
+                        _FromThread(engine, token),
+                        lambda: token.run_sync_soon(trio_server.stop),
+                    )
+                )
+                await trio_server.run(bound)
+
     def run() -> None:
         try:
-            asyncio.run(serve())
+            if server_config.server == "uvicorn":
+                asyncio.run(serve_on_asyncio())
+            else:
+                trio.run(serve_on_trio)
         except BaseException as error:
             failures.append(error)
         finally:
@@ -119,7 +157,7 @@ def running(model: str = "random:tiny", overrides: dict[str, Any] | None = None,
             raise failures[0]
         yield started[0]
     finally:
-        if started:
+        if started and not started[0].ended.is_set():
             started[0].stop()
         thread.join(60)
     if failures:

@@ -10,16 +10,19 @@ from pathlib import Path
 import httpx
 import pytest
 
-from servers import ENDLESS, Running, running
+from servers import ENDLESS, SERVERS, Running, running
 
 TEXT = "/v1/completions"
 SHORT = {"prompt": "Once upon a secret", "max_tokens": 1}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
     with running(
-        api_keys=("first", "second"), max_concurrent_per_key=1, allowed_origins=("https://a.example",)
+        server=request.param,
+        api_keys=("first", "second"),
+        max_concurrent_per_key=1,
+        allowed_origins=("https://a.example",),
     ) as server:
         yield server
 

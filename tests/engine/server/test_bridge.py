@@ -9,14 +9,14 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from bridge_sockets import CODECS, Socket, open_socket, text_of
-from servers import Running, running
+from servers import SERVERS, Running, running
 
 LONG = {"max_tokens": 7000, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running(api_keys=("secret",), max_concurrent_per_key=12, max_body_bytes=2**20) as server:
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    with running(server=request.param, api_keys=("secret",), max_concurrent_per_key=12, max_body_bytes=2**20) as server:
         yield server
 
 
@@ -211,7 +211,7 @@ def test_the_schema_describes_every_message(server: Running) -> None:
         schema["$defs"]
     )
     assert schema["$defs"]["StreamDelta"]["properties"]["type"] == {"enum": ["delta"]}
-    assert len(schema["client"]["anyOf"]) == 7
+    assert len(schema["client"]["anyOf"]) == 8
 
 
 def test_a_drain_lets_requests_finish_before_the_socket_closes() -> None:

@@ -7,15 +7,15 @@ from contextlib import ExitStack
 
 import pytest
 
-from servers import ENDLESS, WIDE, Running, running
+from servers import ENDLESS, SERVERS, WIDE, Running, running
 
 CANCEL_S = 0.1
 NUM_TRIES = 5
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as server:
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    with running(server=request.param) as server:
         yield server
 
 
@@ -91,8 +91,13 @@ def test_a_thousand_idle_and_256_streaming_connections_are_served() -> None:
         server.wait_until_idle()
 
 
-def test_a_client_that_reads_nothing_is_dropped_and_slows_nobody() -> None:
-    with running(write_timeout_s=0.3) as server, server.send(WIDE, receive_bytes=4096), server.client() as client:
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_client_that_reads_nothing_is_dropped_and_slows_nobody(kind: str) -> None:
+    with (
+        running(server=kind, write_timeout_s=0.3) as server,
+        server.send(WIDE, receive_bytes=4096),
+        server.client() as client,
+    ):
         server.wait_until_running(4)
         answer = client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 20, "ignore_eos": True})
         assert answer.json()["usage"]["completion_tokens"] == 20

@@ -6,6 +6,8 @@ from contextlib import asynccontextmanager
 
 import httpx
 import pytest
+import trio
+from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -41,6 +43,33 @@ def test_the_app_mounts_into_another_with_paths_and_keys_of_its_own() -> None:
                 # The same engine serves its own program's code.
                 async with engine.submit("Once", triode.SamplingParams(max_tokens=3, ignore_eos=True)) as stream:
                     assert (await stream.result()).usage.completion_tokens == 3
+
+    asyncio.run(main())
+
+
+async def test_the_app_serves_a_trio_engine_in_a_trio_program() -> None:
+    async with triode.open_engine("random:tiny", **SETTINGS) as engine, client_of(create_app(engine)) as client:
+        body = {"prompt": "Once", "max_tokens": 5, "ignore_eos": True, "seed": 1}
+        answer = await client.post(TEXT, json=body)
+        streamed = await client.post(TEXT, json={**body, "stream": True})
+        assert answer.json()["usage"]["completion_tokens"] == 5
+        assert streamed.text.count("data: ") >= 2
+        with trio.move_on_after(0.05):
+            await client.post(TEXT, json={**body, "max_tokens": 7000})
+        async with engine.submit("Once", triode.SamplingParams(max_tokens=1)) as stream:
+            await stream.result()
+        assert engine.statistics().num_unfinished == 0
+
+
+def test_the_app_mounts_into_fastapi() -> None:
+    async def main() -> None:
+        async with triode.aio.open_engine("random:tiny", **SETTINGS) as engine:
+            app = FastAPI()
+            app.mount("/llm", create_app(engine))
+            async with client_of(app) as client:
+                answer = await client.post(f"/llm{TEXT}", json={"prompt": "Once", "max_tokens": 3, "ignore_eos": True})
+                assert answer.json()["usage"]["completion_tokens"] == 3
+                assert (await client.get("/llm/")).text.startswith("<!doctype html>")
 
     asyncio.run(main())
 

@@ -8,15 +8,15 @@ import pytest
 from websockets.sync.client import ClientConnection
 
 from bridge_sockets import CODECS, Socket, open_socket, text_of
-from servers import Running, running
+from servers import SERVERS, Running, running
 
 PARAMS = {"max_tokens": 200, "ignore_eos": True, "seed": 5}
 KEPT = {"window": 4, "resume_grace_s": 30}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running(api_keys=("secret", "other")) as server:
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    with running(server=request.param, api_keys=("secret", "other")) as server:
         yield server
 
 
@@ -176,6 +176,7 @@ def test_a_client_that_says_goodbye_is_not_waited_for(server: Running) -> None:
         socket = socket_of(connection)
         socket.send("submit", id="a", prompt="Once", params={**PARAMS, "max_tokens": 7000}, **KEPT)
         read_some(socket, 1)
+        socket.send("goodbye")
     server.wait_until_idle()
 
 

@@ -1,12 +1,14 @@
 """`triode serve` as an operator uses it: settings, the start, signals and the end."""
 
 import argparse
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from servers import SERVERS, WIDE
 from triode.engine.cli.main import main
 from triode.engine.cli.serve import add_arguments, read_settings
 from triode.engine.server import extra
@@ -127,8 +130,9 @@ def is_listening(url: str) -> bool:
     return True
 
 
-def test_a_signal_drains_and_the_process_ends_well() -> None:
-    with serving() as (process, url), httpx.Client(base_url=url, timeout=60) as client:
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_signal_drains_and_the_process_ends_well(kind: str) -> None:
+    with serving("--server", kind) as (process, url), httpx.Client(base_url=url, timeout=60) as client:
         with client.stream("POST", "/v1/completions", json=SOME) as stream:
             parts = stream.iter_text()
             text = next(parts)
@@ -141,8 +145,12 @@ def test_a_signal_drains_and_the_process_ends_well() -> None:
         assert process.wait(timeout=20) == 0
 
 
-def test_a_second_signal_ends_at_once() -> None:
-    with serving() as (process, url), httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as stream:
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_second_signal_ends_at_once(kind: str) -> None:
+    with (
+        serving("--server", kind) as (process, url),
+        httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as stream,
+    ):
         parts = stream.iter_bytes()
         next(parts)
         process.send_signal(signal.SIGTERM)
@@ -150,3 +158,49 @@ def test_a_second_signal_ends_at_once() -> None:
             process.wait(timeout=0.5)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=2) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_stuck_reader_holds_the_end_up_for_two_seconds_at_most(kind: str) -> None:
+    with serving("--server", kind, "--drain-s", "0.1", "--write-timeout-s", "60") as (process, url):
+        address = httpx.URL(url)
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((address.host, address.port or 80))
+            body = json.dumps(WIDE).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            while scraped(url, "vllm:num_requests_running") == 0:
+                pass
+            process.send_signal(signal.SIGTERM)
+            began_at_s = time.perf_counter()
+            assert process.wait(timeout=20) == 0
+            # 0.1 s to drain and 2 s to close; the rest is a busy machine's.
+            assert time.perf_counter() - began_at_s < 6
+
+
+def scraped(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def test_on_a_gpu_the_model_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def executor(*words: str) -> str:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        return read_settings(parser.parse_args(["random:tiny", *words]), {})[0].executor
+
+    assert executor("--device", "cuda") == "process"
+    assert executor("--device", "cuda", "--executor", "thread") == "thread"
+    assert executor("--device", "cpu") == "auto"
+    for has_driver, expected in ((True, "process"), (False, "auto")):
+        monkeypatch.setattr(Path, "exists", lambda path, found=has_driver: found)
+        assert executor() == expected
+
+
+def test_hypercorns_extra_is_asked_for_only_where_it_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(extra, "find_spec", lambda name: None if name == "hypercorn" else object())
+    assert main(["serve", *TINY, "--server", "hypercorn"]) == 1
+    assert "serving needs hypercorn: pip install 'triode[serve,hypercorn]'" in capsys.readouterr().err
