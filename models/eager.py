@@ -96,6 +96,8 @@ class EagerRunner:
 
     def close(self) -> None:
         """Drop decoder and pool, and with them their memory."""
+        if self._slots.guides is not None:
+            self._slots.guides.close()
         for part in ("_decoder", "_pool"):
             self.__dict__.pop(part, None)
         return_freed_memory()

@@ -12,6 +12,7 @@ fails. Prototypes are kept by the length of their text, because memory follows i
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,17 +32,22 @@ if TYPE_CHECKING:
 
 MaskWords = npt.NDArray[np.int32]
 
-MAX_CACHED_BYTES = 2**20
+MAX_CACHED_BYTES = 2**21
 """Text of the guides that stay compiled: a compiled one takes up to about 200 times as much."""
 
 LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=100_000,
+    max_items_in_row=1_000,
     step_max_items=10_000,
     max_lexer_states=20_000,
     verbose_errors=False,
 )
-"""About 20 ms to build the lexer, 10 ms for a mask at worst, and 40 MB a sequence."""
+"""About 20 ms to build the lexer, 10 ms to walk it for a mask, and 40 MB a sequence. What the parser does with ambiguous
+grammars is bounded less well: `MAX_MASK_S`."""
+
+MAX_MASK_S = 0.05
+"""Processor time after which a sequence fails, because neighbours wait for its masks. Well-meant guides take a thousandth."""
 
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between tokens of JSON; without a bound, a model at a loss for words would fill its output with it."""
@@ -55,6 +61,8 @@ class Matcher:
         self.compiler = compiler
         self.error: str | None = None
         """Why the guide cannot be followed any more; the sequence fails with it."""
+        self.is_suspect = False
+        """Whether its masks may be what others have waited for; they are made one by one then, and timed."""
         self._unread: list[TokenId] = []
 
     def append(self, token_id: TokenId) -> None:
@@ -116,24 +124,31 @@ class GuideCompiler:
         Nothing may come next where a matcher has an error, which this may bring.
         """
         assert mask_GW.flags.c_contiguous, "llguidance writes to the array's memory"
-        self._read(matchers)
-        live = [(matcher.inner, row) for row, matcher in enumerate(matchers) if matcher.error is None]
-        num_rows, num_words = mask_GW.shape
-        if live:
-            self._executor.unsafe_compute_mask_ptr(live, mask_GW.ctypes.data, num_words * 4, num_rows)
+        trusted = [row for row, matcher in enumerate(matchers) if matcher.error is None and not matcher.is_suspect]
+        suspect = [row for row, matcher in enumerate(matchers) if matcher.error is None and matcher.is_suspect]
+        start_s = time.perf_counter()
+        self._fill_together(matchers, trusted, mask_GW)
+        if time.perf_counter() - start_s > MAX_MASK_S:
+            for row in trusted:
+                matchers[row].is_suspect = True
+        for row in suspect:
+            _fill_timed(matchers[row], mask_GW[row])
         for row, matcher in enumerate(matchers):
-            matcher.check()
             if matcher.error is not None:
                 mask_GW[row] = 0
 
-    def _read(self, matchers: Sequence[Matcher]) -> None:
-        unread = [(matcher, token_ids) for matcher in matchers if (token_ids := matcher.take_unread())]
+    def _fill_together(self, matchers: Sequence[Matcher], rows: list[int], mask_GW: MaskWords) -> None:
+        unread = [(matchers[row], token_ids) for row in rows if (token_ids := matchers[row].take_unread())]
         if unread:
             self._executor.consume_token_par([(matcher.inner, token_ids[0]) for matcher, token_ids in unread])
         for matcher, token_ids in unread:
             if len(token_ids) > 1:
                 matcher.inner.consume_tokens([*token_ids[1:]])
-            matcher.check()
+        if rows:
+            inner = [(matchers[row].inner, row) for row in rows]
+            self._executor.unsafe_compute_mask_ptr(inner, mask_GW.ctypes.data, mask_GW[0].nbytes, len(mask_GW))
+        for row in rows:
+            matchers[row].check()
 
     def in_thread(self, fill: Callable[[], None]) -> "Future[None]":
         """Have it done in the thread that makes masks."""
@@ -167,6 +182,11 @@ class GuideCompiler:
             _, oldest = self._compiled.popitem(last=False)
             self._cached_bytes -= oldest.num_bytes
 
+    def close(self) -> None:
+        """End the thread that makes masks. Idempotent; no mask may be asked for after it."""
+        if "_thread" in self.__dict__:
+            self._thread.shutdown()
+
     @cached_property
     def _thread(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, thread_name_prefix="triode-masks")
@@ -185,6 +205,16 @@ class GuideCompiler:
             n_vocab=max(self._vocab_size, self._tokenizer.vocab_size),
             eos_token=self._eos_token_ids,
         )
+
+
+def _fill_timed(matcher: Matcher, mask_W: MaskWords) -> None:
+    """One mask, made by this thread, whose own time does not depend on how busy the machine is."""
+    start_s = time.thread_time()
+    matcher.inner.consume_tokens([*matcher.take_unread()])
+    matcher.inner.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
+    matcher.check()
+    if matcher.error is None and (took_s := time.thread_time() - start_s) > MAX_MASK_S:
+        matcher.error = f"the guide is too ambiguous: finding what may come next took {took_s:.2f} s of processor time"
 
 
 def check_guide(guides: GuideCompiler | None, guide: Guide) -> None:
@@ -223,9 +253,10 @@ def _grammar(guide: Guide) -> str:
         case Regex(pattern):
             return LLMatcher.grammar_from_regex(pattern)
         case Choices(options):
-            return _lark("start: " + " | ".join(json.dumps(option) for option in options))
+            # One automaton serves them all, where alternatives of a grammar would each be followed on their own.
+            return LLMatcher.grammar_from_regex("|".join(map(_literal, options)))
         case Grammar(lark):
-            return _lark(lark)
+            return json.dumps({"grammars": [{"lark_grammar": lark}]})
 
 
 def _json_grammar(schema: str, *, compact: bool) -> str:
@@ -238,8 +269,9 @@ def _json_grammar(schema: str, *, compact: bool) -> str:
     return LLMatcher.grammar_from_json_schema(schema, overrides=overrides)
 
 
-def _lark(text: str) -> str:
-    return json.dumps({"grammars": [{"lark_grammar": text}]})
+def _literal(text: str) -> str:
+    """A regular expression of this text alone."""
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def _reason(matcher: LLMatcher) -> str:

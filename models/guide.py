@@ -17,7 +17,7 @@ from typing import TypeAlias
 import msgspec
 from msgspec.structs import force_setattr
 
-MAX_GUIDE_BYTES = 2**18
+MAX_GUIDE_BYTES = 2**17
 """The longest schema, expression or grammar, and the most that all choices may have together."""
 MAX_CHOICES = 10_000
 """The most choices of one request."""

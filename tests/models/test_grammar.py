@@ -1,0 +1,293 @@
+"""What masks let through: everything that a guide describes, and nothing else.
+
+`data/json_schema_suite.json` is the part of the JSON-Schema-Test-Suite for draft 2020-12 that refers to no other document
+(https://github.com/json-schema-org/JSON-Schema-Test-Suite, MIT, see the licence beside it).
+"""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import hypothesis.strategies as st
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from guides import EOS, PERSON, tiny_guides, tiny_tokenizer
+from triode.ids import TokenId
+from triode.models import grammar
+from triode.models.grammar import GuideCompiler, check_guide
+from triode.models.guide import Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
+from walks import accepts, allowed, mask_of, walk
+
+SUITE = json.loads((Path(__file__).parents[1] / "data/json_schema_suite.json").read_text(encoding="utf-8"))
+
+NESTED = {
+    "type": "object",
+    "properties": {
+        "título": {"type": "string", "maxLength": 8},
+        "kind": {"enum": ["α", "b", 3, None]},
+        "scores": {"type": "array", "items": {"type": "number", "minimum": -1, "maximum": 1}, "maxItems": 3},
+        "born": {"type": "string", "format": "date"},
+        "home": {
+            "type": "object",
+            "properties": {"zip": {"type": "string", "pattern": "^[0-9]{5}$"}, "is_own": {"type": "boolean"}},
+            "required": ["zip"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["título", "kind", "scores", "born", "home"],
+    "additionalProperties": False,
+}
+
+
+@cache
+def compiled() -> list[dict[str, Any]]:
+    """The groups of the suite whose schemas can be followed."""
+    return [group for group in SUITE if _compiles(JsonSchema(group["schema"]))]
+
+
+def _compiles(guide: Guide) -> bool:
+    try:
+        tiny_guides().check(guide)
+    except ValueError:
+        return False
+    return True
+
+
+def drawn(guide: Guide, seed: int, max_tokens: int = 60) -> str | None:
+    output = walk(tiny_guides(), guide, tiny_tokenizer(), Random(seed), max_tokens)
+    return None if output is None else output.decode()
+
+
+def takes(guide: Guide, text: str) -> bool:
+    return accepts(tiny_guides(), guide, tiny_tokenizer().encode(text))
+
+
+def test_no_invalid_instance_of_the_suite_passes_and_most_valid_ones_do() -> None:
+    assert len(compiled()) >= 140
+    instances = [(group, instance, is_valid) for group in compiled() for instance, is_valid in group["tests"]]
+    passed = [takes(JsonSchema(group["schema"]), json.dumps(instance)) for group, instance, _ in instances]
+    assert [
+        (group["about"], instance)
+        for (group, instance, is_valid), has_passed in zip(instances, passed, strict=True)
+        if has_passed and not is_valid
+    ] == []
+    # Of valid ones, some spellings are never written: 1.0 for an integer, properties out of the schema's order.
+    num_valid = sum(is_valid for _, _, is_valid in instances)
+    assert sum(passed) >= 0.93 * num_valid
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_what_is_drawn_from_a_schema_of_the_suite_validates(compact: bool) -> None:
+    num_ended = 0
+    for number, group in enumerate(compiled()):
+        text = drawn(JsonSchema(group["schema"], compact=compact), seed=number)
+        if text is not None:
+            num_ended += 1
+            jsonschema.Draft202012Validator(group["schema"]).validate(json.loads(text))
+    assert num_ended > 0.8 * len(compiled())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_drawn_from_a_nested_schema_validates(seed: int) -> None:
+    text = drawn(JsonSchema(NESTED), seed, max_tokens=300)
+    assert text is not None
+    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+    jsonschema.Draft202012Validator(NESTED, format_checker=checker).validate(json.loads(text))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_any_json_object_parses(seed: int) -> None:
+    text = drawn(JsonObject(), seed, max_tokens=200)
+    assert text is None or isinstance(json.loads(text), dict)
+
+
+UNSUPPORTED: list[tuple[dict[str, object], str]] = [
+    ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+    ({"not": {"type": "null"}}, "not"),
+    ({"if": {}, "then": {}}, "if"),
+    ({"oneOf": [{"type": "string"}, {"minLength": 3}]}, "oneOf"),
+    ({"type": "string", "format": "made-up"}, "made-up"),
+    ({"$ref": "https://example.org/schema"}, "https://example.org/schema"),
+    ({"type": "object", "uniqueItems": True, "x-guidance": {"lenient": True}}, "uniqueItems"),
+    ({"oneOf": [{"type": "string"}, {"minLength": 3}], "x-guidance": {"coerce_one_of": True}}, "oneOf"),
+    ({"type": "made-up"}, "made-up"),
+    ({"allOf": [{"type": "string"}, {"type": "number"}]}, "[Uu]nsatisfiable"),
+]
+
+
+@pytest.mark.parametrize(("schema", "reason"), UNSUPPORTED, ids=[reason for _, reason in UNSUPPORTED])
+def test_a_keyword_that_cannot_be_enforced_is_refused_by_name(schema: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s)^guide cannot be compiled: .*{reason}"):
+        tiny_guides().check(JsonSchema(schema))
+
+
+@pytest.mark.parametrize(
+    ("guide", "reason"),
+    [
+        (Regex("(?=a)b"), "look-around"),
+        (Regex("(" * 5000 + "a" + ")" * 5000), "nest"),
+        (Grammar("start: missing"), "missing"),
+        (Grammar('{"grammars": [{"json_schema": {}}]}'), "expecting rule"),
+        (Grammar("start: " + "(" * 5000 + '"a"' + ")" * 5000), "nested"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_guide_that_is_no_grammar_is_refused_with_the_reason(guide: Guide, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s)^guide cannot be compiled: .*{reason}"):
+        tiny_guides().check(guide)
+
+
+texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(texts, min_size=1, max_size=8), st.integers(0, 2**32))
+def test_an_output_is_one_of_the_choices_and_each_can_be_one(options: list[str], seed: int) -> None:
+    guide = Choices(tuple(options))
+    assert drawn(guide, seed, max_tokens=100) in options
+    assert all(takes(guide, option) for option in options)
+    assert not takes(guide, "".join(options) + "?")
+
+
+letters = st.sampled_from("abc")
+patterns = st.recursive(
+    letters,
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map("".join),
+        st.tuples(inner, inner).map(lambda pair: f"(?:{pair[0]}|{pair[1]})"),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,3}"])).map(lambda pair: f"(?:{pair[0]}){pair[1]}"),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(patterns, st.integers(0, 2**32), st.text("abc", max_size=6))
+def test_an_output_matches_its_expression_from_end_to_end(pattern: str, seed: int, text: str) -> None:
+    guide = Regex(pattern)
+    output = drawn(guide, seed)
+    assert output is None or re.fullmatch(pattern, output)
+    if text:
+        assert takes(guide, text) == bool(re.fullmatch(pattern, text))
+
+
+def test_a_grammar_derives_what_no_expression_does() -> None:
+    guide = Grammar('start: "<" start ">" | "x"')
+    assert takes(guide, "<<<x>>>")
+    assert not takes(guide, "<<<x>>")
+
+
+def test_white_space_is_bounded_or_absent() -> None:
+    assert takes(JsonObject(), '{ "a" :\n\t1 }')
+    assert not takes(JsonObject(), '{"a":' + " " * 41 + "1}")
+    assert takes(JsonObject(compact=True), '{"a":[1,2]}')
+    assert not takes(JsonObject(compact=True), '{"a": 1}')
+
+
+def test_special_tokens_are_no_text() -> None:
+    special = tiny_tokenizer().special_ids - {EOS}
+    assert special.isdisjoint(allowed(tiny_guides(), tiny_guides().matcher(Regex("(?s:.*)"), [])))
+
+
+def test_past_its_end_a_sequence_may_only_end() -> None:
+    matcher = tiny_guides().matcher(Choices(("ab",)), [TokenId(token) for token in tiny_tokenizer().encode("ab")])
+    assert allowed(tiny_guides(), matcher) == [EOS]
+    for token_id in (EOS, 77, 78):
+        matcher.append(TokenId(token_id))
+    assert allowed(tiny_guides(), matcher) == [EOS]
+    assert matcher.error is None
+
+
+def test_a_mask_does_not_depend_on_how_tokens_arrived() -> None:
+    token_ids = [TokenId(token_id) for token_id in tiny_tokenizer().encode('{"name":"Ada","a')]
+    one_by_one = tiny_guides().matcher(PERSON, [])
+    for token_id in token_ids:
+        one_by_one.append(token_id)
+        mask = mask_of(tiny_guides(), one_by_one).copy()
+    assert np.array_equal(mask, mask_of(tiny_guides(), tiny_guides().matcher(PERSON, token_ids)))
+    together = [tiny_guides().matcher(PERSON, token_ids[:number]) for number in range(len(token_ids) + 1)]
+    mask_GW = np.zeros((len(together), tiny_guides().num_words), np.int32)
+    tiny_guides().fill(together, mask_GW)
+    assert np.array_equal(mask_GW[-1], mask)
+
+
+def test_a_forbidden_token_ends_its_own_sequence_alone() -> None:
+    bad, good = tiny_guides().matcher(PERSON, [TokenId(77)]), tiny_guides().matcher(PERSON, [])
+    mask_GW = np.full((2, tiny_guides().num_words), -1, np.int32)
+    tiny_guides().fill([bad, good], mask_GW)
+    assert bad.error is not None
+    assert bad.error.startswith("the guide cannot be followed any further: ")
+    assert not mask_GW[0].any()
+    assert mask_GW[1].any()
+    assert good.error is None
+
+
+EXPLODING: list[Guide] = [
+    Regex("((a{1,1000}){1,1000}){1,1000}"),
+    Regex("(.*a.{0,20}){20}"),
+    Regex("(?:a?){2000}a{2000}"),
+    JsonSchema(
+        {"anyOf": [{"properties": {f"p{i}_{j}": {"pattern": f"a{i}.*b"} for j in range(9)}} for i in range(99)]}
+    ),
+]
+
+
+@pytest.mark.parametrize("guide", EXPLODING, ids=lambda guide: str(guide)[:30])
+def test_a_guide_that_explodes_is_refused_or_ends_its_own_sequence(guide: Guide) -> None:
+    guides = tiny_guides()
+    if not _compiles(guide):
+        return
+    matcher, neighbour = guides.matcher(guide, []), guides.matcher(PERSON, [])
+    mask_GW = np.zeros((2, guides.num_words), np.int32)
+    for _ in range(30):
+        guides.fill([matcher, neighbour], mask_GW)
+        assert mask_GW[1].any()
+        if matcher.error is not None:
+            assert not mask_GW[0].any()
+            return
+        token_ids = [token for token in allowed(guides, matcher) if token != EOS]
+        matcher.append(token_ids[0])
+
+
+def test_a_sequence_whose_masks_take_long_fails_once_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    guides = tiny_guides()
+    slow, neighbour = guides.matcher(Grammar('start: s\ns: s s | "x"'), []), guides.matcher(PERSON, [])
+    mask_GW = np.zeros((2, guides.num_words), np.int32)
+    monkeypatch.setattr(grammar, "MAX_MASK_S", 0.0)
+    guides.fill([slow, neighbour], mask_GW)
+    assert (slow.error, neighbour.error) == (None, None)
+    assert mask_GW.any(axis=1).all()
+    monkeypatch.setattr(grammar, "MAX_MASK_S", 1000.0)
+    guides.fill([slow], mask_GW)
+    assert mask_GW[0].any()
+    monkeypatch.setattr(grammar, "MAX_MASK_S", 0.0)
+    guides.fill([slow], mask_GW)
+    assert "too ambiguous" in (slow.error or "")
+    assert not mask_GW[0].any()
+
+
+def test_compiled_guides_are_kept_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_CACHED_BYTES", 1000)
+    guides = GuideCompiler(tiny_tokenizer(), 499, [EOS])
+    guides._vocabulary = tiny_guides()._vocabulary
+    first = guides._prototype(Regex("first"))
+    assert guides._prototype(Regex("first")) is first
+    for number in range(30):
+        guides.check(Regex(f"number {number}"))
+        guides.check(Regex("first"))
+    assert guides._prototype(Regex("first")) is first
+    assert guides._cached_bytes == sum(compiled.num_bytes for compiled in guides._compiled.values()) <= 1000
+    assert len(guides._compiled) < 20
+
+
+def test_a_model_without_an_end_refuses_guides() -> None:
+    with pytest.raises(ValueError, match="this model has no end-of-sequence token"):
+        GuideCompiler(tiny_tokenizer(), 499, []).check(Regex("a"))
+    with pytest.raises(ValueError, match="this runner has no tokenizer"):
+        check_guide(None, Regex("a"))
