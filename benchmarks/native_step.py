@@ -24,11 +24,12 @@ from triode.cache.pool import KVPool
 from triode.kernels.dispatch import choose_kernels
 from triode.kernels.native.library import load_library
 from triode.models.batch import StepBatch, build_batch
-from triode.models.config import ModelConfig, ModelOptions, Quantization
+from triode.models.config import ModelConfig, ModelOptions
 from triode.models.decoder import Decoder
 from triode.models.loader import open_checkpoint
 from triode.models.native import NativeDecoder
 from triode.models.program import StepProgram
+from triode.models.quantization import Quantization, plan_weights
 
 BLOCK_SIZE_TOKENS = 16
 CPU = torch.device("cpu")
@@ -129,12 +130,14 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--quantization", default="none", choices=get_args(Quantization), help="of the compiled step")
+    parser.add_argument("--group", type=int, help="inputs that share a scale")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget-s", type=float, default=0.5)
     parser.add_argument("--only", default="", help="tests whose name contains this")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     library = load_library(print)
+    plan = plan_weights(arguments.quantization, arguments.group)
     checkpoint = open_checkpoint(ModelOptions(model=arguments.model))
     figures = []
     with torch.inference_mode():
@@ -142,7 +145,7 @@ def main() -> None:
             dtype = getattr(torch, name)
             weights = checkpoint.load_weights(dtype, CPU)
             reference = Decoder(checkpoint.config, weights, choose_kernels(CPU, dtype))
-            decoders = (reference, NativeDecoder(checkpoint.config, weights, library, None, arguments.quantization))
+            decoders = (reference, NativeDecoder(checkpoint.config, weights, library, plan=plan))
             tests = [test for test in TESTS if arguments.only in test.name]
             figures += [
                 compare(test, checkpoint.config, decoders, arguments.rounds, arguments.budget_s) for test in tests
@@ -150,9 +153,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps([asdict(figure) for figure in figures]))
         return
-    table = Table(
-        title=f"{arguments.model}, {torch.get_num_threads()} threads, {library.isa.name}, {arguments.quantization}"
-    )
+    table = Table(title=f"{arguments.model}, {torch.get_num_threads()} threads, {library.isa.name}, {plan}")
     for column in ("test", "dtype", "torch ms", "native ms", "native tok/s", "torch / native"):
         table.add_column(column, justify="left" if column in ("test", "dtype") else "right")
     for figure in figures:

@@ -8,11 +8,12 @@ import torch
 
 from triode.cache.config import CacheConfig
 from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_blocks_for
-from triode.models.config import KernelChoice, ModelConfig, Quantization
+from triode.models.config import KernelChoice, ModelConfig
 from triode.models.cpu import choose_native, cpu_program, describe_kernels
 from triode.models.eager import EagerRunner, cpu_threads
 from triode.models.grammar import GuideCompiler
 from triode.models.progress import NullProgress, Progress
+from triode.models.quantization import NOT_QUANTIZED, WeightPlan
 from triode.models.runner import Runner
 from triode.models.weights import DecoderWeights, LayerWeights, places
 
@@ -41,7 +42,7 @@ def build_runner(
     max_step_tokens: int = 512,
     num_threads: int | None = None,
     kernels: KernelChoice = "auto",
-    quantization: Quantization = "none",
+    plan: WeightPlan = NOT_QUANTIZED,
     guides: GuideCompiler | None = None,
     progress: Progress | None = None,
 ) -> BuiltRunner:
@@ -54,24 +55,24 @@ def build_runner(
 
     Raises:
         InsufficientMemory: the cache does not fit beside the weights.
-        ValueError: `kernels` or `quantization` asks for what this machine does not have.
+        ValueError: `kernels` or `plan` asks for what this machine does not have.
     """
     progress = progress or NullProgress()
     weights_bytes = _num_bytes(config, weights)
     if weights.embed_VD.device.type == "cuda":
         if kernels != "auto":
             raise ValueError(f"kernels must be auto on a GPU, got {kernels!r}")
-        if quantization != "none":
-            raise ValueError(f"quantization must be none on a GPU, got {quantization!r}")
+        if not plan.is_plain:
+            raise ValueError(f"quantization must be none on a GPU, got '{plan}'")
         return _build_on_gpu(config, weights, cache_config, max_running, max_step_tokens, guides, progress)
-    native = choose_native(weights.embed_VD.dtype, kernels, quantization, progress)
+    native = choose_native(weights.embed_VD.dtype, kernels, plan, progress)
     progress.stage("Preparing kernels", None, "")
     with torch.inference_mode(), cpu_threads(num_threads):
         num_threads_used = torch.get_num_threads()
         kv_dtype = _kv_dtype(cache_config, weights.embed_VD.dtype, native.missing, is_native=native.library is not None)
         layers = deque(weights.layers)
         weights = replace(weights, layers=())
-        decoder = cpu_program(config, weights, _freed_one_by_one(layers), native.library, quantization)
+        decoder = cpu_program(config, weights, _freed_one_by_one(layers), native.library, plan)
     del weights
     progress.done()
     pool = _build_pool(config, cache_config, max_running, decoder.device, kv_dtype)

@@ -9,11 +9,12 @@ from typing import Literal, get_args
 
 import msgspec
 
+from triode.models.quantization import Quantization, plan_weights
+
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 KernelChoice = Literal["auto", "reference", "native"]
-Quantization = Literal["none", "a16w8"]
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "factors"]
 
 
@@ -30,7 +31,14 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What computes a step on the CPU: native code, compiled at first use, or torch operations (reference); auto takes
     native code where there is a C++ compiler."""
     quantization: Quantization = "none"
-    """How native kernels keep matrices: as they are (none), or as int8 with a scale an output (a16w8)."""
+    """How native kernels keep matrices: as they are (none), or rounded to 8 bits (a16w8, a8w8) or 4 (a16w4, a8w4). With a8
+    activations are rounded to 8 bits as well, which is faster."""
+    quantization_group: int | None = None
+    """Inputs of a matrix that share a scale: 32, 64 or 128; None takes the format's own, which is 64 for a8w8, 32 for 4
+    bits, and one scale an output for a16w8."""
+    quantization_overrides: dict[str, str] = {}
+    """Other formats for the matrices whose whole names a regular expression matches: layers.0.qkv, .o, .gate_up, .down, and
+    so on, and head. The first that matches counts."""
     max_context_tokens: int | None = None
     """The longest sequence to serve; None takes what the model is made for."""
     weights_seed: int = 0
@@ -43,6 +51,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             choices = get_args(choice)
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        plan_weights(self.quantization, self.quantization_group, self.quantization_overrides)
         limit = self.max_context_tokens
         if limit is not None and (type(limit) is not int or limit < 1):
             raise ValueError(f"max_context_tokens must be an integer >= 1, got {limit!r}")

@@ -10,11 +10,12 @@ from triode.kernels.dispatch import choose_kernels
 from triode.kernels.native.build import NativeUnavailable, find_compiler
 from triode.kernels.native.isa import chosen
 from triode.kernels.native.library import NativeLibrary, load_library
-from triode.models.config import KernelChoice, ModelConfig, Quantization
+from triode.models.config import KernelChoice, ModelConfig
 from triode.models.decoder import Decoder
 from triode.models.native import DTYPES, NativeDecoder, native_names
 from triode.models.program import StepProgram
 from triode.models.progress import Progress
+from triode.models.quantization import WeightPlan
 from triode.models.weights import DecoderWeights, LayerWeights
 
 CPU = torch.device("cpu")
@@ -29,17 +30,15 @@ class NativeChoice:
     """The reason why torch operations take its place, unless they were asked for."""
 
 
-def choose_native(
-    dtype: torch.dtype, choice: KernelChoice, quantization: Quantization, progress: Progress
-) -> NativeChoice:
+def choose_native(dtype: torch.dtype, choice: KernelChoice, plan: WeightPlan, progress: Progress) -> NativeChoice:
     """Load the compiled step, and compile it if need be.
 
     Raises:
-        ValueError: `choice` or `quantization` asks for it, and it cannot be had.
+        ValueError: `choice` or `plan` asks for it, and it cannot be had.
     """
     if choice == "reference":
-        if quantization != "none":
-            raise ValueError(f"quantization must be none with kernels='reference', got {quantization!r}")
+        if not plan.is_plain:
+            raise ValueError(f"quantization must be none with kernels='reference', got '{plan}'")
         return NativeChoice(None)
     try:
         _check_dtype(dtype)
@@ -47,8 +46,8 @@ def choose_native(
     except NativeUnavailable as reason:
         if choice == "native":
             raise ValueError(f"kernels must be auto or reference here, got 'native': {reason}") from reason
-        if quantization != "none":
-            raise ValueError(f"quantization must be none here, got {quantization!r}: {reason}") from reason
+        if not plan.is_plain:
+            raise ValueError(f"quantization must be none here, got '{plan}': {reason}") from reason
         return NativeChoice(None, str(reason))
 
 
@@ -70,11 +69,11 @@ def cpu_program(
     weights: DecoderWeights,
     layers: Iterable[LayerWeights],
     library: NativeLibrary | None,
-    quantization: Quantization,
+    plan: WeightPlan,
 ) -> StepProgram:
     """The program over `layers`, which are taken one at a time. Only the compiled step quantises."""
     if library is not None:
-        return NativeDecoder(config, weights, library, layers, quantization)
+        return NativeDecoder(config, weights, library, layers, plan)
     return Decoder(config, weights, choose_kernels(CPU, weights.embed_VD.dtype), layers)
 
 

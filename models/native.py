@@ -18,8 +18,9 @@ from triode.cache.pool import elements_per_head
 from triode.kernels.native.isa import InstructionSet
 from triode.kernels.native.library import BatchStruct, NativeLibrary
 from triode.models.batch import StepBatch
-from triode.models.config import ModelConfig, Quantization
+from triode.models.config import ModelConfig
 from triode.models.packed import ALIGNMENT_BYTES, PANEL, PackedModel, rounded_up
+from triode.models.quantization import NOT_QUANTIZED, WeightPlan
 from triode.models.weights import DecoderWeights, LayerWeights
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -34,10 +35,10 @@ class NativeKernels:
     row_multiple: int = 1
 
 
-def native_names(isa: InstructionSet, quantization: Quantization = "none") -> dict[str, str]:
+def native_names(isa: InstructionSet, plan: WeightPlan = NOT_QUANTIZED) -> dict[str, str]:
     """Operation to implementation, for a build."""
     names = dict.fromkeys(OPERATIONS, f"native ({isa.name})")
-    return names if quantization == "none" else names | {"linear": f"native ({isa.name}, {quantization})"}
+    return names if plan.is_plain else names | {"linear": f"native ({isa.name}, {plan})"}
 
 
 class NativeDecoder:
@@ -50,7 +51,7 @@ class NativeDecoder:
         weights: its tensors.
         library: what computes with them.
         layers: taken instead of `weights.layers`, one at a time, so that each can be freed before the next is packed.
-        quantization: "a16w8" keeps matrices, the head's included, as int8 with a scale an output.
+        plan: how each matrix is kept.
     """
 
     def __init__(
@@ -59,17 +60,17 @@ class NativeDecoder:
         weights: DecoderWeights,
         library: NativeLibrary,
         layers: Iterable[LayerWeights] | None = None,
-        quantization: Quantization = "none",
+        plan: WeightPlan = NOT_QUANTIZED,
     ) -> None:
         if weights.embed_VD.dtype not in DTYPES:
             raise ValueError(f"dtype must be float32 or bfloat16 for native kernels, got {weights.embed_VD.dtype}")
         self.config = config
-        self.kernels = NativeKernels(native_names(library.isa, quantization))
+        self.kernels = NativeKernels(native_names(library.isa, plan))
         self.device = weights.embed_VD.device
         self.dtype = weights.embed_VD.dtype
         self._library = library
         layers = weights.layers if layers is None else layers
-        self._memory = PackedModel(library, config, weights, layers, quantization)
+        self._memory = PackedModel(library, config, weights, layers, plan)
         self._model = self._memory.model
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._pool: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None

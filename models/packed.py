@@ -4,8 +4,10 @@ from collections.abc import Iterable
 
 import torch
 
+from triode.kernels.native.formats import CHANNEL8, PLAIN
 from triode.kernels.native.library import LayerStruct, MatrixStruct, ModelStruct, NativeLibrary
-from triode.models.config import ModelConfig, Quantization
+from triode.models.config import ModelConfig
+from triode.models.quantization import HEAD, WeightPlan
 from triode.models.rope import rope_table
 from triode.models.weights import DecoderWeights, LayerWeights
 
@@ -28,11 +30,12 @@ class PackedModel:
         config: ModelConfig,
         weights: DecoderWeights,
         layers: Iterable[LayerWeights],
-        quantization: Quantization,
+        plan: WeightPlan,
     ) -> None:
+        plan.check(config.num_layers)
         self._library = library
-        self._is_quantized = quantization == "a16w8"
-        self._number_bytes = 1 if self._is_quantized else weights.embed_VD.dtype.itemsize
+        self._plan = plan
+        self._number_bytes = weights.embed_VD.dtype.itemsize
         self._kept: list[torch.Tensor] = []
         num_bytes = self._num_bytes(config)
         self._panels = torch.empty(num_bytes + ALIGNMENT_BYTES, dtype=torch.uint8)
@@ -41,7 +44,7 @@ class PackedModel:
 
         rope = rope_table(config, torch.device("cpu"))
         self.layers = (LayerStruct * config.num_layers)(
-            *(self._layer(layer, config.window_tokens(index)) for index, layer in enumerate(layers))
+            *(self._layer(index, layer, config.window_tokens(index)) for index, layer in enumerate(layers))
         )
         self.model = ModelStruct(
             is_bf16=weights.embed_VD.dtype == torch.bfloat16,
@@ -59,39 +62,54 @@ class PackedModel:
             cos=self._keep(rope.cos_XU),
             sin=self._keep(rope.sin_XU),
             layers=self.layers,
-            head=self._matrix(weights.head_VD, None),
+            head=self._matrix(HEAD, weights.head_VD, None),
         )
 
     def _num_bytes(self, config: ModelConfig) -> int:
         """Of all packed matrices."""
         D, F = config.hidden_size, config.intermediate_size
-        layer_bytes = (
-            self._packed_bytes(config.q_size + 2 * config.kv_size, D)
-            + self._packed_bytes(D, config.q_size)
-            + self._packed_bytes(2 * F, D, halves=True)
-            + self._packed_bytes(D, F)
+        shapes = {
+            "qkv": (config.q_size + 2 * config.kv_size, D, False),
+            "o": (D, config.q_size, False),
+            "gate_up": (2 * F, D, True),
+            "down": (D, F, False),
+        }
+        layers = (
+            self._packed_bytes(f"layers.{index}.{matrix}", rows, columns, halves=halves)
+            for index in range(config.num_layers)
+            for matrix, (rows, columns, halves) in shapes.items()
         )
-        return config.num_layers * layer_bytes + self._packed_bytes(config.vocab_size, D)
+        return sum(layers) + self._packed_bytes(HEAD, config.vocab_size, D)
 
-    def _layer(self, layer: LayerWeights, window_tokens: int | None) -> LayerStruct:
+    def _layer(self, index: int, layer: LayerWeights, window_tokens: int | None) -> LayerStruct:
+        prefix = f"layers.{index}"
         return LayerStruct(
             input_norm=self._floats(layer.input_norm_D),
             post_norm=self._floats(layer.post_norm_D),
             q_norm=self._floats(layer.q_norm_H),
             k_norm=self._floats(layer.k_norm_H),
-            qkv=self._matrix(layer.qkv_ED, layer.qkv_bias_E),
-            o=self._matrix(layer.o_DE, layer.o_bias_D),
-            gate_up=self._matrix(layer.gate_up_FD, layer.gate_up_bias_F, halves=True),
-            down=self._matrix(layer.down_DF, layer.down_bias_D),
+            qkv=self._matrix(f"{prefix}.qkv", layer.qkv_ED, layer.qkv_bias_E),
+            o=self._matrix(f"{prefix}.o", layer.o_DE, layer.o_bias_D),
+            gate_up=self._matrix(f"{prefix}.gate_up", layer.gate_up_FD, layer.gate_up_bias_F, halves=True),
+            down=self._matrix(f"{prefix}.down", layer.down_DF, layer.down_bias_D),
             window_tokens=window_tokens or 0,
         )
 
-    def _matrix(self, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False) -> MatrixStruct:
+    def _matrix(
+        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False
+    ) -> MatrixStruct:
+        packing, scales = self._plan.packing(name), None
         rows, columns = weight.shape
-        weight, scales = _as_int8(weight) if self._is_quantized else (weight.contiguous(), None)
         panels = self._next
-        self._library.pack(weight.data_ptr(), rows, columns, panels, number_bytes=self._number_bytes, halves=halves)
-        self._next += self._packed_bytes(rows, columns, halves=halves)
+        self._next += self._packed_bytes(name, rows, columns, halves=halves)
+        if packing.format == CHANNEL8:
+            weight, scales = _as_int8(weight)
+        weight = weight.contiguous()
+        place = (weight.data_ptr(), rows, columns, panels)
+        if packing.format in (PLAIN, CHANNEL8):
+            self._library.pack(*place, number_bytes=weight.itemsize, halves=halves)
+        else:
+            self._library.pack_groups(*place, packing, number_bytes=weight.itemsize, halves=halves)
         vectors = [vector if vector is None or not halves else _interleaved(vector) for vector in (bias, scales)]
         return MatrixStruct(
             panels=panels,
@@ -99,10 +117,15 @@ class PackedModel:
             scales=self._floats(vectors[1]),
             out_features=rows,
             in_features=columns,
+            format=packing.format,
+            group=packing.group,
+            byte_inputs=packing.byte_inputs,
         )
 
-    def _packed_bytes(self, rows: int, columns: int, *, halves: bool = False) -> int:
-        return self._library.packed_bytes(rows, columns, number_bytes=self._number_bytes, halves=halves)
+    def _packed_bytes(self, name: str, rows: int, columns: int, *, halves: bool = False) -> int:
+        packing = self._plan.packing(name)
+        size = self._library.packed_bytes(rows, columns, packing, number_bytes=self._number_bytes, halves=halves)
+        return rounded_up(size, ALIGNMENT_BYTES)
 
     def _floats(self, vector: torch.Tensor | None) -> int | None:
         """Address of a copy in float32, padded with zeros to whole panels."""

@@ -5,6 +5,7 @@ from triode.models.build import build_runner
 from triode.models.grammar import GuideCompiler
 from triode.models.loader import Checkpoint, open_checkpoint, resolve_device, resolve_dtype
 from triode.models.progress import Progress
+from triode.models.quantization import plan_weights
 from triode.models.runner import Runner
 
 
@@ -33,7 +34,9 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
         max_step_tokens=order.max_step_tokens,
         num_threads=order.num_threads,
         kernels=order.options.kernels,
-        quantization=order.options.quantization,
+        plan=plan_weights(
+            order.options.quantization, order.options.quantization_group, order.options.quantization_overrides
+        ),
         guides=GuideCompiler(checkpoint.tokenizer, config.vocab_size, config.eos_token_ids),
         progress=progress,
     )

@@ -22,15 +22,19 @@ class InstructionSet:
     """What tells the compiler."""
 
 
-_AVX2 = InstructionSet("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma"))
+_AVX2 = InstructionSet("avx2", frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c"))
+_AVX2_VNNI = InstructionSet("avx2_vnni", _AVX2.features | {"avx_vnni"}, (*_AVX2.flags, "-mavxvnni"))
 _AVX512 = InstructionSet(
     "avx512",
     _AVX2.features | {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     (*_AVX2.flags, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
 )
-_AVX512_BF16 = InstructionSet("avx512_bf16", _AVX512.features | {"avx512_bf16"}, (*_AVX512.flags, "-mavx512bf16"))
+_AVX512_VNNI = InstructionSet("avx512_vnni", _AVX512.features | {"avx512_vnni"}, (*_AVX512.flags, "-mavx512vnni"))
+_AVX512_BF16 = InstructionSet(
+    "avx512_bf16", _AVX512_VNNI.features | {"avx512_bf16"}, (*_AVX512_VNNI.flags, "-mavx512bf16")
+)
 _PORTABLE = InstructionSet("portable", frozenset(), ())
-INSTRUCTION_SETS = {isa.name: isa for isa in (_AVX512_BF16, _AVX512, _AVX2, _PORTABLE)}
+INSTRUCTION_SETS = {isa.name: isa for isa in (_AVX512_BF16, _AVX512_VNNI, _AVX512, _AVX2_VNNI, _AVX2, _PORTABLE)}
 
 
 @cache

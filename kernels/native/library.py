@@ -10,6 +10,7 @@ from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_void
 from functools import cache
 
 from triode.kernels.native.build import NativeUnavailable, build
+from triode.kernels.native.formats import Packing
 from triode.kernels.native.isa import InstructionSet, chosen
 
 
@@ -22,6 +23,9 @@ class MatrixStruct(Structure):
         ("scales", c_void_p),
         ("out_features", c_int64),
         ("in_features", c_int64),
+        ("format", c_int64),
+        ("group", c_int64),
+        ("byte_inputs", c_int64),
     )
 
 
@@ -88,9 +92,10 @@ class BatchStruct(Structure):
 
 _SIGNATURES: dict[str, tuple[type | None, tuple[object, ...]]] = {
     "triode_sizes": (None, (POINTER(c_int64),)),
-    "triode_packed_bytes": (c_int64, (c_int32, c_int64, c_int64, c_int32)),
+    "triode_packed_bytes": (c_int64, (c_int32, c_int64, c_int32, c_int64, c_int64, c_int32)),
     "triode_prefer_huge_pages": (None, (c_void_p, c_int64)),
     "triode_pack": (None, (c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p)),
+    "triode_pack_groups": (None, (c_int32, c_int64, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p)),
     "triode_scratch_bytes": (c_int64, (POINTER(ModelStruct), c_int64, c_int32)),
     "triode_forward": (c_int32, (POINTER(ModelStruct), POINTER(BatchStruct), c_void_p, c_int32)),
     "triode_logits": (None, (POINTER(ModelStruct), c_void_p, c_int64, c_void_p, c_void_p, c_int32)),
@@ -111,20 +116,30 @@ class NativeLibrary:
         mirrored = [sizeof(struct) for struct in (MatrixStruct, LayerStruct, ModelStruct, BatchStruct)]
         assert list(sizes) == mirrored, f"structs of {mirrored} bytes mirror structs of {list(sizes)} bytes"
 
-    def packed_bytes(self, rows: int, columns: int, *, number_bytes: int, halves: bool) -> int:
+    def packed_bytes(self, rows: int, columns: int, packing: Packing, *, number_bytes: int, halves: bool) -> int:
         """Bytes that a matrix [rows, columns] takes as panels.
 
         Args:
             rows: its rows.
             columns: its columns.
-            number_bytes: 4 for float32, 2 for bfloat16, 1 for int8.
+            packing: how it is kept.
+            number_bytes: 4 for float32, 2 for bfloat16: of its numbers, if they are kept as they are.
             halves: whether the two halves of its rows are interleaved.
         """
-        return int(self._library.triode_packed_bytes(number_bytes, rows, columns, halves))
+        size = self._library.triode_packed_bytes(packing.format, packing.group, number_bytes, rows, columns, halves)
+        return int(size)
 
     def pack(self, source: int, rows: int, columns: int, target: int, *, number_bytes: int, halves: bool) -> None:
-        """Lay a contiguous matrix out as panels."""
+        """Lay a contiguous matrix of numbers or of signed bytes out as panels."""
         self._library.triode_pack(number_bytes, source, rows, columns, halves, target)
+
+    def pack_groups(
+        self, source: int, rows: int, columns: int, target: int, packing: Packing, *, number_bytes: int, halves: bool
+    ) -> None:
+        """Round a contiguous matrix to a format with groups, or take a GGUF tensor's blocks, and lay it out as panels."""
+        self._library.triode_pack_groups(
+            packing.format, packing.group, number_bytes, source, rows, columns, halves, target
+        )
 
     def prefer_huge_pages(self, address: int, num_bytes: int) -> None:
         """Ask the system for huge pages, before anything is written there."""

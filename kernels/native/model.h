@@ -12,9 +12,12 @@ extern "C" {
 struct TriodeMatrix {
     const uint32_t* panels;
     const float* bias;    // or null
-    const float* scales;  // one an output, padded like a bias, if the weights are signed bytes; or null
+    const float* scales;  // one an output, padded like a bias, if the format is CHANNEL8; or null
     int64_t out_features;
     int64_t in_features;
+    int64_t format;       // a `FormatName` of `grouped.h`
+    int64_t group;        // inputs that share a scale, if the format has groups
+    int64_t byte_inputs;  // whether rows are rounded to bytes, group by group, before they are multiplied
 };
 
 struct TriodeLayer {

@@ -3,6 +3,7 @@
 
 #include <new>
 
+#include "packing.h"
 #include "step.h"
 
 #if defined(__linux__)
@@ -45,6 +46,8 @@ void forward(const TriodeModel& model, const TriodeBatch& batch, void* scratch, 
 
 template <class T>
 struct HeadBuffers {
+    static constexpr long PHASES = 2;
+
     Phase* phases;
     LinearScratch* threads;
     T* x;
@@ -53,12 +56,14 @@ struct HeadBuffers {
     long take(void* base, const TriodeModel& model, long rows, int num_threads) {
         stride = rounded_up(model.hidden_size, PANEL);
         Arena arena(base);
-        phases = arena.take<Phase>(1);
+        phases = arena.take<Phase>(PHASES);
         x = arena.take<T>(rows * stride);
         threads = arena.take<LinearScratch>(num_threads);
+        ByteRows byte_rows;
+        byte_rows.take(arena, rows, stride);
         for (int i = 0; i < num_threads; i++) {
             LinearScratch mine;
-            mine.take(arena);
+            mine.take(arena, stride, byte_rows);
             if (base) threads[i] = mine;
         }
         return arena.used();
@@ -75,7 +80,7 @@ void logits(const TriodeModel& model, const T* hidden, long rows, float* out, vo
         std::fill(to + model.hidden_size, to + buffers.stride, T{});
     }
     const long out_stride = rounded_up(model.vocab_size, PANEL);
-    together(buffers.phases, 1, num_threads, [&](Worker& worker) {
+    together(buffers.phases, HeadBuffers<T>::PHASES, num_threads, [&](Worker& worker) {
         auto write = [&](long row, long output, const float* sums) {
             memcpy(out + row * out_stride + output, sums, PANEL * sizeof(float));
         };
@@ -129,9 +134,13 @@ void triode_sizes(int64_t sizes[4]) {
     sizes[3] = sizeof(TriodeBatch);
 }
 
-// `number_bytes` is 1 for signed bytes, 2 for bfloat16, 4 for float.
-int64_t triode_packed_bytes(int32_t number_bytes, int64_t rows, int64_t columns, int32_t halves) {
-    return packed_rows(rows, halves) * rounded_up(columns * number_bytes, 4);
+// `number_bytes` is 2 for bfloat16, 4 for float: what the format PLAIN keeps. `group` is for formats that have groups.
+int64_t triode_packed_bytes(int32_t format, int64_t group, int32_t number_bytes, int64_t rows, int64_t columns,
+                            int32_t halves) {
+    if (format == PLAIN || format == CHANNEL8)
+        return packed_rows(rows, halves) * rounded_up(columns * (format == PLAIN ? number_bytes : 1), 4);
+    const Layout layout(format, group);
+    return packed_rows(rows, halves) / PANEL * layout.groups(columns) * layout.group_size() * 4;
 }
 
 // Asks for huge pages; to be called before the memory is first written to.
@@ -143,12 +152,30 @@ void triode_prefer_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
+// Lays a row-major matrix out as it is: numbers of 4 or 2 bytes, or signed bytes.
 void triode_pack(int32_t number_bytes, const void* source, int64_t rows, int64_t columns, int32_t halves, void* to) {
     uint32_t* panels = static_cast<uint32_t*>(to);
     switch (number_bytes) {
         case 1: pack(static_cast<const uint8_t*>(source), rows, columns, halves, panels); break;
         case 2: pack(static_cast<const bf16*>(source), rows, columns, halves, panels); break;
         case 4: pack(static_cast<const float*>(source), rows, columns, halves, panels); break;
+    }
+}
+
+// Lays a matrix out in groups: of numbers of 4 or 2 bytes, or of a GGUF file's blocks in the same format.
+void triode_pack_groups(int32_t format, int64_t group, int32_t number_bytes, const void* source, int64_t rows,
+                        int64_t columns, int32_t halves, void* to) {
+    const Layout layout(format, group);
+    const long panels = packed_rows(rows, halves) / PANEL, size = layout.groups(columns) * layout.group_size();
+#pragma omp parallel for
+    for (long panel = 0; panel < panels; panel++) {
+        uint32_t* at = static_cast<uint32_t*>(to) + panel * size;
+        if (format != GROUP8 && format != GROUP4)
+            pack_gguf(static_cast<const uint8_t*>(source), format, layout, rows, columns, halves, panel, at);
+        else if (number_bytes == 2)
+            pack_rounded(static_cast<const bf16*>(source), layout, rows, columns, halves, panel, at);
+        else
+            pack_rounded(static_cast<const float*>(source), layout, rows, columns, halves, panel, at);
     }
 }
 

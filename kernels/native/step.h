@@ -9,16 +9,13 @@
 
 namespace triode {
 
-// Up to so many tokens each thread normalises all of them for itself, which is quicker than meeting once more.
-constexpr long FEW_TOKENS = 16;
-constexpr long ITEM_TOKENS = 8;
-constexpr long PHASES_A_LAYER = 9;
+constexpr long PHASES_A_LAYER = 13;
 constexpr long PHASES_BESIDE = 4;
 
 // What one thread has to itself.
 template <class T>
 struct Private {
-    T* normed;  // [FEW_TOKENS][padded hidden]
+    T* normed;  // [FEW_ROWS][padded hidden]
     LinearScratch linear;
     AttentionScratch<T> attention;
 };
@@ -51,10 +48,13 @@ struct Buffers {
         qkv = arena.take<float>(tokens * qkv_stride);
         attended = arena.take<T>(tokens * attended_stride);
         inner = arena.take<T>(tokens * inner_stride);
+        const long most_inputs = std::max({hidden_stride, attended_stride, inner_stride});
+        ByteRows byte_rows;
+        byte_rows.take(arena, tokens, most_inputs);
         for (int i = 0; i < num_threads; i++) {
             Private<T> mine;
-            mine.linear.take(arena);
-            mine.normed = arena.take<T>(FEW_TOKENS * hidden_stride);
+            mine.linear.take(arena, most_inputs, byte_rows);
+            mine.normed = arena.take<T>(FEW_ROWS * hidden_stride);
             mine.attention.take(arena, {model.num_heads / model.num_kv_heads, model.head_dim});
             if (base) threads[i] = mine;
         }
@@ -141,7 +141,7 @@ class Step {
     void linear_of_norm(Worker& worker, const Private<T>& mine, const float* weight, const TriodeMatrix& matrix,
                         Write write) const {
         const long tokens = batch_.num_tokens;
-        if (tokens > FEW_TOKENS) {
+        if (tokens > FEW_ROWS) {
             share_tokens(worker, [&](long token) { norm_padded(token, weight, buffers_.normed); });
             linear<T>(worker, mine.linear, matrix, [&] { return buffers_.normed; }, buffers_.hidden_stride, tokens, write);
             return;

@@ -1,8 +1,8 @@
 // Vectors as wide as the instruction set's registers, on the compiler's own vector types.
 //
-// A `Vec` holds LANES floats, or LANES words of 32 bits that are two bfloat16 numbers or four bytes each. Only what must be one
-// instruction (fused multiply-add, bfloat16 dot product, reductions) is spelt as an intrinsic. Code here never leaves
-// the order of additions to the compiler: it is built without contraction and without fast-math.
+// A `Vec` holds LANES floats, or LANES words of 32 bits that are two bfloat16 numbers or four bytes each. Only what must
+// be one instruction (fused multiply-add, dot products, conversions, reductions) is spelt as an intrinsic. Code here never
+// leaves the order of additions to the compiler: it is built without contraction and without fast-math.
 #pragma once
 
 #include <cmath>
@@ -28,6 +28,7 @@ constexpr int LANES = 4;
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t WordVec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t ShortVec __attribute__((vector_size(LANES * 2)));
 
 struct bf16 {
     uint16_t bits;
@@ -98,6 +99,56 @@ inline Vec accumulate(bf16, Vec acc, Vec w, Vec x) {
     WordVec high = WordVec{} + 0xffff0000u;
     Vec low = multiply_add((Vec)((WordVec)w << 16), (Vec)((WordVec)x << 16), acc);
     return multiply_add((Vec)((WordVec)w & high), (Vec)((WordVec)x & high), low);
+#endif
+}
+
+// acc + the sums of four products, in integers: each word of `w` is four bytes from 0 to 2^BITS - 1, of `x` four signed ones.
+template <int BITS>
+inline IntVec dot_bytes(IntVec acc, WordVec w, WordVec x) {
+#if defined(__AVX512VNNI__)
+    return (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVXVNNI__)
+    return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x);
+#elif defined(__AVX512BW__)
+    // Pairs of products of 4 bits fit in 16 bits; those of 8 bits do not, and are summed as words of 16 bits.
+    if (BITS == 4)
+        return acc + (IntVec)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)w, (__m512i)x), _mm512_set1_epi16(1));
+    __m512i even = _mm512_srai_epi16(_mm512_slli_epi16((__m512i)x, 8), 8), odd = _mm512_srai_epi16((__m512i)x, 8);
+    return acc + (IntVec)_mm512_madd_epi16((__m512i)(w & 0x00ff00ffu), even) +
+           (IntVec)_mm512_madd_epi16(_mm512_srli_epi16((__m512i)w, 8), odd);
+#elif defined(__AVX2__)
+    if (BITS == 4)
+        return acc + (IntVec)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)x), _mm256_set1_epi16(1));
+    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)x, 8), 8), odd = _mm256_srai_epi16((__m256i)x, 8);
+    return acc + (IntVec)_mm256_madd_epi16((__m256i)(w & 0x00ff00ffu), even) +
+           (IntVec)_mm256_madd_epi16(_mm256_srli_epi16((__m256i)w, 8), odd);
+#else
+    for (int byte = 0; byte < 4; byte++)
+        acc += (IntVec)(w >> (8 * byte) & 0xff) * ((IntVec)(x << (24 - 8 * byte)) >> 24);
+    return acc;
+#endif
+}
+
+inline ShortVec load_shorts(const uint16_t* from) {
+    ShortVec v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline Vec widen_bf16(ShortVec v) { return (Vec)(__builtin_convertvector(v, WordVec) << 16); }
+
+// IEEE half precision.
+inline Vec widen_half(ShortVec v) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps((__m256i)v);
+#elif defined(__F16C__)
+    return (Vec)_mm256_cvtph_ps((__m128i)v);
+#else
+    const WordVec half = __builtin_convertvector(v, WordVec), sign = (half & 0x8000u) << 16;
+    // Exponents differ by 112, which a multiplication adds even to subnormal numbers; what had the largest stays infinite.
+    const Vec magnitude = (Vec)((half & 0x7fffu) << 13) * splat(5.192296858534828e+33f);
+    const WordVec special = (half & 0x7c00u) == 0x7c00u ? WordVec{} + 0x7f800000u : WordVec{};
+    return (Vec)((WordVec)magnitude | special | sign);
 #endif
 }
 

@@ -7,8 +7,9 @@ from native_steps import native_library
 from tiny_decoders import tiny_config, tiny_weights
 from triode.cache.config import CacheConfig
 from triode.models.build import BuiltRunner, build_runner
-from triode.models.config import KernelChoice, ModelOptions, Quantization
+from triode.models.config import KernelChoice, ModelOptions
 from triode.models.cpu import describe_auto_kernels
+from triode.models.quantization import Quantization, plan_weights
 
 
 class Stages:
@@ -43,7 +44,7 @@ def built(
         cache_config=CacheConfig(),
         max_running=2,
         kernels=kernels,
-        quantization=quantization,
+        plan=plan_weights(quantization),
         progress=stages,
     )
 

@@ -8,9 +8,10 @@ import torch
 
 from native_steps import native_decoder
 from paged_decoding import PagedDecoding, PagedSequence
-from triode.models.config import ModelOptions, Quantization
+from triode.models.config import ModelOptions
 from triode.models.loader import open_checkpoint
 from triode.models.program import StepProgram
+from triode.models.quantization import Quantization
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "DESIGN.md", "LICENSE", "CONTRIBUTING.md")

@@ -1,0 +1,237 @@
+// Weights of 4 or 8 bits with a scale for each group of inputs, and products of theirs with rows of 8 or more bits.
+//
+// A weight is scale * (stored - zero) + minimum, where `stored` has no sign. Panels of 64 outputs are packed as in
+// `panel.h`, but a panel is a run of groups of 32, 64 or 128 inputs. A group is its words, [words][64], then the scales of
+// the 64 outputs in 16 bits each, then as many minimums where the format has them: one stream of memory. A word holds four
+// inputs of 8 bits, or eight of 4 bits, whose first four are the lower halves of its bytes.
+//
+// Rows that are multiplied as bytes are cut into the same groups, each with a scale of its own. A product of a group is an
+// integer, hence exact; the groups are added up in order, in floats. So a row's result depends on no other row.
+#pragma once
+
+#include "panel.h"
+
+namespace triode {
+
+// Mirrored in `library.py`.
+enum FormatName { PLAIN, CHANNEL8, GROUP8, GROUP4, GGUF_Q8_0, GGUF_Q4_0, GGUF_Q4_1 };
+
+struct Format {
+    int bits;
+    int zero;
+    bool has_minimum;
+    bool is_half;  // scales and minimums are IEEE half precision, otherwise bfloat16
+};
+
+constexpr Format FORMATS[] = {
+    {}, {}, {8, 128, false, false}, {4, 0, true, false}, {8, 128, false, true}, {4, 8, false, true}, {4, 0, true, true},
+};
+
+constexpr long MAX_GROUP = 128;
+constexpr long MIN_GROUP = 32;
+
+// How a format is laid out with groups of one size.
+struct Layout {
+    Format format;
+    long group;
+    long words;  // of one output's group
+
+    Layout(long name, long group) : format(FORMATS[name]), group(group), words(group * format.bits / 32) {}
+
+    // In words of 32 bits.
+    long group_size() const { return words * PANEL + (format.has_minimum ? 2 : 1) * PANEL / 2; }
+    long groups(long inputs) const { return (inputs + group - 1) / group; }
+
+    const uint16_t* scales(const uint32_t* at) const { return reinterpret_cast<const uint16_t*>(at + words * PANEL); }
+    const uint16_t* minimums(const uint32_t* at) const { return scales(at) + PANEL; }
+
+    Vec widened(const uint16_t* from) const {
+        return format.is_half ? widen_half(load_shorts(from)) : widen_bf16(load_shorts(from));
+    }
+};
+
+// Rows as bytes: [rows][stride], and a scale and the sum of the bytes for each group, [rows][groups].
+struct ByteRows {
+    int8_t* bytes;
+    float* scales;
+    int32_t* sums;
+    long stride;
+    long groups;
+
+    // Space for rows of up to `inputs` numbers in groups of any size.
+    template <class Arena>
+    void take(Arena& arena, long rows, long inputs) {
+        stride = rounded_up(inputs, MAX_GROUP);
+        groups = stride / MIN_GROUP;
+        bytes = arena.template take<int8_t>(rows * stride);
+        scales = arena.template take<float>(rows * groups);
+        sums = arena.template take<int32_t>(rows * groups);
+    }
+
+    ByteRows from(long row) const {
+        return {bytes + row * stride, scales + row * groups, sums + row * groups, stride, groups};
+    }
+};
+
+// Rounds a group of a row to bytes from -127 to 127, by its largest magnitude over 127; zeros follow to the group's end.
+//
+// The scale is NaN if the group has one, so that its products are; below 2^-100 everything is zero.
+template <class T>
+void quantize_group(const T* x, long count, long group, int8_t* bytes, float& scale, int32_t& sum) {
+    // The bits of magnitudes order like the magnitudes, NaN above all.
+    uint32_t most_bits = 0;
+    for (long i = 0; i < count; i++) {
+        const float number = widen(x[i]);
+        uint32_t bits;
+        memcpy(&bits, &number, 4);
+        bits &= 0x7fffffff;
+        most_bits = bits > most_bits ? bits : most_bits;
+    }
+    float most;
+    memcpy(&most, &most_bits, 4);
+    if (most < 7.9e-31f) most = 0.f;
+    const float inverse = most == 0.f ? 0.f : 127.f / most;
+    int32_t total = 0;
+    for (long i = 0; i < count; i++) {
+        // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+        const float shifted = widen(x[i]) * inverse + 12582912.f;
+        uint32_t bits;
+        memcpy(&bits, &shifted, 4);
+        bytes[i] = int8_t(bits);
+        total += bytes[i];
+    }
+    std::fill(bytes + count, bytes + group, int8_t(0));
+    scale = most / 127.f;
+    sum = total;
+}
+
+template <class T>
+void quantize_row(const T* x, long size, long group, const ByteRows& to) {
+    for (long first = 0, index = 0; first < size; first += group, index++)
+        quantize_group(x + first, std::min(group, size - first), group, to.bytes + first, to.scales[index],
+                       to.sums[index]);
+}
+
+// ROWS rows by one group of 64 outputs, added to `out` or to zero.
+template <int BITS, int ROWS>
+void multiply_group(const ByteRows& x, long index, const uint32_t* at, const Layout& layout, float* out, bool from_zero) {
+    constexpr int COLUMNS = LANES == 16 ? 4 : 2;
+    const int8_t* bytes = x.bytes + index * layout.group;
+    for (int column = 0; column < PANEL; column += COLUMNS * LANES) {
+        IntVec acc[ROWS][COLUMNS];
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < COLUMNS; c++) acc[r][c] = IntVec{} - x.sums[r * x.groups + index] * layout.format.zero;
+        const uint32_t* w = at + column;
+        for (long k = 0; k < layout.words; k++, w += PANEL) {
+#pragma GCC unroll 4
+            for (int c = 0; c < COLUMNS; c++) {
+                const WordVec stored = (WordVec)load(w + c * LANES);
+                __builtin_prefetch(w + c * LANES + PREFETCH_WORDS * PANEL);
+#pragma GCC unroll 6
+                for (int r = 0; r < ROWS; r++) {
+                    const int8_t* input = bytes + r * x.stride + k * (32 / BITS);
+                    if (BITS == 8) {
+                        acc[r][c] = dot_bytes<8>(acc[r][c], stored, (WordVec)broadcast(input));
+                    } else {
+                        acc[r][c] = dot_bytes<4>(acc[r][c], stored & 0x0f0f0f0fu, (WordVec)broadcast(input));
+                        acc[r][c] = dot_bytes<4>(acc[r][c], stored >> 4 & 0x0f0f0f0fu, (WordVec)broadcast(input + 4));
+                    }
+                }
+            }
+        }
+        for (int c = 0; c < COLUMNS; c++) {
+            const int output = column + c * LANES;
+            const Vec scale = layout.widened(layout.scales(at) + output);
+            const Vec minimum = layout.format.has_minimum ? layout.widened(layout.minimums(at) + output) : Vec{};
+            for (int r = 0; r < ROWS; r++) {
+                const float x_scale = x.scales[r * x.groups + index];
+                float* to = out + r * PANEL + output;
+                Vec total = from_zero ? Vec{} : load(to);
+                total = multiply_add(__builtin_convertvector(acc[r][c], Vec), scale * splat(x_scale), total);
+                if (layout.format.has_minimum)
+                    total = multiply_add(minimum, splat(x_scale * float(x.sums[r * x.groups + index])), total);
+                store(to, total);
+            }
+        }
+    }
+}
+
+template <int BITS>
+void multiply_group(long rows, const ByteRows& x, long index, const uint32_t* at, const Layout& layout, float* out) {
+    const bool fresh = index == 0;
+    switch (rows) {
+        case 1: multiply_group<BITS, 1>(x, index, at, layout, out, fresh); break;
+        case 2: multiply_group<BITS, 2>(x, index, at, layout, out, fresh); break;
+        case 3: multiply_group<BITS, 3>(x, index, at, layout, out, fresh); break;
+        case 4: multiply_group<BITS, 4>(x, index, at, layout, out, fresh); break;
+        case 5: multiply_group<BITS, 5>(x, index, at, layout, out, fresh); break;
+        case 6: multiply_group<BITS, 6>(x, index, at, layout, out, fresh); break;
+    }
+}
+
+// out[rows][64] = rows of bytes times one panel.
+inline void multiply_grouped(const ByteRows& x, long rows, const uint32_t* panel, const Layout& layout, long inputs,
+                             float* out) {
+    const long size = layout.group_size(), count = layout.groups(inputs), parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    const long block = parts == 1 ? count : std::max(1L, BLOCK_WORDS * PANEL / size);
+    for (long first = 0; first < count; first += block)
+        for (long part = 0; part < parts; part++) {
+            const long row = rows * part / parts, end = rows * (part + 1) / parts;
+            for (long index = first; index < std::min(count, first + block); index++)
+                if (layout.format.bits == 8)
+                    multiply_group<8>(end - row, x.from(row), index, panel + index * size, layout, out + row * PANEL);
+                else
+                    multiply_group<4>(end - row, x.from(row), index, panel + index * size, layout, out + row * PANEL);
+        }
+}
+
+// Two vectors of consecutive inputs as one of words.
+inline Vec paired(Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    const __m512i order = _mm512_add_epi16(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(0x10001)));
+    return (Vec)_mm512_permutexvar_epi16(order, halves);
+#else
+    const WordVec a = (WordVec)low, b = (WordVec)high;
+    const WordVec first = (a + 0x7fffu + (a >> 16 & 1u)) >> 16, second = b + 0x7fffu + (b >> 16 & 1u);
+    return (Vec)(first | (second & 0xffff0000u));
+#endif
+}
+
+// Four consecutive inputs of LANES outputs, as a panel of T holds them.
+inline void store_inputs(float, const Vec* numbers, uint32_t* to) {
+    for (int i = 0; i < 4; i++) store(to + i * PANEL, numbers[i]);
+}
+
+inline void store_inputs(bf16, const Vec* numbers, uint32_t* to) {
+    for (int i = 0; i < 4; i += 2) store(to + i / 2 * PANEL, paired(numbers[i], numbers[i + 1]));
+}
+
+// Turns a group into numbers of type T, rounded to nearest, laid out as a panel of them.
+template <class T>
+void widen_group(const uint32_t* at, const Layout& layout, uint32_t* to) {
+    const long at_once = layout.format.bits == 8 ? 1 : 2, four_inputs = long(sizeof(T)) * PANEL;
+    for (int lane = 0; lane < PANEL; lane += LANES) {
+        const Vec scale = layout.widened(layout.scales(at) + lane);
+        const Vec minimum = layout.format.has_minimum ? layout.widened(layout.minimums(at) + lane)
+                                                      : scale * splat(float(-layout.format.zero));
+        const WordVec mask = WordVec{} + (at_once == 1 ? 0xffu : 0xfu);
+        for (long word = 0; word < layout.words; word++) {
+            const uint32_t* from = at + word * PANEL + lane;
+            __builtin_prefetch(from + PREFETCH_WORDS * PANEL);
+            const WordVec stored = (WordVec)load(from);
+            for (long half = 0; half < at_once; half++) {
+                Vec numbers[4];
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    const IntVec number = (IntVec)(stored >> unsigned(4 * half + 8 * i) & mask);
+                    numbers[i] = multiply_add(__builtin_convertvector(number, Vec), scale, minimum);
+                }
+                store_inputs(T{}, numbers, to + (word * at_once + half) * four_inputs + lane);
+            }
+        }
+    }
+}
+
+}  // namespace triode
