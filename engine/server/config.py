@@ -1,6 +1,6 @@
 """ServerConfig: what a server can be told besides the engine's settings."""
 
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import msgspec
 from msgspec.structs import force_setattr
@@ -31,6 +31,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A PEM file with the certificate's key."""
     max_body_bytes: int = 8 * 2**20
     """The largest request body or WebSocket message."""
+    reasoning_parser: Literal["auto", "none", "think"] = "auto"
+    """What splits a reply's reasoning from its answer: <think> tags, always or if the chat template has them."""
+    tool_parser: Literal["auto", "none", "hermes", "llama3"] = "auto"
+    """The format in which the model calls tools; auto reads it off the chat template."""
     max_prompts: int = 128
     """Prompts in one request at most."""
     max_concurrent_per_key: int | None = None
@@ -51,6 +55,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             force_setattr(self, name, tuple(getattr(self, name)))
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise ValueError("api_keys must be non-empty printable ASCII, got one that is not")
+        for name in ("reasoning_parser", "tool_parser"):
+            allowed = get_args(get_type_hints(type(self))[name])
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if type(self.port) is not int or not 0 <= self.port < 2**16:
             raise ValueError(f"port must be an integer >= 0 and < 65536, got {self.port!r}")
         for name in ("max_body_bytes", "max_prompts", "max_concurrent_per_key"):

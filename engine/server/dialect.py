@@ -22,8 +22,8 @@ class Dialect(Protocol):
     def opening(self, num_choices: int) -> Sequence[msgspec.Struct]:
         """The chunks before the first token."""
 
-    def chunk(self, choice: int, delta: Delta) -> msgspec.Struct:
-        """What one step brought to one choice."""
+    def chunk(self, choice: int, delta: Delta) -> msgspec.Struct | None:
+        """What one step brought to one choice; None if nothing of it can be told yet."""
 
     def end(self, choice: int, reason: FinishReason) -> msgspec.Struct:
         """The last chunk of a choice whose end came with no token."""

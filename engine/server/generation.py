@@ -111,7 +111,8 @@ class Generation(Attended):
             self._timings[place].saw(deltas)
             unfinished -= {delta.index for delta in deltas if delta.finish_reason is not None}
             if write is not None:
-                await write([self._dialect.chunk(first_choice + delta.index, delta) for delta in deltas])
+                chunks = [self._dialect.chunk(first_choice + delta.index, delta) for delta in deltas]
+                await write([chunk for chunk in chunks if chunk is not None])
         self._results[place] = result = await stream.result()
         self._timings[place].ended(result)
         if write is not None and unfinished:
@@ -120,7 +121,8 @@ class Generation(Attended):
 
     async def _stream(self, writer: Writer) -> None:
         async def write(chunks: Sequence[msgspec.Struct]) -> None:
-            await writer.write(b"".join(map(event, chunks)))
+            if chunks:
+                await writer.write(b"".join(map(event, chunks)))
 
         await writer.start(200, EVENT_HEADERS)
         try:

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from triode.engine.server.tools.requests import Tool, ToolChoice
+
 TokenIds = list[int]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -23,8 +25,6 @@ class Ignored(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     prompt_cache_key: object = None
     """Prompts are cached by their tokens; `cache_salt` keeps callers apart."""
     prompt_cache_retention: object = None
-    parallel_tool_calls: object = None
-    """Without tools there are no calls."""
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -35,10 +35,33 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """Accepted; no padding is sent."""
 
 
-class ResponseFormat(msgspec.Struct):
-    """Only plain text so far."""
+class SchemaFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """A JSON schema, in OpenAI's wrapping."""
 
-    type: str
+    name: str
+    schema: dict[str, object] = {}
+    """Every reply validates, whatever `strict` says."""
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """What the reply is: plain text, a JSON object, or JSON that validates against a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's wider form of `response_format`. Exactly one field must be given."""
+
+    json: dict[str, object] | str | None = None
+    """A JSON schema, or its text."""
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    """In Lark's notation."""
+    json_object: bool | None = None
 
 
 class GenerationRequest(Ignored, kw_only=True):
@@ -74,6 +97,7 @@ class GenerationRequest(Ignored, kw_only=True):
     deadline_s: float | None = None
     """Cancels the request when so many seconds have passed."""
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -85,8 +109,12 @@ class ChatRequest(GenerationRequest, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     modalities: list[Literal["text"]] | None = None
-    tools: list[object] | None = None
-    tool_choice: object = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    """False holds the model to one call a reply."""
+    chat_template_kwargs: dict[str, object] | None = None
+    """Variables of the model's chat template, as `{"enable_thinking": false}`."""
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):

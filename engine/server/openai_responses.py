@@ -1,5 +1,6 @@
 """What OpenAI's clients read. Where OpenAI has no field, the names are vLLM's; `seed` is Triode's own."""
 
+import enum
 from collections.abc import Mapping
 
 import msgspec
@@ -66,12 +67,41 @@ PromptLogprobs = list[Mapping[TokenId, PromptLogprob] | None]
 """By position; the first token has nothing to be predicted from."""
 
 
+class CalledFunction(msgspec.Struct, frozen=True):
+    """What is called with what: arguments are JSON text, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """One call."""
+
+    id: str
+    type: str = "function"
+    function: CalledFunction
+
+
 class ChatMessage(msgspec.Struct, frozen=True):
     """The reply."""
 
-    content: str
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    """What came before the answer, if the model reasons."""
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+
+
+class ChatEnd(enum.StrEnum):
+    """Why a reply ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    """A stop after calls."""
+    CANCELLED = "cancelled"
+    ERROR = "error"
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -80,7 +110,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatEnd | None
     stop_reason: str | int | None
     seed: int
     """Asked for again, with everything else equal, it draws the same reply."""
@@ -98,11 +128,29 @@ class TextChoice(msgspec.Struct, frozen=True):
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
+class FunctionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one chunk adds to a call: its name comes first and whole."""
+
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one chunk adds to the calls; the first of a call has its id."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta | UnsetType = UNSET
+
+
 class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one chunk adds to the reply."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -111,7 +159,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatEnd | None = None
     stop_reason: str | int | None = None
 
 

@@ -1,7 +1,9 @@
 """From OpenAI's fields to SamplingParams, or a refusal that names the field."""
 
 from triode.engine.server.errors import RequestError, wrong_value
+from triode.engine.server.guides import guide_of
 from triode.engine.server.openai_requests import ChatRequest, CompletionRequest, GenerationRequest
+from triode.engine.server.tools.plan import ToolPlan
 from triode.models.sampling import SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
@@ -15,14 +17,12 @@ _SAME = [
 ]
 
 
-def chat_params(request: ChatRequest) -> SamplingParams:
+def chat_params(request: ChatRequest, plan: ToolPlan) -> SamplingParams:
     """The parameters of a chat completion.
 
     Raises:
         RequestError: 400.
     """
-    if request.tools or request.tool_choice not in (None, "none", "auto"):
-        raise refused("tools", "tools must be empty: calling tools is not supported yet")
     if request.top_logprobs is not None and not request.logprobs:
         raise refused("top_logprobs", "top_logprobs must be given with logprobs = true")
     if None not in (request.max_tokens, request.max_completion_tokens):
@@ -32,7 +32,9 @@ def chat_params(request: ChatRequest) -> SamplingParams:
         values["max_tokens"] = request.max_completion_tokens
     if request.logprobs:
         values["logprobs"] = request.top_logprobs or 0
-    return _params(request, values)
+    if plan.form is not None and plan.form.shows_special_tokens:
+        values["skip_special_tokens"] = False
+    return _params(request, values, plan)
 
 
 def completion_params(request: CompletionRequest) -> SamplingParams:
@@ -51,12 +53,11 @@ def completion_params(request: CompletionRequest) -> SamplingParams:
     values: dict[str, object] = {"max_tokens": COMPLETION_MAX_TOKENS}
     if request.logprobs is not None:
         values["logprobs"] = request.logprobs
-    return _params(request, values)
+    return _params(request, values, ToolPlan())
 
 
-def _params(request: GenerationRequest, values: dict[str, object]) -> SamplingParams:
-    if request.response_format is not None and request.response_format.type != "text":
-        raise refused("response_format", "response_format.type must be text: guided output is not supported yet")
+def _params(request: GenerationRequest, values: dict[str, object], plan: ToolPlan) -> SamplingParams:
+    values["guide"] = guide_of(request.response_format, request.structured_outputs, plan)
     if request.stream_options is not None and not request.stream:
         raise refused("stream_options", "stream_options must be given with stream = true")
     if request.stream and request.prompt_logprobs is not None:

@@ -13,6 +13,7 @@ from triode.engine.server.config import ServerConfig
 from triode.engine.server.errors import RequestError
 from triode.engine.server.gate import Gate
 from triode.engine.server.metrics import Metrics
+from triode.engine.server.replies.style import ReplyStyle
 from triode.engine.server.served import ServedEngine
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ class Service:
         self.config = config
         self.model_name = config.served_name or engine.report.model
         self.tokenizer = engine.tokenizer
+        self.replies = ReplyStyle(engine.tokenizer, reasoning=config.reasoning_parser, tools=config.tool_parser)
         self.gate = Gate(config.max_concurrent_per_key)
         self.metrics = Metrics(engine, self.model_name)
         self.created_s = int(time.time())

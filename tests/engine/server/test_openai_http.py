@@ -1,6 +1,7 @@
 """The OpenAI surface as plain HTTP clients see it: shapes, numbers, refusals."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,6 +129,31 @@ def test_logprobs_come_with_every_token(client: httpx.Client) -> None:
     assert offsets == text["logprobs"]["text_offset"]
 
 
+def test_outputs_have_the_form_that_is_asked_for(client: httpx.Client) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    body: dict[str, Any] = {"messages": HELLO, "max_tokens": 200, "seed": 1}
+    (choice,) = post(client, CHAT, **body, response_format=form)["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert isinstance(json.loads(choice["message"]["content"])["ok"], bool)
+    assert post(client, CHAT, **body, response_format={"type": "text"})["choices"][0]["finish_reason"] == "length"
+    guides: list[tuple[dict[str, Any], str]] = [
+        ({"json": schema}, r'\s*\{\s*"ok"\s*:\s*(true|false)\s*\}'),
+        ({"json": json.dumps(schema)}, r'\s*\{\s*"ok"\s*:\s*(true|false)\s*\}'),
+        ({"regex": "[ab]{3}"}, "[ab]{3}"),
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        ({"grammar": 'start: "a" "b"'}, "ab"),
+    ]
+    for outputs, pattern in guides:
+        (choice,) = post(client, TEXT, prompt="x", seed=1, max_tokens=200, structured_outputs=outputs)["choices"]
+        assert re.fullmatch(pattern, choice["text"])
+
+
 def test_stops_end_the_text_and_say_which(client: httpx.Client) -> None:
     (choice,) = post(client, TEXT, prompt="Once", **GREEDY)["choices"]
     word = choice["text"].split()[1]
@@ -242,9 +268,31 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"messages": []}, "messages", "Expected `array` of length >= 1"),
     (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "messages", "messages[0].role must be one of"),
     (CHAT, {"messages": HELLO, "top_logprobs": 1}, "top_logprobs", "must be given with logprobs = true"),
-    (CHAT, {"messages": HELLO, "tools": [{}]}, "tools", "not supported yet"),
-    (CHAT, {"messages": HELLO, "tool_choice": "required"}, "tools", "not supported yet"),
-    (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format", "not supported yet"),
+    (CHAT, {"messages": HELLO, "tools": [{}]}, "tools", "missing required field `type`"),
+    (CHAT, {"messages": HELLO, "tool_choice": "required"}, "tool_choice", "must be none or auto without tools"),
+    (CHAT, {"messages": HELLO, "response_format": {"type": "xml"}}, "response_format", "Invalid enum value 'xml'"),
+    (
+        CHAT,
+        {"messages": HELLO, "response_format": {"type": "json_schema"}},
+        "response_format",
+        "must be given with type",
+    ),
+    (TEXT, {"prompt": "a", "structured_outputs": {}}, "structured_outputs", "must have exactly one of json, regex"),
+    (TEXT, {"prompt": "a", "structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
+    (TEXT, {"prompt": "a", "structured_outputs": {"json": "{"}}, "structured_outputs", "schema must be valid JSON"),
+    (TEXT, {"prompt": "a", "structured_outputs": {"regex": "("}}, None, "guide cannot be compiled"),
+    (
+        TEXT,
+        {"prompt": "a", "structured_outputs": {"regex": "a"}, "ignore_eos": True},
+        "ignore_eos",
+        "must be False with",
+    ),
+    (
+        TEXT,
+        {"prompt": "a", "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+        "structured_outputs",
+        "must not be given with response_format",
+    ),
     (
         CHAT,
         {"messages": HELLO, "max_tokens": 1, "max_completion_tokens": 1},
