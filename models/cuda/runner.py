@@ -121,6 +121,8 @@ class CudaRunner:
         if self._steps is None:
             return
         self.forget()
+        if self._guides is not None:
+            self._guides.close()
         self._gpu.close()
         self._resources.close()
 
