@@ -93,7 +93,7 @@ class GuideCompiler:
         """`vocab_size` is the model's: a mask has no other tokens."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._eos_token_ids = [token_id for token_id in eos_token_ids if token_id < vocab_size]
+        self._eos_token_ids = tuple(token_id for token_id in eos_token_ids if token_id < vocab_size)
         self._lock = threading.Lock()
         self._compiled: OrderedDict[Guide, _Compiled] = OrderedDict()
         self._cached_bytes = 0
@@ -200,11 +200,7 @@ class GuideCompiler:
         # Made on first use, because it takes the better part of a second.
         if not self._eos_token_ids:
             raise ValueError("guide must be None: this model has no end-of-sequence token to end an output with")
-        return LLTokenizer(
-            TokenizerWrapper(_Vocabulary(self._tokenizer, self._eos_token_ids[0])),
-            n_vocab=max(self._vocab_size, self._tokenizer.vocab_size),
-            eos_token=self._eos_token_ids,
-        )
+        return vocabulary_for(self._tokenizer, self._vocab_size, self._eos_token_ids)
 
 
 def _fill_timed(matcher: Matcher, mask_W: MaskWords) -> None:
@@ -226,6 +222,15 @@ def check_guide(guides: GuideCompiler | None, guide: Guide) -> None:
     if guides is None:
         raise ValueError("guide must be None: this runner has no tokenizer to compile it for")
     guides.check(guide)
+
+
+def vocabulary_for(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
+    """The trie of all tokens, with what masks have in common."""
+    return LLTokenizer(
+        TokenizerWrapper(_Vocabulary(tokenizer, eos_token_ids[0])),
+        n_vocab=max(vocab_size, tokenizer.vocab_size),
+        eos_token=list(eos_token_ids),
+    )
 
 
 class _Vocabulary:

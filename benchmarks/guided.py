@@ -1,0 +1,157 @@
+"""What guides cost: a step with and without them, in one engine, in turns; the masks alone; a new schema's first mask.
+
+    PYTHONPATH=src python benchmarks/guided.py [--model smollm2-135m] [--batch 1 16 64] [--device cuda] [--rounds 3]
+
+The guide is an array of objects of five nested fields that never ends, so that every request runs its full length. Strings
+are short, because models of random weights would not end them.
+"""
+
+import argparse
+import random
+import time
+from itertools import count
+from statistics import median, quantiles
+
+import numpy as np
+import trio
+
+import triode
+from triode.engine.engine import Engine
+from triode.ids import TokenId
+from triode.models.grammar import GuideCompiler
+from triode.models.guide import Guide
+from triode.models.progress import NullProgress
+from triode.models.tokenizer import Tokenizer
+from triode.models.tokenizer_source import open_tokenizer
+
+NUM_SCHEMAS = 200
+
+
+def person(suffix: str = "") -> dict[str, object]:
+    """A schema of five fields, one of them an object; `suffix` makes it another one."""
+    home = {"street": {"type": "string", "maxLength": 20}, "number": {"type": "integer", "maximum": 999}}
+    fields: dict[str, object] = {
+        f"name{suffix}": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 3},
+        "home": {"type": "object", "properties": home, "required": list(home), "additionalProperties": False},
+        "score": {"type": "number"},
+    }
+    return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+
+
+def endless() -> Guide:
+    return triode.JsonSchema({"type": "array", "items": person(), "minItems": 10_000}, compact=True)
+
+
+async def step_ms(engine: Engine, batch: int, num_tokens: int, guide: Guide | None, salt: int) -> float:
+    """Wall time a step of a batch that runs `num_tokens` steps."""
+    draw = random.Random(salt)
+    prompts = [[draw.randrange(100, 40_000) for _ in range(16)] for _ in range(batch)]
+    fields = {"ignore_eos": True} if guide is None else {"guide": guide}
+    params = [triode.SamplingParams(max_tokens=num_tokens, seed=salt * 1000 + row, **fields) for row in range(batch)]
+    num_before, start_s = engine.statistics().runner.num_steps, time.perf_counter()
+    results = await engine.generate(prompts, params)
+    wall_s = time.perf_counter() - start_s
+    assert all(result.completion.finish_reason == "length" for result in results), "every request runs its full length"
+    return wall_s / (engine.statistics().runner.num_steps - num_before) * 1e3
+
+
+async def compare(engine: Engine, batch: int, num_tokens: int, num_rounds: int) -> None:
+    salts = count()
+    guide = endless()
+    for each in (None, guide):
+        await step_ms(engine, batch, 8, each, next(salts))
+    without, with_guide = [], []
+    for _ in range(num_rounds):
+        without.append(await step_ms(engine, batch, num_tokens, None, next(salts)))
+        with_guide.append(await step_ms(engine, batch, num_tokens, guide, next(salts)))
+    ratios = [guided / plain for plain, guided in zip(without, with_guide, strict=True)]
+    half_guided = await mixed_ms(engine, batch, num_tokens, guide, next(salts)) if batch > 1 else None
+    print(
+        f"batch {batch}: {median(without):.3f} ms a step, guided {median(with_guide):.3f} ms; "
+        f"ratios {', '.join(f'{ratio:.3f}' for ratio in ratios)}, median {median(ratios):.3f}"
+        + ("" if half_guided is None else f"; half of the rows guided {half_guided:.3f} ms"),
+        flush=True,
+    )
+
+
+async def mixed_ms(engine: Engine, batch: int, num_tokens: int, guide: Guide, salt: int) -> float:
+    """A batch whose every other row is guided."""
+    num_before, start_s = engine.statistics().runner.num_steps, time.perf_counter()
+    plain = triode.SamplingParams(max_tokens=num_tokens, seed=salt, ignore_eos=True)
+    guided = triode.SamplingParams(max_tokens=num_tokens, seed=salt, guide=guide)
+    prompts = [[salt + 100 + row, 7, 8, 9] for row in range(batch)]
+    await engine.generate(prompts, [guided if row % 2 else plain for row in range(batch)])
+    return (time.perf_counter() - start_s) / (engine.statistics().runner.num_steps - num_before) * 1e3
+
+
+def time_masks(guides: GuideCompiler, tokenizer: Tokenizer, batch: int, num_tokens: int) -> None:
+    """Masks of a batch, as one step asks for them, with random tokens in between."""
+    draw = random.Random(batch)
+    matchers = [guides.matcher(endless(), []) for _ in range(batch)]
+    mask_GW = np.zeros((batch, guides.num_words), np.int32)
+    times_us = []
+    for _ in range(num_tokens):
+        start_s = time.perf_counter()
+        guides.fill(matchers, mask_GW)
+        times_us.append((time.perf_counter() - start_s) * 1e6)
+        for matcher, mask_W in zip(matchers, mask_GW, strict=True):
+            bits = np.unpackbits(mask_W.view(np.uint8), bitorder="little")[: tokenizer.vocab_size].nonzero()[0]
+            matcher.append(TokenId(int(draw.choice(bits))))
+    print(
+        f"masks of {batch}: median {median(times_us):.0f} µs, p99 {quantiles(times_us, n=100)[98]:.0f} µs", flush=True
+    )
+
+
+def time_new_schemas(guides: GuideCompiler) -> None:
+    """From a schema that nobody has seen to the mask of its first token."""
+    mask_GW = np.zeros((1, guides.num_words), np.int32)
+    times_ms = []
+    for number in range(NUM_SCHEMAS):
+        guide = triode.JsonSchema(person(str(number)))
+        start_s = time.perf_counter()
+        guides.check(guide)
+        guides.fill([guides.matcher(guide, [])], mask_GW)
+        times_ms.append((time.perf_counter() - start_s) * 1e3)
+    p50, p99 = median(times_ms), quantiles(times_ms, n=100)[98]
+    print(f"first mask of a new schema: median {p50:.2f} ms, p99 {p99:.2f} ms", flush=True)
+
+
+async def run(arguments: argparse.Namespace) -> None:
+    tokenizer = open_tokenizer(arguments.model, NullProgress())
+    vocab_size = arguments.vocab_size or tokenizer.vocab_size
+    start_s = time.perf_counter()
+    guides = GuideCompiler(tokenizer, vocab_size, sorted(tokenizer.special_ids)[:1])
+    guides.check(endless())
+    print(f"first guide of a tokenizer of {tokenizer.vocab_size}: {time.perf_counter() - start_s:.2f} s", flush=True)
+    time_new_schemas(guides)
+    for batch in arguments.batch:
+        time_masks(guides, tokenizer, batch, 100)
+    settings = {
+        "device": arguments.device,
+        "executor": arguments.executor,
+        "max_running": max(arguments.batch),
+        "max_step_tokens": max(512, 17 * max(arguments.batch)),
+        "max_context_tokens": 2048,
+    }
+    async with triode.open_engine(arguments.model, **settings) as engine:
+        print(engine.report, flush=True)
+        for batch in arguments.batch:
+            await compare(engine, batch, arguments.tokens, arguments.rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--executor", default="thread")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vocab-size", type=int, help="of masks made apart from the engine [the tokenizer's]")
+    trio.run(run, parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

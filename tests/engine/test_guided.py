@@ -1,0 +1,204 @@
+"""Guided requests through a whole engine: they validate, end where they should, and disturb nobody."""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import jsonschema
+import pytest
+import trio
+
+import triode
+from engines import SMALL, check_nothing_is_left, complete, drawn, open_tiny
+from triode.engine.completion import Completion, Result
+from triode.engine.engine import Engine
+from triode.models import grammar
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 4},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["é", "b"]}, "maxItems": 2},
+        "home": {
+            "type": "object",
+            "properties": {"zip": {"type": "string", "pattern": "^[0-9]{3}$"}},
+            "required": ["zip"],
+            "additionalProperties": False,
+        },
+        "ok": {"type": "boolean"},
+    },
+    "required": ["name", "age", "tags", "home", "ok"],
+    "additionalProperties": False,
+}
+GUIDE = triode.JsonSchema(SCHEMA, compact=True)
+PROMPT = list(range(500, 543))
+NEIGHBOUR = list(range(900, 920))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _vocabularies_are_made_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar, "vocabulary_for", cache(grammar.vocabulary_for))
+        yield
+
+
+def guided(**fields: Any) -> triode.SamplingParams:
+    return triode.SamplingParams(**{"guide": GUIDE, "seed": 3, "max_tokens": 150, **fields})
+
+
+def check(completion: Completion) -> None:
+    assert completion.finish_reason == "stop"
+    jsonschema.validate(json.loads(completion.text), SCHEMA)
+
+
+def content(result: Result) -> list[tuple[object, ...]]:
+    """Everything that must not depend on circumstances."""
+    return [(one.text, one.token_ids, one.logprobs, one.finish_reason) for one in result.completions]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0},
+        {"temperature": 1.3, "n": 3},
+        {"top_k": 5},
+        {"top_p": 0.3, "min_p": 0.01},
+        {"logprobs": 2, "prompt_logprobs": 1},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.3},
+        {"logit_bias": {260: 5.0, 300: -100.0}},
+        {"bad_words": ("true",)},
+        {"no_repeat_ngram_size": 8},
+    ],
+    ids=lambda fields: "+".join(fields),
+)
+async def test_outputs_validate_whatever_else_is_asked_for(fields: dict[str, Any]) -> None:
+    async with open_tiny(executor="inline") as engine:
+        result = await complete(engine, PROMPT, guided(**fields))
+        for completion in result.completions:
+            check(completion)
+            assert (completion.logprobs is not None) == ("logprobs" in fields)
+        await check_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("executor", ["thread", pytest.param("process", marks=pytest.mark.slow)])
+async def test_every_executor_says_the_same(executor: str) -> None:
+    async with open_tiny(executor="inline") as engine:
+        expected = content(await complete(engine, PROMPT, guided(n=2, logprobs=1)))
+    async with open_tiny(executor=executor) as engine:
+        assert content(await complete(engine, PROMPT, guided(n=2, logprobs=1))) == expected
+        with pytest.raises(ValueError, match="guide cannot be compiled"):
+            await engine.submit(PROMPT, guided(guide=triode.Regex("(")))
+
+
+async def test_an_output_that_is_cut_is_no_success() -> None:
+    async with open_tiny(executor="inline") as engine:
+        completion = (await complete(engine, PROMPT, guided(max_tokens=7))).completion
+        assert (completion.finish_reason, len(completion.token_ids)) == ("length", 7)
+
+
+async def test_a_stop_string_ends_a_guided_output() -> None:
+    async with open_tiny(executor="inline") as engine:
+        completion = (await complete(engine, PROMPT, guided(stop=('"age":',)))).completion
+        assert (completion.finish_reason, completion.stop_reason) == ("stop", '"age":')
+        assert completion.text.startswith('{"name":')
+
+
+async def test_guided_outputs_do_not_depend_on_neighbours_chunks_or_cached_prefixes() -> None:
+    async with open_tiny(executor="inline") as engine:
+        alone = await complete(engine, PROMPT, guided(logprobs=2))
+        again = await complete(engine, PROMPT, guided(logprobs=2))
+        assert again.usage.cached_tokens > 0
+        assert content(again) == content(alone)
+    async with open_tiny(executor="thread", max_step_tokens=18) as engine, trio.open_nursery() as nursery:
+        for seed in range(4):
+            nursery.start_soon(complete, engine, NEIGHBOUR[seed:], drawn(40, seed=seed))
+            nursery.start_soon(complete, engine, NEIGHBOUR[seed:], guided(seed=seed, guide=triode.Regex("[a-z]{9}")))
+        assert content(await complete(engine, PROMPT, guided(logprobs=2))) == content(alone)
+
+
+async def test_unguided_neighbours_are_what_they_are_alone() -> None:
+    async with open_tiny(executor="inline") as engine:
+        alone = content(await complete(engine, NEIGHBOUR, drawn(30)))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(complete, engine, PROMPT, guided())
+            assert content(await complete(engine, NEIGHBOUR, drawn(30))) == alone
+
+
+async def test_a_preempted_output_goes_on_where_it_was() -> None:
+    outputs: dict[int, list[tuple[object, ...]]] = {}
+
+    async def run(engine: Engine, seed: int) -> None:
+        outputs[seed] = content(await complete(engine, PROMPT, guided(seed=seed, max_tokens=100)))
+
+    async with open_tiny(executor="inline") as engine:
+        for seed in range(6):
+            await run(engine, seed)
+    expected, outputs = outputs, {}
+    # 20 blocks for six requests that take up to nine each.
+    memory = SMALL["kv_cache_bytes"] * 21 // 256
+    async with open_tiny(executor="inline", kv_cache_bytes=memory, prefix_cache=False) as engine:
+        async with trio.open_nursery() as nursery:
+            for seed in range(6):
+                nursery.start_soon(run, engine, seed)
+        assert engine.statistics().scheduler.num_preemptions > 0
+    assert outputs == expected
+
+
+BAD = [
+    (triode.JsonSchema({"not": {}}), r"guide cannot be compiled: Unimplemented keys: \[\"not\"\]"),
+    (triode.Regex("a("), r"guide cannot be compiled: .*unclosed group"),
+    (triode.Grammar("start: x"), r"guide cannot be compiled: .*unknown name"),
+]
+
+
+@pytest.mark.parametrize(("guide", "message"), BAD, ids=lambda value: type(value).__name__)
+async def test_a_bad_guide_is_refused_with_the_reason_before_any_step(guide: Any, message: str) -> None:
+    async with open_tiny(executor="inline") as engine:
+        with pytest.raises(ValueError, match=f"(?s)^{message}"):
+            await engine.submit(PROMPT, guided(guide=guide))
+        assert engine.statistics().runner.num_steps == 0
+        await check_nothing_is_left(engine)
+
+
+async def test_a_guide_that_fails_on_its_way_takes_nobody_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_tiny(executor="inline") as engine:
+        alone = content(await complete(engine, NEIGHBOUR, drawn(30)))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(complete, engine, NEIGHBOUR, drawn(30))
+            with pytest.raises(triode.RequestFailed, match=r"the guide cannot be followed any further: .*too many"):
+                await complete(engine, PROMPT, guided(guide=triode.Regex("(.*a.{0,20}){20}")))
+        assert content(await complete(engine, NEIGHBOUR, drawn(30))) == alone
+        await check_nothing_is_left(engine)
+
+
+async def test_a_guide_and_a_bias_that_leave_no_token_fail_the_request() -> None:
+    async with open_tiny(executor="inline") as engine:
+        with pytest.raises(triode.RequestFailed, match="no token is possible: guide, logit_bias"):
+            await complete(engine, PROMPT, guided(guide=triode.Choices(("é",)), bad_words=("é",)))
+
+
+async def test_guided_requests_can_be_cancelled_while_their_guide_compiles() -> None:
+    async with open_tiny(executor="thread") as engine:
+        for seed in range(5):
+            with trio.move_on_after(0):
+                await engine.submit(PROMPT, guided(guide=triode.Regex(f"[a-z]{{{seed + 1}}}")))
+        check((await complete(engine, PROMPT, guided())).completion)
+        await check_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize(
+    ("guide", "pattern"),
+    [
+        (triode.Choices(("red", "green", "été")), "red|green|été"),
+        (triode.Regex("[0-9]{3}-[a-f]{2}"), "[0-9]{3}-[a-f]{2}"),
+        (triode.Grammar('start: "<" /[a-z]{1,4}/ ">"'), "<[a-z]{1,4}>"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_each_kind_of_guide_holds(guide: Any, pattern: str) -> None:
+    async with open_tiny(executor="inline") as engine:
+        result = await complete(engine, "Say: ", guided(guide=guide, n=4))
+        assert all(re.fullmatch(pattern, completion.text) for completion in result.completions)
