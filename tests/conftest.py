@@ -1,6 +1,8 @@
-"""What every test shares: the same random numbers and the same Hypothesis examples in each run, which are never timed."""
+"""What every test shares: the same random numbers and the same Hypothesis examples in each run, which are never timed;
+Ctrl-C works, and no GPU is found by a test that is not about one."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -12,9 +14,12 @@ settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests that are not about a GPU find none: an engine that may choose its device would take it."""
+    # An engine that may choose its device would take it.
     if "not gpu" in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # A shell's background jobs begin with SIGINT ignored, and so would every process that a test starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

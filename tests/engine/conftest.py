@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from functools import cache
 
+import msgspec
 import pytest
 
 from triode.actors.tokenizer.actor import LONG_PROMPT_BYTES
@@ -12,17 +13,22 @@ from triode.models.config import ModelOptions
 from triode.models.progress import Progress
 from triode.models.tokenizer import Tokenizer
 
-_opened = cache(loader.open_checkpoint)
+_open_checkpoint = loader.open_checkpoint
 
 
-def _open_checkpoint(options: ModelOptions, progress: Progress | None = None) -> loader.Checkpoint:
-    return _opened(options)
+@cache
+def _opened(options: bytes) -> loader.Checkpoint:
+    return _open_checkpoint(msgspec.json.decode(options, type=ModelOptions))
+
+
+def _opened_before(options: ModelOptions, progress: Progress | None = None) -> loader.Checkpoint:
+    return _opened(msgspec.json.encode(options))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _checkpoints_are_opened_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "open_checkpoint", _open_checkpoint)
+        patch.setattr(loader, "open_checkpoint", _opened_before)
         yield
 
 

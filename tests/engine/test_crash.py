@@ -195,12 +195,7 @@ def test_ctrl_c_while_an_actor_works_is_raised_in_the_callers_code(actor: str, m
             # The engine has not even noticed.
             assert len((await complete(engine, [1, 2, 3], greedy(2))).completions[0].token_ids) == 2
 
-    # A shell's background jobs begin with SIGINT ignored.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        trio.run(press_ctrl_c)
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    trio.run(press_ctrl_c)
 
 
 async def test_the_thread_of_a_failed_engine_ends(monkeypatch: pytest.MonkeyPatch) -> None:
