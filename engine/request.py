@@ -125,10 +125,11 @@ def freeze_prompt(prompt: Prompt) -> str | tuple[TokenId, ...] | Conversation:
         raise ValueError(f"prompt must be text, token ids or chat messages, got {type(prompt).__name__}")
     if prompt and all(isinstance(item, Mapping) for item in prompt):
         return _freeze(Conversation(tuple(dict(item) for item in prompt if isinstance(item, Mapping))))
-    if all(type(item) is int for item in prompt):
-        return tuple(TokenId(item) for item in prompt if isinstance(item, int))
-    kinds = sorted({type(item).__name__ for item in prompt})
-    raise ValueError(f"prompt must hold either token ids (int) or chat messages (dict), got {', '.join(kinds)}")
+    kinds = set(map(type, prompt))
+    if kinds <= {int}:
+        return tuple(cast("Sequence[TokenId]", prompt))
+    names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    raise ValueError(f"prompt must hold either token ids (int) or chat messages (dict), got {names}")
 
 
 def _freeze(chat: Conversation) -> Conversation:
