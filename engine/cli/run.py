@@ -8,6 +8,7 @@ import msgspec
 import trio
 
 from triode.engine.cli.flags import add_flags, with_flags
+from triode.engine.cli.guides import add_guide_flags, read_guide
 from triode.engine.cli.interrupt import on_interrupt
 from triode.engine.cli.opening import add_engine_arguments, opened_engine
 from triode.engine.cli.reply import Speed, read_reply
@@ -24,10 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object when the reply is complete")
     add_flags(parser.add_argument_group("how tokens are chosen"), SamplingParams, omit={"guide"})
+    add_guide_flags(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Check all that needs no model, then run."""
+    arguments.guide = read_guide(arguments)
     params = with_flags(arguments, SamplingParams())
     if arguments.raw and arguments.system is not None:
         raise ValueError("--system must not be given with --raw, which sends no chat messages")
