@@ -1,6 +1,6 @@
 """Reading a retired step: which tokens belong to whom, and which of them are a sequence's last."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from triode.actors.messages import Embedded, FinishReason, PromptScored, RequestStatus, Sampled
 from triode.actors.scheduler.launch import SAMPLING, Launch
@@ -10,26 +10,8 @@ from triode.actors.scheduler.wants import Want
 from triode.ids import RequestId, TokenId
 from triode.models.step import Output, StepResult, TokenLogprobs
 
-
-class _Columns:
-    """The parallel fields of Sampled while they grow."""
-
-    def __init__(self) -> None:
-        self.request_ids: list[RequestId] = []
-        self.sample_indices: list[int] = []
-        self.token_ids: list[TokenId] = []
-        self.finish_reasons: list[FinishReason | None] = []
-        self.logprobs: list[TokenLogprobs | None] = []
-
-    def message(self, result: StepResult) -> Sampled:
-        return Sampled(
-            step_id=result.step_id,
-            request_ids=tuple(self.request_ids),
-            sample_indices=tuple(self.sample_indices),
-            token_ids=tuple(self.token_ids),
-            finish_reasons=tuple(self.finish_reasons),
-            logprobs=None if result.logprobs is None else tuple(self.logprobs),
-        )
+_NewToken: TypeAlias = tuple[RequestId, int, TokenId, FinishReason | None]
+"""A row of Sampled."""
 
 
 class Reading(NamedTuple):
@@ -45,8 +27,9 @@ def read_step(launch: Launch, result: StepResult, outbox: Outbox) -> Reading:
 
     A row is stale, and its tokens are dropped, when its sequence has ended or lost its slot since the launch.
     """
-    columns = _Columns()
     reading = Reading([], {})
+    tokens: list[_NewToken] = []
+    logprobs: list[TokenLogprobs | None] = []
     first = 0
     rows = zip(launch.rows, launch.epochs, result.num_accepted, strict=True)
     for index, (row, epoch, num_accepted) in enumerate(rows):
@@ -57,32 +40,31 @@ def read_step(launch: Launch, result: StepResult, outbox: Outbox) -> Reading:
                 _read_embedding(row, index, result, outbox, reading.ended)
             elif result.errors is not None and (error := result.errors[index]) is not None:
                 reading.failed[row.sequence.request] = error
-            elif row.output in SAMPLING and _read_tokens(row, first, num_accepted, result, columns, outbox):
-                reading.ended.append(row.sequence)
+            elif row.output in SAMPLING:
+                num_before = len(tokens)
+                if _read_tokens(row.sequence, result.token_ids[first : first + num_accepted], tokens, outbox):
+                    reading.ended.append(row.sequence)
+                if result.logprobs is not None:
+                    logprobs.extend(result.logprobs[first : first + len(tokens) - num_before])
         first += num_accepted
-    if columns.request_ids:
-        outbox.to_detokenizer(columns.message(result))
+    if tokens:
+        request_ids, sample_indices, token_ids, reasons = zip(*tokens, strict=True)
+        scores = None if result.logprobs is None else tuple(logprobs)
+        outbox.to_detokenizer(Sampled(result.step_id, request_ids, sample_indices, token_ids, reasons, scores))
     return reading
 
 
-def _read_tokens(
-    row: Want, first: int, num_accepted: int, result: StepResult, columns: _Columns, outbox: Outbox
-) -> bool:
-    """Take the row's new tokens up to the one that ends the sequence. Returns whether one did."""
-    sequence = row.sequence
+def _read_tokens(sequence: Sequence, new: tuple[TokenId, ...], tokens: list[_NewToken], outbox: Outbox) -> bool:
+    """Take a row's new tokens up to the one that ends the sequence. Returns whether one did."""
+    request = sequence.request
     sequence.num_pending -= 1
     if sequence.status is RequestStatus.PREFILL:
         sequence.advance(RequestStatus.DECODE)
-        outbox.status_of(sequence.request)
-    for index in range(first, first + num_accepted):
-        token_id = result.token_ids[index]
+        outbox.status_of(request)
+    for token_id in new:
         sequence.token_ids.append(token_id)
-        reason = finish_reason(sequence.request, token_id, len(sequence.token_ids))
-        columns.request_ids.append(sequence.request.request_id)
-        columns.sample_indices.append(sequence.sample_index)
-        columns.token_ids.append(token_id)
-        columns.finish_reasons.append(reason)
-        columns.logprobs.append(None if result.logprobs is None else result.logprobs[index])
+        reason = finish_reason(request, token_id, len(sequence.token_ids))
+        tokens.append((request.request_id, sequence.sample_index, token_id, reason))
         if reason is not None:
             sequence.finish_reason = reason
             return True
