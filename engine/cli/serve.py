@@ -23,6 +23,7 @@ from triode.engine.cli.settings import field_types, from_environment, from_file
 from triode.engine.config import EngineConfig
 from triode.engine.server.config import ServerConfig
 from triode.engine.server.extra import require_extra
+from triode.engine.server.logs import formatter
 
 _EXAMPLES = """examples:
   triode serve smollm2-135m
@@ -48,12 +49,15 @@ def main(arguments: argparse.Namespace) -> int:
     """Check all that needs no model, take the port, then load and serve."""
     require_extra()
     from triode.engine.server.starting import check_tls, take_port
+    from triode.engine.server.tracing import export_spans
 
     engine, server = read_settings(arguments, os.environ)
     if server.server == "hypercorn":
         require_extra("hypercorn")
     check_tls(server)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    _begin_to_log(server)
+    if server.otlp_endpoint is not None:
+        export_spans(server.otlp_endpoint)
     with take_port(server) as bound:
         if server.server == "uvicorn":
             asyncio.run(_serve(arguments.model, engine, server, bound))
@@ -79,6 +83,12 @@ def read_settings(arguments: argparse.Namespace, environment: Mapping[str, str])
         # The GPU's launches then wait for no client's bytes.
         engine = engine.override({"executor": "process"})
     return engine, server
+
+
+def _begin_to_log(config: ServerConfig) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter(config.log_format))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def has_gpu(device: str) -> bool:

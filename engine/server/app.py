@@ -53,12 +53,13 @@ def build_app(service: Service) -> Starlette:
         },
     )
     app.state.gate = service.gate
+    app.state.metrics = service.metrics
     return app
 
 
 def _middleware(service: Service) -> list[Middleware]:
     config = service.config
-    guard = Middleware(Guard, config=config)
+    guard = Middleware(Guard, config=config, tracing=service.tracing)
     if not config.allowed_origins:
         return [guard]
     # Outside of the guard: a browser asks for permission without the key.

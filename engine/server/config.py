@@ -6,6 +6,9 @@ import msgspec
 from msgspec.structs import force_setattr
 
 
+_OPTIONAL_LIMITS = ("max_concurrent_per_key", "max_requests_per_minute", "max_tokens_per_minute")
+
+
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where a server listens, whom it serves and how much it takes.
 
@@ -39,8 +42,16 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Prompts in one request at most."""
     max_concurrent_per_key: int | None = None
     """Unfinished requests of one key at most, or of everybody without a key; None sets no limit."""
+    max_requests_per_minute: int | None = None
+    """Requests of one key in any minute at most; None sets no limit."""
+    max_tokens_per_minute: int | None = None
+    """Tokens of one key, in and out, in a minute; whoever has used more waits. None sets no limit."""
     max_resume_grace_s: float = 60.0
     """The longest that a request on /v1/stream may ask to go on without a socket; 0 lets none."""
+    header_timeout_s: float = 20.0
+    """A request's headers may take so long (under uvicorn; Hypercorn gives 65 s)."""
+    body_timeout_s: float = 60.0
+    """A request's body may take so long."""
     write_timeout_s: float = 10.0
     """A client that takes nothing for so long is dropped, and its requests are cancelled."""
     drain_s: float = 30.0
@@ -49,6 +60,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Show a page at / from which the model can be tried; it asks for a key if one is needed."""
     log_requests: bool = True
     """Log a line for every request; texts are never logged."""
+    log_format: Literal["text", "json"] = "text"
+    """Lines for people, or a JSON object a line."""
+    tracing: bool = False
+    """Make an OpenTelemetry span of every request; needs triode[otel]."""
+    otlp_endpoint: str | None = None
+    """Where spans go, as http://localhost:4318/v1/traces; turns tracing on."""
 
     def __post_init__(self) -> None:
         for name in ("api_keys", "allowed_origins"):
@@ -61,14 +78,18 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if type(self.port) is not int or not 0 <= self.port < 2**16:
             raise ValueError(f"port must be an integer >= 0 and < 65536, got {self.port!r}")
-        for name in ("max_body_bytes", "max_prompts", "max_concurrent_per_key"):
+        for name in ("max_body_bytes", "max_prompts", *_OPTIONAL_LIMITS):
             value = getattr(self, name)
-            if not (value is None and name == "max_concurrent_per_key") and (type(value) is not int or value < 1):
+            if not (value is None and name in _OPTIONAL_LIMITS) and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        if self.server not in ("uvicorn", "hypercorn"):
-            raise ValueError(f"server must be one of uvicorn, hypercorn, got {self.server!r}")
-        if not 0 < self.write_timeout_s <= 3600:
-            raise ValueError(f"write_timeout_s must be > 0 and <= 3600, got {self.write_timeout_s!r}")
+        for name, choices in (("server", ("uvicorn", "hypercorn")), ("log_format", ("text", "json"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.otlp_endpoint is not None:
+            force_setattr(self, "tracing", True)
+        for name in ("header_timeout_s", "body_timeout_s", "write_timeout_s"):
+            if not 0 < getattr(self, name) <= 3600:
+                raise ValueError(f"{name} must be > 0 and <= 3600, got {getattr(self, name)!r}")
         for name in ("drain_s", "max_resume_grace_s"):
             if not 0 <= getattr(self, name) <= 86_400:
                 raise ValueError(f"{name} must be >= 0 and <= 86400, got {getattr(self, name)!r}")

@@ -7,9 +7,11 @@ import secrets
 import time
 from base64 import urlsafe_b64decode
 from collections.abc import MutableMapping
+from contextlib import nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
+import anyio
 import msgspec
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -18,6 +20,7 @@ from starlette.websockets import WebSocket
 
 from triode.engine.server.config import ServerConfig
 from triode.engine.server.errors import RequestError
+from triode.engine.server.tracing import Tracing
 
 _LOG = logging.getLogger("triode.server")
 _SCOPE_KEY = "triode.caller"
@@ -51,8 +54,10 @@ def error_response(error: RequestError) -> Response:
 class Guard:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, tracing: Tracing | None = None) -> None:
         self._app = app
+        self._tracing = tracing
+        self._body_timeout_s = config.body_timeout_s
         self._digests = [_digest(key) for key in config.api_keys]
         self._origins = config.allowed_origins
         self._log_requests = config.log_requests
@@ -72,14 +77,21 @@ class Guard:
                 statuses.append(message.get("status", 101))
             await send(message)
 
-        try:
-            await self._admit(scope, headers, request_id, receive, send_marked)
-        finally:
-            if self._log_requests:
-                lasted_ms = (time.perf_counter() - began_at_s) * 1e3
-                method = scope.get("method", "WEBSOCKET")
-                # The path is the client's text: repr keeps it on the line.
-                _LOG.info("%s %s %r %d %.0f ms", request_id, method, scope["path"], statuses[-1], lasted_ms)
+        method = scope.get("method", "WEBSOCKET")
+        if scope["type"] == "http":
+            receive = _Punctual(receive, self._body_timeout_s)
+        with (
+            nullcontext()
+            if self._tracing is None
+            else self._tracing.request(method, scope["path"], request_id, headers) as span
+        ):
+            try:
+                await self._admit(scope, headers, request_id, receive, send_marked)
+            finally:
+                if span is not None:
+                    span.set_attribute("http.response.status_code", statuses[-1])
+                if self._log_requests:
+                    _log(request_id, method, scope["path"], statuses[-1], time.perf_counter() - began_at_s)
 
     async def _admit(self, scope: Scope, headers: Headers, request_id: str, receive: Receive, send: Send) -> None:
         try:
@@ -121,6 +133,36 @@ class Guard:
             raise RequestError(
                 403, f"the origin must be among allowed_origins, got {origin!r}", code="forbidden_origin"
             )
+
+
+class _Punctual:
+    """Receives a request's body in time, and then whatever comes."""
+
+    def __init__(self, receive: Receive, timeout_s: float) -> None:
+        self._receive = receive
+        self._timeout_s = timeout_s
+        self._deadline_s: float | None = None
+        self._is_complete = False
+
+    async def __call__(self) -> Message:
+        if self._is_complete:
+            return await self._receive()
+        if self._deadline_s is None:
+            self._deadline_s = anyio.current_time() + self._timeout_s
+        try:
+            with anyio.fail_after(self._deadline_s - anyio.current_time()):
+                message = await self._receive()
+        except TimeoutError:
+            reason = f"the body must arrive within {self._timeout_s:g} s"
+            raise RequestError(408, reason, headers={"Connection": "close"}) from None
+        self._is_complete = not message.get("more_body", False)
+        return message
+
+
+def _log(request_id: str, method: str, path: str, status: int, lasted_s: float) -> None:
+    fields = {"request_id": request_id, "method": method, "path": path, "status": status, "duration_s": lasted_s}
+    # The path is the client's text: repr keeps it on the line.
+    _LOG.info("%s %s %r %d %.0f ms", request_id, method, path, status, lasted_s * 1e3, extra={"fields": fields})
 
 
 async def refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:

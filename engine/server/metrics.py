@@ -7,6 +7,7 @@ that reach the engine without this server appear in the engine's own counts only
 import time
 from collections.abc import Iterator, Sequence
 
+import anyio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -14,19 +15,23 @@ from prometheus_client.registry import Collector
 from triode.actors.messages import Delta, FinishReason
 from triode.engine.completion import Result
 from triode.engine.server.served import ServedEngine
+from triode.engine.server.tracing import GenerationSpan, Tracing
 from triode.engine.statistics import ActorStatistics
 
 _FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 _REQUEST_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+_LAG_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
+_LAG_PERIOD_S = 0.1
 _LABEL = "model_name"
 
 
 class Metrics:
     """The metrics of one app."""
 
-    def __init__(self, engine: ServedEngine, model_name: str) -> None:
+    def __init__(self, engine: ServedEngine, model_name: str, tracing: Tracing | None = None) -> None:
+        self._tracing = tracing
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine, model_name))
 
@@ -49,6 +54,7 @@ class Metrics:
         self.sockets = Gauge(
             "vllm:websocket_connections_active", "WebSockets that are open.", [_LABEL], registry=self._registry
         ).labels(model_name)
+        self.loop_lag_s = histogram("triode:loop_lag_seconds", "How late the server's event loop is.", _LAG_S)
         self._ends = Counter(
             "vllm:request_success", "Requests ended, by reason.", [_LABEL, "finished_reason"], registry=self._registry
         )
@@ -56,7 +62,15 @@ class Metrics:
 
     def timing(self) -> "Timing":
         """Begin to watch a request that has arrived."""
-        return Timing(self)
+        return Timing(self, None if self._tracing is None else self._tracing.generation())
+
+    async def watch_lag(self) -> None:
+        """Observe how late this event loop is, for as long as it runs. A server does so; an app in another program has no
+        loop of its own to watch."""
+        while True:
+            due_at_s = time.perf_counter() + _LAG_PERIOD_S
+            await anyio.sleep(_LAG_PERIOD_S)
+            self.loop_lag_s.observe(max(0.0, time.perf_counter() - due_at_s))
 
     def count_end(self, reason: FinishReason) -> None:
         """A sample ended."""
@@ -70,8 +84,9 @@ class Metrics:
 class Timing:
     """The times of one request."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, span: GenerationSpan | None) -> None:
         self._metrics = metrics
+        self._span = span
         self._began_at_s = time.perf_counter()
         self._first_at_s: float | None = None
         self._last_at_s = 0.0
@@ -85,6 +100,8 @@ class Timing:
         if self._first_at_s is None:
             self._first_at_s = now_s
             self._metrics.first_token_s.observe(now_s - self._began_at_s)
+            if self._span is not None:
+                self._span.first_token()
         elif num_tokens:
             self._metrics.between_tokens_s.observe((now_s - self._last_at_s) * len(deltas) / num_tokens)
         self._last_at_s = now_s
@@ -92,6 +109,8 @@ class Timing:
     def ended(self, result: Result) -> None:
         """The request has its result."""
         self._is_closed = True
+        if self._span is not None:
+            self._span.end(result)
         metrics, usage = self._metrics, result.usage
         metrics.request_s.observe(time.perf_counter() - self._began_at_s)
         metrics.prompt_tokens.inc(usage.prompt_tokens)
@@ -108,6 +127,8 @@ class Timing:
         if not self._is_closed:
             self._is_closed = True
             self._metrics.count_end(FinishReason.CANCELLED)
+            if self._span is not None:
+                self._span.end(None)
 
 
 class _EngineCollector(Collector):

@@ -15,6 +15,8 @@ from triode.engine.aio import Engine
 from triode.engine.server import create_app
 from triode.engine.server.config import ServerConfig
 from triode.engine.server.gate import Gate
+from triode.engine.server.http_protocol import punctual_http
+from triode.engine.server.metrics import Metrics
 from triode.engine.server.starting import CLOSE_S, KEEP_ALIVE_S, end_at_once, start_up_report, warm_up
 
 
@@ -25,11 +27,15 @@ async def run_server(server: "Server", bound: socket.socket) -> None:
         EngineFault: if the engine failed.
     """
     await warm_up(server.engine)
-    watch = asyncio.create_task(_exit_with(server.engine, server))
+    watches = [
+        asyncio.create_task(_exit_with(server.engine, server)),
+        asyncio.create_task(server.metrics.watch_lag()),
+    ]
     try:
         await server.serve([bound])
     finally:
-        watch.cancel()
+        for watch in watches:
+            watch.cancel()
 
 
 async def _exit_with(engine: Engine, server: "Server") -> None:
@@ -49,6 +55,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=punctual_http(config.header_timeout_s),
                 lifespan="off",
                 log_config=None,
                 access_log=False,
@@ -67,6 +74,7 @@ class Server(uvicorn.Server):
         self._settings = config
         self._report = report
         self._gate: Gate = app.state.gate
+        self.metrics: Metrics = app.state.metrics
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""

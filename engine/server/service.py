@@ -15,6 +15,7 @@ from triode.engine.server.gate import Gate
 from triode.engine.server.metrics import Metrics
 from triode.engine.server.replies.style import ReplyStyle
 from triode.engine.server.served import ServedEngine
+from triode.engine.server.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -31,8 +32,9 @@ class Service:
         self.model_name = config.served_name or engine.report.model
         self.tokenizer = engine.tokenizer
         self.replies = ReplyStyle(engine.tokenizer, reasoning=config.reasoning_parser, tools=config.tool_parser)
-        self.gate = Gate(config.max_concurrent_per_key)
-        self.metrics = Metrics(engine, self.model_name)
+        self.gate = Gate(config)
+        self.tracing = Tracing(self.model_name) if config.tracing else None
+        self.metrics = Metrics(engine, self.model_name, self.tracing)
         self.created_s = int(time.time())
         self.fingerprint = _fingerprint(engine.report)
 

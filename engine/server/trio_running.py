@@ -19,6 +19,7 @@ from triode.engine.engine import Engine
 from triode.engine.server import create_app
 from triode.engine.server.config import ServerConfig
 from triode.engine.server.gate import Gate
+from triode.engine.server.metrics import Metrics
 from triode.engine.server.starting import CLOSE_S, KEEP_ALIVE_S, end_at_once, start_up_report, warm_up
 
 CUT_S = 0.5
@@ -42,6 +43,7 @@ class TrioServer:
         self._at_worst = at_worst
         self._app = create_app(engine, config)
         self._gate: Gate = self._app.state.gate
+        self._metrics: Metrics = self._app.state.metrics
         self._stopping = trio.Event()
 
     def stop(self) -> None:
@@ -67,6 +69,7 @@ class TrioServer:
                 finally:
                     served.set()
 
+            nursery.start_soon(self._metrics.watch_lag)
             await nursery.start(run_hypercorn)
             self._report(start_up_report(self.engine.report, self._config, bound))
             await self._stopping.wait()
