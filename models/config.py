@@ -31,8 +31,9 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What computes a step on the CPU: native code, compiled at first use, or torch operations (reference); auto takes
     native code where there is a C++ compiler."""
     quantization: Quantization = "none"
-    """How native kernels keep matrices: as they are (none), or rounded to 8 bits (a16w8, a8w8) or 4 (a16w4, a8w4). With a8
-    activations are rounded to 8 bits as well, which is faster."""
+    """How native kernels keep matrices: as they are (none), rounded to 8 bits (a16w8, a8w8) or 4 (a16w4,
+    a8w4; the head to 8), or in the blocks of a GGUF file (a16gguf, a8gguf). With a8, activations are rounded to 8 bits as
+    well, which is faster."""
     quantization_group: int | None = None
     """Inputs of a matrix that share a scale: 32, 64 or 128; None takes the format's own, which is 64 for a8w8, 32 for 4
     bits, and one scale an output for a16w8."""

@@ -73,6 +73,18 @@ class GGUFTensors:
         for start, rows in _pieces(self._file, tensor, 0, tensor.shape[0]):
             destination[start : start + rows.shape[0]].copy_(rows)
 
+    def format(self, name: str) -> str:
+        """How the file keeps the tensor, as GGUF spells it."""
+        return self._tensors[name].quantization
+
+    def blocks(self, name: str) -> torch.Tensor:
+        """A matrix's bytes as they are stored, [rows, bytes a row], its rows in order."""
+        tensor = self._tensors[name]
+        rows = torch.from_numpy(self._file.rows(tensor, 0, tensor.shape[0]))
+        if not (self._interleaved and _INTERLEAVED.fullmatch(name)):
+            return rows
+        return rows.view(-1, self._head_dim // 2, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+
     def _read_interleaved(self, tensor: GGUFTensor, destination: torch.Tensor) -> None:
         """Stored row (head, i, half) belongs to row (head, half, i)."""
         columns = destination.shape[1:]

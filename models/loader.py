@@ -8,6 +8,7 @@ import torch
 
 from triode.models.config import DeviceChoice, DtypeChoice, ModelConfig, ModelOptions
 from triode.models.progress import NullProgress, Progress
+from triode.models.quantization import NOT_QUANTIZED, WeightPlan
 from triode.models.source import RANDOM_PREFIX, locate
 from triode.models.tensors import TensorReader, load_weights
 from triode.models.tokenizer import Tokenizer
@@ -23,15 +24,20 @@ class Checkpoint:
     tensors: TensorReader
 
     def load_weights(
-        self, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress | None = None,
+        plan: WeightPlan = NOT_QUANTIZED,
     ) -> DecoderWeights:
-        """Reads the weights into newly allocated tensors.
+        """Reads the weights into newly allocated tensors, but for matrices that `plan` keeps as the file has them.
 
         Raises:
             ModelError: the files are corrupt, or of a kind that is not supported.
             InsufficientMemory: the weights do not fit.
+            ValueError: `plan` does not suit the model.
         """
-        return load_weights(self.config, self.tensors, dtype, device, progress or NullProgress())
+        return load_weights(self.config, self.tensors, dtype, device, progress or NullProgress(), plan)
 
 
 def open_checkpoint(options: ModelOptions, progress: Progress | None = None) -> Checkpoint:

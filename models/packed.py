@@ -4,12 +4,12 @@ from collections.abc import Iterable
 
 import torch
 
-from triode.kernels.native.formats import CHANNEL8, PLAIN
+from triode.kernels.native.formats import CHANNEL8, PLAIN, Packing
 from triode.kernels.native.library import LayerStruct, MatrixStruct, ModelStruct, NativeLibrary
 from triode.models.config import ModelConfig
-from triode.models.quantization import HEAD, WeightPlan
+from triode.models.quantization import WeightPlan
 from triode.models.rope import rope_table
-from triode.models.weights import DecoderWeights, LayerWeights
+from triode.models.weights import HEAD, DecoderWeights, LayerWeights
 
 PANEL = 64
 ALIGNMENT_BYTES = 64
@@ -35,6 +35,7 @@ class PackedModel:
         plan.check(config.num_layers)
         self._library = library
         self._plan = plan
+        self._stored = weights.stored
         self._number_bytes = weights.embed_VD.dtype.itemsize
         self._kept: list[torch.Tensor] = []
         num_bytes = self._num_bytes(config)
@@ -98,10 +99,12 @@ class PackedModel:
     def _matrix(
         self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False
     ) -> MatrixStruct:
-        packing, scales = self._plan.packing(name), None
+        packing, scales = self._packing(name), None
         rows, columns = weight.shape
         panels = self._next
         self._next += self._packed_bytes(name, rows, columns, halves=halves)
+        if (stored := self._stored.get(name)) is not None:
+            weight = stored.read()
         if packing.format == CHANNEL8:
             weight, scales = _as_int8(weight)
         weight = weight.contiguous()
@@ -123,9 +126,13 @@ class PackedModel:
         )
 
     def _packed_bytes(self, name: str, rows: int, columns: int, *, halves: bool = False) -> int:
-        packing = self._plan.packing(name)
+        packing = self._packing(name)
         size = self._library.packed_bytes(rows, columns, packing, number_bytes=self._number_bytes, halves=halves)
         return rounded_up(size, ALIGNMENT_BYTES)
+
+    def _packing(self, name: str) -> Packing:
+        stored = self._stored.get(name)
+        return self._plan.packing(name, None if stored is None else stored.format)
 
     def _floats(self, vector: torch.Tensor | None) -> int | None:
         """Address of a copy in float32, padded with zeros to whole panels."""

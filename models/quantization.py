@@ -1,7 +1,8 @@
 """How the compiled CPU step keeps each matrix of a model: the formats there are, and which matrix gets which.
 
 `aXwY` means activations of X bits times weights of Y bits. 8-bit activations are rounded anew for each token, with a scale
-for each group of the inputs; 16-bit ones are what the step computes in, bfloat16 or float32.
+for each group of the inputs; 16-bit ones are what the step computes in, bfloat16 or float32. `aXgguf` keeps the blocks of
+a GGUF file: 32 weights of 4 or 8 bits, their scale in half precision.
 """
 
 import re
@@ -9,42 +10,51 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from triode.kernels.native.formats import CHANNEL8, GROUP4, GROUP8, GROUPS, PLAIN, Packing
+from triode.kernels.native.formats import (
+    CHANNEL8,
+    GGUF_Q4_0,
+    GGUF_Q4_1,
+    GGUF_Q8_0,
+    GROUP4,
+    GROUP8,
+    GROUPS,
+    PLAIN,
+    Packing,
+)
 
-Quantization = Literal["none", "a16w8", "a8w8", "a16w4", "a8w4"]
+Quantization = Literal["none", "a16w8", "a8w8", "a16w4", "a8w4", "a16gguf", "a8gguf"]
 
-HEAD = "head"
+GGUF_FORMATS = {"Q4_0": GGUF_Q4_0, "Q4_1": GGUF_Q4_1, "Q8_0": GGUF_Q8_0}
+"""The blocks that can be kept."""
+_BLOCK = 32
+_KEEPS_BLOCKS = {"a16gguf": False, "a8gguf": True}
+_HEAD_FORMATS: dict[Quantization, Quantization] = {"a16w4": "a16w8", "a8w4": "a8w8"}
 _MATRICES = ("qkv", "o", "gate_up", "down")
+_HEAD = "head"
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
-    packing: int
-    byte_inputs: bool
+class _Grouped:
+    format: int
     default_group: int
+    byte_inputs: bool
 
 
-_KINDS: dict[str, _Kind] = {
-    "a8w8": _Kind(GROUP8, True, 64),
-    "a16w4": _Kind(GROUP4, False, 32),
-    "a8w4": _Kind(GROUP4, True, 32),
+_GROUPED = {
+    "a8w8": _Grouped(GROUP8, 64, True),
+    "a16w4": _Grouped(GROUP4, 32, False),
+    "a8w4": _Grouped(GROUP4, 32, True),
 }
 
 
-def packing_of(quantization: Quantization, group: int | None) -> Packing:
-    """The format by its name and, where it has groups, their size; None takes the format's own.
-
-    Raises:
-        ValueError: the format has no groups of that size.
-    """
-    if quantization == "none":
-        return Packing(PLAIN)
-    if group is not None and group not in GROUPS:
-        raise ValueError(f"quantization_group must be one of {', '.join(map(str, GROUPS))}, got {group!r}")
+def _packing(quantization: Quantization, group: int | None, stored: str | None) -> Packing:
+    if quantization in _KEEPS_BLOCKS and stored is not None:
+        return Packing(GGUF_FORMATS[stored], _BLOCK, _KEEPS_BLOCKS[quantization])
     if quantization == "a16w8":
         return Packing(CHANNEL8) if group is None else Packing(GROUP8, group)
-    kind = _KINDS[quantization]
-    return Packing(kind.packing, group or kind.default_group, kind.byte_inputs)
+    if (kind := _GROUPED.get(quantization)) is None:
+        return Packing(PLAIN)
+    return Packing(kind.format, group or kind.default_group, kind.byte_inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +62,8 @@ class WeightPlan:
     """Which matrix is kept in which format.
 
     Matrices are named `layers.I.qkv`, `layers.I.o`, `layers.I.gate_up`, `layers.I.down` and `head`: what is multiplied by
-    the same input is one matrix.
+    the same input is one matrix. The head has 8 bits where the others have 4, unless an override says otherwise: it alone
+    would cost more accuracy than all of them.
     """
 
     quantization: Quantization = "none"
@@ -61,10 +72,21 @@ class WeightPlan:
     overrides: tuple[tuple[re.Pattern[str], Quantization], ...] = ()
     """The first pattern that matches a matrix's whole name gives its format."""
 
-    def packing(self, name: str) -> Packing:
-        """The format of a matrix."""
-        found = (quantization for pattern, quantization in self.overrides if pattern.fullmatch(name))
-        return packing_of(next(found, self.quantization), self.group)
+    def packing(self, name: str, stored: str | None = None) -> Packing:
+        """The format of a matrix, which its file may hold in the blocks `stored`."""
+        return _packing(self._choice(name), self.group, stored)
+
+    def keeps_blocks(self, name: str) -> bool:
+        """Whether a matrix stays as its file has it."""
+        return self._choice(name) in _KEEPS_BLOCKS
+
+    def _choice(self, name: str) -> Quantization:
+        default = _HEAD_FORMATS.get(self.quantization, self.quantization) if name == _HEAD else self.quantization
+        return next((choice for pattern, choice in self.overrides if pattern.fullmatch(name)), default)
+
+    @property
+    def _choices(self) -> set[Quantization]:
+        return {self.quantization, *(choice for _, choice in self.overrides)}
 
     def check(self, num_layers: int) -> None:
         """Check it against a model.
@@ -80,10 +102,21 @@ class WeightPlan:
                     f"({', '.join(_MATRICES)}) or head, got {pattern.pattern!r}, which matches none"
                 )
 
+    def check_group(self, group: int) -> None:
+        """Check a chosen size of groups.
+
+        Raises:
+            ValueError: there is no such size, or nothing that could have it.
+        """
+        if group not in GROUPS:
+            raise ValueError(f"quantization_group must be one of {', '.join(map(str, GROUPS))}, got {group!r}")
+        if not self._choices & {"a16w8", *_GROUPED}:
+            raise ValueError(f"quantization_group must be None with quantization={self.quantization!r}, got {group}")
+
     @property
     def is_plain(self) -> bool:
         """Whether it quantises nothing."""
-        return {self.quantization, *(quantization for _, quantization in self.overrides)} == {"none"}
+        return self._choices == {"none"}
 
     def __str__(self) -> str:
         name = self.quantization if self.group is None else f"{self.quantization} g{self.group}"
@@ -102,10 +135,8 @@ def plan_weights(
         ValueError: an option is not what it must be.
     """
     plan = WeightPlan(quantization, group, tuple(_parsed(overrides or {})))
-    for chosen in (quantization, *(chosen for _, chosen in plan.overrides)):
-        packing_of(chosen, group)
-    if group is not None and plan.is_plain:
-        raise ValueError(f"quantization_group must be None where nothing is quantised, got {group}")
+    if group is not None:
+        plan.check_group(group)
     return plan
 
 
@@ -122,4 +153,4 @@ def _parsed(overrides: Mapping[str, str]) -> Iterable[tuple[re.Pattern[str], Qua
 
 def matrix_names(num_layers: int) -> list[str]:
     """Of a whole model, as plans spell them."""
-    return [*(f"layers.{index}.{matrix}" for index in range(num_layers) for matrix in _MATRICES), HEAD]
+    return [*(f"layers.{index}.{matrix}" for index in range(num_layers) for matrix in _MATRICES), _HEAD]

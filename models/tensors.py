@@ -5,7 +5,8 @@ reads one tensor at a time in pieces, so that loading never holds a second copy 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,6 +15,8 @@ from triode.cache.pool import free_memory_bytes
 from triode.errors import CorruptModel, InsufficientMemory, UnsupportedModel
 from triode.models.config import ModelConfig
 from triode.models.progress import Progress
+from triode.models.quantization import NOT_QUANTIZED, WeightPlan
+from triode.models.stored import stored_matrices
 from triode.models.weights import DecoderWeights, allocate, places
 
 # What some checkpoints carry besides their weights: tables that are computed from the config.
@@ -38,20 +41,32 @@ class TensorReader(Protocol):
 
 
 def load_weights(
-    config: ModelConfig, reader: TensorReader, dtype: torch.dtype, device: torch.device, progress: Progress
+    config: ModelConfig,
+    reader: TensorReader,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+    plan: WeightPlan = NOT_QUANTIZED,
 ) -> DecoderWeights:
-    """Reads a checkpoint into newly allocated weights.
+    """Reads a checkpoint into newly allocated weights, but for matrices whose blocks `plan` keeps.
 
     Raises:
         CorruptModel: a tensor is missing, or has another shape than the config says.
         UnsupportedModel: there is a tensor that this kind of model does not have.
         InsufficientMemory: the weights do not fit.
+        ValueError: `plan` does not suit the checkpoint.
     """
     check_tensors(config, reader)
-    weights = _allocate(config, dtype, device)
-    num_bytes = sum(view.nbytes for _, view in places(config, weights))
+    stored = stored_matrices(config, reader, plan)
+    # A tied embedding is looked up in, whatever its blocks are multiplied with.
+    kept = {part for matrix in stored.values() for part in matrix.parts} - {_EMBEDDINGS}
+    sizes = places(config, allocate(config, dtype, "meta"))
+    num_bytes = sum(view.nbytes for name, view in sizes if name not in kept)
+    weights = replace(_allocate(config, dtype, device, stored, num_bytes), stored=stored)
     progress.stage("Loading weights", num_bytes, "B")
     for name, view in places(config, weights):
+        if name in kept:
+            continue
         reader.read_into(name, view)
         _check_range(reader, name, view)
         progress.advance(view.nbytes)
@@ -87,14 +102,15 @@ def _check_tied_head(reader: TensorReader, weights: DecoderWeights) -> None:
         raise UnsupportedModel(f"{reader.label(_HEAD)} differs from the embeddings, to which the config ties it")
 
 
-def _allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
-    needed_bytes = sum(view.nbytes for _, view in places(config, allocate(config, dtype, "meta")))
+def _allocate(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, stored: Collection[str], needed_bytes: int
+) -> DecoderWeights:
     if needed_bytes > (free_bytes := free_memory_bytes(device)):
         raise InsufficientMemory(
             f"the weights in {dtype} take {needed_bytes / 1e9:.2f} GB, and {device} has {free_bytes / 1e9:.2f} GB free: "
             "choose a smaller model or dtype"
         )
-    return allocate(config, dtype, device)
+    return allocate(config, dtype, device, stored)
 
 
 def _check_range(reader: TensorReader, name: str, view: torch.Tensor) -> None:

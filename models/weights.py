@@ -7,8 +7,8 @@ rows of `qkv_ED` are all query heads, then all key heads, then all value heads; 
 up. Loading writes each tensor of the checkpoint straight into its rows.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,6 +33,28 @@ class LayerWeights:
     down_bias_D: torch.Tensor | None = None
 
 
+HEAD = "head"
+MATRIX_PARTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""The matrices of a layer, and the tensors of a checkpoint whose rows they join."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """A matrix in the quantised blocks of its file."""
+
+    format: str
+    """As GGUF spells it: Q4_0, Q4_1 or Q8_0."""
+    parts: tuple[str, ...]
+    """The checkpoint's tensors whose rows it joins, by their Hugging Face names."""
+    read: Callable[[], torch.Tensor]
+    """Gives the bytes, [rows, bytes a row]."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
     """A whole decoder. `head_VD` is the same tensor object as `embed_VD` where the model ties them."""
@@ -41,33 +63,43 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     final_norm_D: torch.Tensor
     head_VD: torch.Tensor
+    stored: Mapping[str, StoredMatrix] = field(default_factory=dict)
+    """Matrices that are not read into tensors, by name (`layers.I.qkv`, ..., `head`): their tensors are on no device
+    ("meta")."""
 
 
-def allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> DecoderWeights:
-    """Uninitialised weights of the right shapes."""
+def allocate(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, stored: Collection[str] = ()
+) -> DecoderWeights:
+    """Uninitialised weights of the right shapes; the matrices in `stored` take no memory."""
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def matrix(name: str, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta" if name in stored else device)
+
     embed_VD = empty(config.vocab_size, config.hidden_size)
     return DecoderWeights(
         embed_VD=embed_VD,
-        layers=tuple(_allocate_layer(config, empty) for _ in range(config.num_layers)),
+        layers=tuple(_allocate_layer(config, f"layers.{i}", empty, matrix) for i in range(config.num_layers)),
         final_norm_D=empty(config.hidden_size),
-        head_VD=embed_VD if config.tie_word_embeddings else empty(config.vocab_size, config.hidden_size),
+        head_VD=embed_VD if config.tie_word_embeddings else matrix(HEAD, config.vocab_size, config.hidden_size),
     )
 
 
-def _allocate_layer(config: ModelConfig, empty: Callable[..., torch.Tensor]) -> LayerWeights:
+def _allocate_layer(
+    config: ModelConfig, name: str, empty: Callable[..., torch.Tensor], matrix: Callable[..., torch.Tensor]
+) -> LayerWeights:
     hidden, inner = config.hidden_size, config.intermediate_size
     qkv_size = config.q_size + 2 * config.kv_size
     return LayerWeights(
         input_norm_D=empty(hidden),
-        qkv_ED=empty(qkv_size, hidden),
-        o_DE=empty(hidden, config.q_size),
+        qkv_ED=matrix(f"{name}.qkv", qkv_size, hidden),
+        o_DE=matrix(f"{name}.o", hidden, config.q_size),
         post_norm_D=empty(hidden),
-        gate_up_FD=empty(2 * inner, hidden),
-        down_DF=empty(hidden, inner),
+        gate_up_FD=matrix(f"{name}.gate_up", 2 * inner, hidden),
+        down_DF=matrix(f"{name}.down", hidden, inner),
         qkv_bias_E=empty(qkv_size) if config.qkv_bias else None,
         q_norm_H=empty(config.head_dim) if config.qk_norm else None,
         k_norm_H=empty(config.head_dim) if config.qk_norm else None,

@@ -25,18 +25,19 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
     device = resolve_device(order.options.device)
     dtype = resolve_dtype(order.options.dtype, checkpoint.config, device)
     config = checkpoint.config
+    plan = plan_weights(
+        order.options.quantization, order.options.quantization_group, order.options.quantization_overrides
+    )
     built = build_runner(
         config,
         # Not kept here: the decoder lays matrices out anew, and what it no longer needs becomes room for the cache.
-        checkpoint.load_weights(dtype, device, progress),
+        checkpoint.load_weights(dtype, device, progress, plan),
         cache_config=order.cache,
         max_running=order.max_running,
         max_step_tokens=order.max_step_tokens,
         num_threads=order.num_threads,
         kernels=order.options.kernels,
-        plan=plan_weights(
-            order.options.quantization, order.options.quantization_group, order.options.quantization_overrides
-        ),
+        plan=plan,
         guides=GuideCompiler(checkpoint.tokenizer, config.vocab_size, config.eos_token_ids),
         progress=progress,
     )

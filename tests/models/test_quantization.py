@@ -29,6 +29,12 @@ def test_the_first_pattern_that_matches_a_whole_name_counts() -> None:
     assert not plan.is_plain
 
 
+def test_the_head_has_8_bits_where_the_layers_have_4_unless_it_is_overridden() -> None:
+    assert plan_weights("a16w4").packing("head") == Packing(CHANNEL8)
+    assert plan_weights("a8w4", 32).packing("head") == Packing(GROUP8, 32, byte_inputs=True)
+    assert plan_weights("a8w4", None, {"head": "a8w4"}).packing("head") == Packing(GROUP4, 32, byte_inputs=True)
+
+
 def test_a_pattern_must_match_some_matrix_of_the_model() -> None:
     plan_weights("none", overrides={r"layers\.3\.qkv": "a8w8"}).check(4)
     with pytest.raises(ValueError, match=r"layers\.0\.qkv to layers\.2\.down .* got 'layers\\\\\.3\\\\\.qkv'"):
@@ -40,7 +46,7 @@ def test_a_pattern_must_match_some_matrix_of_the_model() -> None:
     [
         ({"quantization": "a4w4"}, "quantization must be one of none, a16w8, .*, got 'a4w4'"),
         ({"quantization": "a8w8", "quantization_group": 16}, "quantization_group must be one of 32, 64, 128, got 16"),
-        ({"quantization_group": 64}, "quantization_group must be None where nothing is quantised, got 64"),
+        ({"quantization_group": 64}, "quantization_group must be None with quantization='none', got 64"),
         (
             {"quantization_overrides": {"head": "int8"}},
             r"quantization_overrides\['head'\] must be one of .* got 'int8'",

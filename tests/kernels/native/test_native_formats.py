@@ -49,7 +49,7 @@ def product(
 def decoder_of(weights: DecoderWeights, isa: str, quantization: Quantization, group: int | None) -> NativeDecoder:
     num_outputs, num_inputs = weights.head_VD.shape
     config = tiny_config(hidden_size=num_inputs, vocab_size=num_outputs, num_layers=1, intermediate_size=40)
-    return native_decoder(config, weights, isa, quantization, group)
+    return native_decoder(config, weights, isa, quantization, group, {"head": quantization})
 
 
 def rows(count: int, num_inputs: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
