@@ -209,8 +209,8 @@ struct Queries {
     long num_segments() const { return last() / SEGMENT + 1 - first_segment(); }
 };
 
-// One segment's softmax, from nothing. Tiles are fetched one ahead, keys while the scores are computed and values while
-// the output is.
+// One segment's softmax, from nothing. Tiles are fetched one ahead, also into the next segment: keys while the scores
+// become weights, and values while the output is computed.
 template <class T, class Stored>
 void attend_segment(const CachedHead& head, const HeadShape& shape, const Queries& queries, long segment, float scale,
                     const AttentionScratch<T>& scratch, const Softmax& part) {
@@ -222,10 +222,11 @@ void attend_segment(const CachedHead& head, const HeadShape& shape, const Querie
     head.locate(begin, std::min(TILE, end - begin), offsets);
     head.prefetch(head.values, offsets, std::min(TILE, end - begin));
     for (long first = begin; first < end; first += TILE) {
-        const long count = std::min(TILE, end - first), next = std::clamp(end - (first + TILE), 0L, TILE);
+        const long count = std::min(TILE, end - first);
+        const long next = std::clamp(queries.last() + 1 - (first + TILE), 0L, TILE);
         head.locate(first + TILE, next, next_offsets);
-        head.prefetch(head.keys, next_offsets, next);
         score(Stored{}, head, offsets, count, shape, rows, scratch);
+        head.prefetch(head.keys, next_offsets, next);
         weigh(shape, queries.position, first, rows, queries.window, scale, scratch.scores, part);
         pack_values<Stored>(head, offsets, count, shape.head_dim, scratch.values);
         head.prefetch(head.values, next_offsets, next);
