@@ -18,6 +18,7 @@ from triode.engine.server.embeddings import EmbeddingEndpoint
 from triode.engine.server.errors import RequestError
 from triode.engine.server.guard import Guard, error_response, refuse
 from triode.engine.server.playground import playground
+from triode.engine.server.responses.endpoint import ResponseEndpoint
 from triode.engine.server.service import Service
 from triode.engine.server.status import StatusEndpoints
 from triode.engine.server.tokens import TokenEndpoints
@@ -25,12 +26,19 @@ from triode.engine.server.tokens import TokenEndpoints
 
 def build_app(service: Service) -> Starlette:
     """The app. It needs no lifespan, so that it can be mounted anywhere."""
+    responses = ResponseEndpoint(service)
     status, tokens, bridge = StatusEndpoints(service), TokenEndpoints(service), BridgeEndpoint(service)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", ChatEndpoint(service).create, methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(service).create, methods=["POST"]),
             Route("/v1/embeddings", EmbeddingEndpoint(service).create, methods=["POST"]),
+            Route("/v1/responses", responses.create, methods=["POST"]),
+            WebSocketRoute("/v1/responses", responses.connect),
+            Route("/v1/responses/{response_id}", responses.get),
+            Route("/v1/responses/{response_id}", responses.delete, methods=["DELETE"]),
+            Route("/v1/responses/{response_id}/input_items", responses.input_items),
+            Route("/v1/responses/{response_id}/cancel", responses.cancel, methods=["POST"]),
             WebSocketRoute("/v1/stream", bridge.connect),
             Route("/v1/stream/schema", bridge.schema),
             Route("/v1/models", status.models),

@@ -37,6 +37,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     reasoning_parser: Literal["auto", "none", "think"] = "auto"
     """What splits a reply's reasoning from its answer: <think> tags, always or if the chat template has them."""
     tool_parser: Literal["auto", "none", "hermes", "llama3"] = "auto"
+    max_stored_responses: int = 1024
+    """Responses of /v1/responses that can be fetched and continued; they are kept in memory."""
     """The format in which the model calls tools; auto reads it off the chat template."""
     max_prompts: int = 128
     """Prompts in one request at most."""
@@ -78,7 +80,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if type(self.port) is not int or not 0 <= self.port < 2**16:
             raise ValueError(f"port must be an integer >= 0 and < 65536, got {self.port!r}")
-        for name in ("max_body_bytes", "max_prompts", *_OPTIONAL_LIMITS):
+        for name in ("max_body_bytes", "max_prompts", "max_stored_responses", *_OPTIONAL_LIMITS):
             value = getattr(self, name)
             if not (value is None and name in _OPTIONAL_LIMITS) and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")

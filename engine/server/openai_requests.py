@@ -64,13 +64,11 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
     json_object: bool | None = None
 
 
-class GenerationRequest(Ignored, kw_only=True):
-    """What chat and text completions have in common."""
+class SampledRequest(Ignored, kw_only=True):
+    """What all requests have in common that generate."""
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
     top_k: int | None = None
@@ -89,15 +87,22 @@ class GenerationRequest(Ignored, kw_only=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    prompt_logprobs: int | None = None
-    n: int | None = None
     priority: int | None = None
     """Lower goes first."""
     cache_salt: str | None = None
     deadline_s: float | None = None
     """Cancels the request when so many seconds have passed."""
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+
+
+class GenerationRequest(SampledRequest, kw_only=True):
+    """What chat and text completions have in common."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    n: int | None = None
+    response_format: ResponseFormat | None = None
 
 
 class ChatRequest(GenerationRequest, kw_only=True):

@@ -2,7 +2,13 @@
 
 from triode.engine.server.errors import RequestError, wrong_value
 from triode.engine.server.guides import guide_of
-from triode.engine.server.openai_requests import ChatRequest, CompletionRequest, GenerationRequest
+from triode.engine.server.openai_requests import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    ResponseFormat,
+    SampledRequest,
+)
 from triode.engine.server.tools.plan import ToolPlan
 from triode.models.sampling import SamplingParams
 
@@ -32,9 +38,8 @@ def chat_params(request: ChatRequest, plan: ToolPlan) -> SamplingParams:
         values["max_tokens"] = request.max_completion_tokens
     if request.logprobs:
         values["logprobs"] = request.top_logprobs or 0
-    if plan.form is not None and plan.form.shows_special_tokens:
-        values["skip_special_tokens"] = False
-    return _params(request, values, plan)
+    _check_streaming(request)
+    return sampling_params(request, values, request.response_format, plan)
 
 
 def completion_params(request: CompletionRequest) -> SamplingParams:
@@ -53,16 +58,29 @@ def completion_params(request: CompletionRequest) -> SamplingParams:
     values: dict[str, object] = {"max_tokens": COMPLETION_MAX_TOKENS}
     if request.logprobs is not None:
         values["logprobs"] = request.logprobs
-    return _params(request, values, ToolPlan())
+    _check_streaming(request)
+    return sampling_params(request, values, request.response_format, ToolPlan())
 
 
-def _params(request: GenerationRequest, values: dict[str, object], plan: ToolPlan) -> SamplingParams:
-    values["guide"] = guide_of(request.response_format, request.structured_outputs, plan)
+def _check_streaming(request: GenerationRequest) -> None:
     if request.stream_options is not None and not request.stream:
         raise refused("stream_options", "stream_options must be given with stream = true")
     if request.stream and request.prompt_logprobs is not None:
         raise refused("prompt_logprobs", "prompt_logprobs must not be given with stream = true")
-    values |= {name: value for name in _SAME if (value := getattr(request, name)) is not None}
+
+
+def sampling_params(
+    request: SampledRequest, values: dict[str, object], form: ResponseFormat | None, plan: ToolPlan
+) -> SamplingParams:
+    """The parameters of a request, beside `values`, whose names here differ from the request's.
+
+    Raises:
+        RequestError: 400.
+    """
+    values["guide"] = guide_of(form, request.structured_outputs, plan)
+    if plan.form is not None and plan.form.shows_special_tokens:
+        values["skip_special_tokens"] = False
+    values |= {name: value for name in _SAME if (value := getattr(request, name, None)) is not None}
     if request.top_k is not None:
         values["top_k"] = 0 if request.top_k == -1 else request.top_k
     if request.stop is not None:

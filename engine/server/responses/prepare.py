@@ -1,0 +1,101 @@
+"""From a request to what is submitted, and to the response as it begins."""
+
+import secrets
+import time
+from typing import NamedTuple
+
+import msgspec
+
+from triode.engine.server.openai_requests import ResponseFormat, SchemaFormat
+from triode.engine.server.parameters import refused, sampling_params
+from triode.engine.server.replies.reader import ReplyReader
+from triode.engine.server.responses.history import input_items, to_messages
+from triode.engine.server.responses.objects import Response
+from triode.engine.server.responses.requests import NamedChoice, ResponseRequest, TextFormat
+from triode.engine.server.service import Service
+from triode.engine.server.tools import requests as chat_tools
+from triode.engine.server.tools.plan import plan_tools
+from triode.models.conversation import Conversation
+from triode.models.sampling import SamplingParams
+
+
+class Prepared(NamedTuple):
+    """One response, ready to be run."""
+
+    asked: ResponseRequest
+    items: tuple[dict[str, object], ...]
+    """The conversation so far: what was before, and the input."""
+    prompt: Conversation
+    params: SamplingParams
+    reader: ReplyReader | None
+    response: Response
+
+
+def prepare(service: Service, asked: ResponseRequest, before: tuple[dict[str, object], ...]) -> Prepared:
+    """Check a request as far as it can be without the engine. `before` are the items of the previous responses.
+
+    Raises:
+        RequestError: 400 or 404.
+    """
+    service.check_model(asked.model)
+    items = (*before, *input_items(asked.input))
+    tools = [chat_tools.Tool("function", _function(tool)) for tool in asked.tools or ()]
+    plan = plan_tools(tools, _choice(asked.tool_choice), asked.parallel_tool_calls, service.replies.tool_format)
+    values: dict[str, object] = {} if asked.max_output_tokens is None else {"max_tokens": asked.max_output_tokens}
+    form = None if asked.text is None or asked.text.format is None else _format(asked.text.format)
+    params = sampling_params(asked, values, form, plan)
+    options = asked.chat_template_kwargs or {}
+    try:
+        # A guide holds from the first token: no reasoning comes before.
+        starts_inside = params.guide is None and service.replies.prompt_opens_reasoning(options)
+    except ValueError as error:
+        raise refused("chat_template_kwargs", str(error)) from None
+    return Prepared(
+        asked=asked,
+        items=items,
+        prompt=Conversation(to_messages(items, asked.instructions), plan.for_template, options),
+        params=params,
+        reader=service.replies.reader(plan, starts_inside=starts_inside),
+        response=_begin(service, asked, params),
+    )
+
+
+def _begin(service: Service, asked: ResponseRequest, params: SamplingParams) -> Response:
+    form = asked.text.format if asked.text is not None and asked.text.format is not None else TextFormat(type="text")
+    choice = asked.tool_choice
+    return Response(
+        id=f"resp_{secrets.token_hex(24)}",
+        created_at=int(time.time()),
+        model=service.model_name,
+        instructions=asked.instructions,
+        previous_response_id=asked.previous_response_id,
+        tools=tuple(msgspec.to_builtins(tool) for tool in asked.tools or ()),
+        tool_choice=msgspec.to_builtins(choice) if isinstance(choice, NamedChoice) else choice or "auto",
+        parallel_tool_calls=asked.parallel_tool_calls is not False,
+        text={"format": {"type": "text"} if form.type == "text" else msgspec.to_builtins(form)},
+        temperature=params.temperature,
+        top_p=params.top_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        max_output_tokens=asked.max_output_tokens,
+        metadata=asked.metadata or {},
+        store=asked.store is not False,
+    )
+
+
+def _function(tool: msgspec.Struct) -> chat_tools.Function:
+    fields = msgspec.structs.asdict(tool)
+    fields.pop("type")
+    return chat_tools.Function(**fields)
+
+
+def _choice(choice: str | NamedChoice | None) -> chat_tools.ToolChoice | None:
+    if isinstance(choice, NamedChoice):
+        return chat_tools.NamedChoice("function", chat_tools.FunctionName(choice.name))
+    return choice  # type: ignore[return-value]  # one of the words, as the decoder has checked
+
+
+def _format(form: TextFormat) -> ResponseFormat:
+    if form.type != "json_schema":
+        return ResponseFormat(form.type)
+    return ResponseFormat("json_schema", SchemaFormat(form.name, form.schema, form.description, form.strict))
