@@ -8,11 +8,16 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from triode.kernels.dispatch import Kernels
+from triode.kernels.threads import cpu_threads
 from triode.models.batch import StepBatch
 from triode.models.config import ModelConfig
 from triode.models.layers import Layer, StepContext
 from triode.models.rope import rope_table
 from triode.models.weights import DecoderWeights, LayerWeights
+
+# Steps of fewer tokens run on one thread: they are many short operations, and what a second thread saves in each is
+# less than what starting and awaiting it costs. The results are the same bits.
+_MIN_TOKENS_FOR_THREADS = 32
 
 
 class Decoder:
@@ -42,6 +47,7 @@ class Decoder:
         self.rope = rope_table(config, self.device)
         self._embed_VD = weights.embed_VD
         self._final_norm_D = weights.final_norm_D
+        kernels.prepare_attention(config.head_dim)
         self._layers = [
             Layer(config, index, layer, kernels)
             for index, layer in enumerate(weights.layers if layers is None else layers)
@@ -62,21 +68,30 @@ class Decoder:
         Returns:
             The hidden states after the final norm, [T, D] without the padding.
         """
-        context = self._context(batch)
-        residual_TD = torch.nn.functional.embedding(batch.token_ids_T, self._embed_VD)
-        x_TD = torch.zeros_like(residual_TD)
-        for layer, key_PBKH, value_PBKH in zip(self._layers, keys_PBKH, values_PBKH, strict=True):
-            x_TD = layer(x_TD, residual_TD, key_PBKH, value_PBKH, context)
-        hidden_TD = self.kernels.add_rms_norm(x_TD, residual_TD, self._final_norm_D, self.config.rms_norm_eps)
-        return hidden_TD[: batch.num_tokens]
+        with cpu_threads(self._num_threads(len(batch.token_ids_T))):
+            return self._forward(batch, keys_PBKH, values_PBKH)
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """float32 logits [R, V] of the rows that need them."""
-        return self._head(hidden_RD).float()
+        with cpu_threads(self._num_threads(len(hidden_RD))):
+            return self._head(hidden_RD).float()
+
+    def _num_threads(self, num_tokens: int) -> int | None:
+        return 1 if num_tokens < _MIN_TOKENS_FOR_THREADS and self.device.type == "cpu" else None
+
+    def _forward(
+        self, batch: StepBatch, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        context = self._context(batch)
+        residual_TD = torch.nn.functional.embedding(batch.token_ids_T, self._embed_VD)
+        for layer, key_PBKH, value_PBKH in zip(self._layers, keys_PBKH, values_PBKH, strict=True):
+            residual_TD = layer(residual_TD, key_PBKH, value_PBKH, context)
+        hidden_TD = self.kernels.rms_norm(residual_TD, self._final_norm_D, self.config.rms_norm_eps)
+        return hidden_TD[: batch.num_tokens]
 
     def _context(self, batch: StepBatch) -> StepContext:
         position_T = batch.positions_PT[0]
-        plans = {
+        attends = {
             window: self.kernels.plan_attention(
                 batch.rows,
                 num_heads=self.config.num_heads,
@@ -87,4 +102,4 @@ class Decoder:
             )
             for window in self._windows
         }
-        return StepContext(self.rope.cos_XU[position_T], self.rope.sin_XU[position_T], batch.slot_T, plans)
+        return StepContext(self.rope.cos_XU[position_T], self.rope.sin_XU[position_T], batch.slot_T, attends)

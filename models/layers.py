@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from triode.kernels.dispatch import Kernels
-from triode.kernels.paged_attention.reference import AttentionPlan
+from triode.kernels.paged_attention.reference import Attend
 from triode.models.config import ModelConfig
 from triode.models.weights import LayerWeights
 
@@ -21,8 +21,8 @@ class StepContext:
     cos_TU: torch.Tensor
     sin_TU: torch.Tensor
     slot_T: torch.Tensor
-    plans: dict[int | None, AttentionPlan]
-    """Sliding window, or None, to its attention plan."""
+    attends: dict[int | None, Attend]
+    """Sliding window, or None, to its attention."""
 
 
 class Attention:
@@ -39,48 +39,7 @@ class Attention:
         self._q_norm_H = weights.q_norm_H
         self._k_norm_H = weights.k_norm_H
         self._qkv = kernels.prepare_linear(weights.qkv_ED, weights.qkv_bias_E)
-        self._o = kernels.prepare_linear(weights.o_DE, weights.o_bias_D)
-
-    def __call__(
-        self, x_TD: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, context: StepContext
-    ) -> torch.Tensor:
-        """Store the tokens' keys and values, then attend to the cache."""
-        kernels, N, K = self._kernels, self._num_heads, self._num_kv_heads
-        qkv_TJH = self._qkv(x_TD).unflatten(-1, (N + 2 * K, self._head_dim))
-        q_TNH, k_TKH, v_TKH = qkv_TJH.split((N, K, K), dim=1)
-        if self._q_norm_H is not None and self._k_norm_H is not None:
-            q_TNH.copy_(kernels.rms_norm(q_TNH, self._q_norm_H, self._eps))
-            k_TKH.copy_(kernels.rms_norm(k_TKH, self._k_norm_H, self._eps))
-        kernels.rotary(qkv_TJH[:, : N + K], context.cos_TU, context.sin_TU)
-        kernels.store_kv(k_TKH, v_TKH, key_PBKH, value_PBKH, context.slot_T)
-        plan = context.plans[self._window]
-        out_TNH = kernels.paged_attention(q_TNH, key_PBKH, value_PBKH, plan, self._scale)
-        return self._o(out_TNH.flatten(1))
-
-
-class Mlp:
-    """The gated feed-forward network of one layer."""
-
-    def __init__(self, weights: LayerWeights, kernels: Kernels) -> None:
-        self._swiglu = kernels.swiglu
-        self._gate_up = kernels.prepare_linear(weights.gate_up_FD, weights.gate_up_bias_F)
-        self._down = kernels.prepare_linear(weights.down_DF, weights.down_bias_D)
-
-    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """`down(silu(gate(x)) * up(x))`."""
-        return self._down(self._swiglu(self._gate_up(x_TD)))
-
-
-class Layer:
-    """Attention and feed-forward network, each behind a norm and added to the residual stream."""
-
-    def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights, kernels: Kernels) -> None:
-        self._add_rms_norm = kernels.add_rms_norm
-        self._eps = config.rms_norm_eps
-        self._input_norm_D = weights.input_norm_D
-        self._post_norm_D = weights.post_norm_D
-        self._attention = Attention(config, layer, weights, kernels)
-        self._mlp = Mlp(weights, kernels)
+        self._add_o = kernels.prepare_adding(weights.o_DE, weights.o_bias_D)
 
     def __call__(
         self,
@@ -90,8 +49,47 @@ class Layer:
         value_PBKH: torch.Tensor,
         context: StepContext,
     ) -> torch.Tensor:
-        """Add `x_TD`, the previous layer's output, to the residual in place; return this layer's output."""
-        x_TD = self._add_rms_norm(x_TD, residual_TD, self._input_norm_D, self._eps)
-        x_TD = self._attention(x_TD, key_PBKH, value_PBKH, context)
-        x_TD = self._add_rms_norm(x_TD, residual_TD, self._post_norm_D, self._eps)
-        return self._mlp(x_TD)
+        """Store the tokens' keys and values, attend to the cache, and add what comes out to the residual."""
+        kernels, N, K = self._kernels, self._num_heads, self._num_kv_heads
+        qkv_TJH = self._qkv(x_TD).unflatten(-1, (N + 2 * K, self._head_dim))
+        q_TNH, k_TKH, v_TKH = qkv_TJH.split((N, K, K), dim=1)
+        if self._q_norm_H is not None and self._k_norm_H is not None:
+            q_TNH.copy_(kernels.rms_norm(q_TNH, self._q_norm_H, self._eps))
+            k_TKH.copy_(kernels.rms_norm(k_TKH, self._k_norm_H, self._eps))
+        kernels.rotary(qkv_TJH[:, : N + K], context.cos_TU, context.sin_TU)
+        kernels.store_kv(k_TKH, v_TKH, key_PBKH, value_PBKH, context.slot_T)
+        out_TNH = context.attends[self._window](q_TNH, key_PBKH, value_PBKH, self._scale)
+        return self._add_o(out_TNH.flatten(1), residual_TD)
+
+
+class Mlp:
+    """The gated feed-forward network of one layer."""
+
+    def __init__(self, weights: LayerWeights, kernels: Kernels) -> None:
+        self._gated = kernels.prepare_gated(weights.gate_up_FD, weights.gate_up_bias_F)
+        self._add_down = kernels.prepare_adding(weights.down_DF, weights.down_bias_D)
+
+    def __call__(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
+        """`residual + down(silu(gate(x)) * up(x))`."""
+        return self._add_down(self._gated(x_TD), residual_TD)
+
+
+class Layer:
+    """Attention and feed-forward network, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights, kernels: Kernels) -> None:
+        self._rms_norm = kernels.rms_norm
+        self._eps = config.rms_norm_eps
+        self._input_norm_D = weights.input_norm_D
+        self._post_norm_D = weights.post_norm_D
+        self._attention = Attention(config, layer, weights, kernels)
+        self._mlp = Mlp(weights, kernels)
+
+    def __call__(
+        self, residual_TD: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, context: StepContext
+    ) -> torch.Tensor:
+        """The residual stream behind this layer; the one given may be overwritten."""
+        x_TD = self._rms_norm(residual_TD, self._input_norm_D, self._eps)
+        residual_TD = self._attention(x_TD, residual_TD, key_PBKH, value_PBKH, context)
+        x_TD = self._rms_norm(residual_TD, self._post_norm_D, self._eps)
+        return self._mlp(x_TD, residual_TD)

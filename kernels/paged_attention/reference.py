@@ -22,7 +22,9 @@ of its row reads the row's last key again: its probability is zero, and nothing 
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +35,10 @@ from triode.kernels.paged_attention.rows import AttentionRows
 TILE_TOKENS = 64
 SEGMENT_TILES = 8
 ROW_MULTIPLE = 4
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""The attention of one step: queries, a layer's keys and values, and the scale to outputs."""
+
 _MAX_QUERIES = 64
 # What one group touches should stay in the last-level cache: 600 K float32 scores and 2 M elements of keys.
 _MAX_SCORES = 600_000
@@ -177,16 +183,26 @@ class _Planner:
         return tile // SEGMENT_TILES * SEGMENT_TILES
 
 
+def prepare_step(
+    rows: AttentionRows, *, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None, device: torch.device
+) -> Attend:
+    """`paged_attention` of one step, for every layer with the same window; the arguments are `plan_attention`'s."""
+    plan = plan_attention(
+        rows, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window, device=device
+    )
+    return partial(paged_attention, plan)
+
+
 def paged_attention(
-    q_TNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, plan: AttentionPlan, scale: float
+    plan: AttentionPlan, q_TNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Causal attention of each query over its row's cached positions, its own included.
 
     Args:
+        plan: from `plan_attention` for this step.
         q_TNH: queries, rotated; rows that the plan does not name (padding) are not read.
         key_PBKH: keys; those of this step have been stored already.
         value_PBKH: values.
-        plan: from `plan_attention` for this step.
         scale: multiplies the scores.
 
     Returns:

@@ -6,6 +6,7 @@ import torch
 from triode.kernels.linear.cpu import CpuLinears
 from triode.kernels.linear.reference import PreparedLinear
 from triode.kernels.linear.row_check import SAFE_RULE, RowRule, find_row_rule
+from triode.kernels.threads import cpu_threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The matrices of SmolLM2 (but the head), one of Qwen2.5-0.5B, and shapes that no kernel likes.
@@ -93,3 +94,44 @@ def test_each_shape_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in ((8, 16), (8, 16), (16, 8)):
         linears(torch.zeros(shape))
     assert checked == [(16, 8, torch.float32), (8, 16, torch.float32)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_fused_products_agree_with_float64(dtype: torch.dtype, with_bias: bool) -> None:
+    torch.manual_seed(0)
+    weight, x, residual = (torch.randn(shape).to(dtype) for shape in ((96, 80), (5, 80), (5, 96)))
+    bias = torch.randn(96).to(dtype) if with_bias else None
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    gate, up = exact.chunk(2, 1)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    linears = CpuLinears(dtype)
+    gated = linears.gated(weight, bias)(x).double()
+    torch.testing.assert_close(gated, gate * gate.sigmoid() * up, rtol=tolerance, atol=10 * tolerance)
+    added = linears.adding(weight, bias)(x, residual.clone()).double()
+    torch.testing.assert_close(added, residual.double() + exact, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3072, 576), (576, 1536), (100, 36), (14, 3)], ids=str)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_a_row_of_a_fused_product_does_not_depend_on_the_others(
+    num_threads: int, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight, x, residual = (torch.randn(size).to(dtype) for size in (shape, (200, shape[1]), (200, shape[0])))
+    linears = CpuLinears(dtype)
+    gated, adding = linears.gated(weight), linears.adding(weight)
+    expected_gated, expected_added = gated(x), adding(x, residual.clone())
+    with cpu_threads(num_threads):
+        for rows in ROWS:
+            assert torch.equal(gated(x[:rows]), expected_gated[:rows]), rows
+            assert torch.equal(adding(x[:rows], residual[:rows].clone()), expected_added[:rows]), rows
+
+
+def test_fused_products_are_served_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triode.kernels.linear.cpu.find_row_rule", lambda *_: SAFE_RULE)
+    torch.manual_seed(0)
+    weight, x, residual = torch.randn(32, 48), torch.randn(37, 48), torch.randn(37, 32)
+    expected = residual + x @ weight.t()
+    torch.testing.assert_close(CpuLinears(torch.float32).adding(weight)(x, residual), expected)

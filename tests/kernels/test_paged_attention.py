@@ -1,4 +1,5 @@
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -6,9 +7,12 @@ import pytest
 import torch
 
 from exact_attention import attention_float64
-from triode.kernels.paged_attention import reference
+from triode.kernels.paged_attention import cpu, reference
+from triode.kernels.paged_attention.cpu import CpuAttention
+from triode.kernels.paged_attention.fused_check import find_tile_lengths
 from triode.kernels.paged_attention.reference import paged_attention, plan_attention
 from triode.kernels.paged_attention.rows import AttentionRows
+from triode.kernels.threads import cpu_threads
 
 SCALE = 0.31
 
@@ -30,7 +34,7 @@ class Step:
         plan = plan_attention(
             self.rows, num_heads=N, num_kv_heads=K, head_dim=H, window=window, device=torch.device("cpu")
         )
-        return paged_attention(self.q_TNH.to(dtype), self.key_PBKH.to(dtype), self.value_PBKH.to(dtype), plan, SCALE)
+        return paged_attention(plan, self.q_TNH.to(dtype), self.key_PBKH.to(dtype), self.value_PBKH.to(dtype), SCALE)
 
 
 def make_step(
@@ -132,3 +136,86 @@ def test_rows_that_no_plan_names_are_zero() -> None:
     step = make_step([(3, 2)])
     step.q_TNH = torch.cat((step.q_TNH, torch.full_like(step.q_TNH, torch.nan)))
     assert torch.equal(step.attend()[2:], torch.zeros(2, 6, 16))
+
+
+def attend_fused(step: Step, dtype: torch.dtype, rows: AttentionRows | None = None) -> torch.Tensor:
+    """The queries of a step by what the CPU takes: torch's fused kernel where it keeps the promise."""
+    N, H = step.q_TNH.shape[1:]
+    K = step.key_PBKH.shape[2]
+    kernels = CpuAttention()
+    kernels.prepare(H)
+    attend = kernels.plan(
+        rows or step.rows, num_heads=N, num_kv_heads=K, head_dim=H, window=None, device=torch.device("cpu")
+    )
+    return attend(step.q_TNH.to(dtype), step.key_PBKH.to(dtype), step.value_PBKH.to(dtype), SCALE)
+
+
+@pytest.mark.parametrize("block", [16, 128])
+@pytest.mark.parametrize("heads", [(6, 2, 16), (5, 1, 64), (14, 2, 80), (9, 3, 64)], ids=str)
+def test_fused_mixed_rows_agree_with_the_definition(block: int, heads: tuple[int, int, int]) -> None:
+    step = make_step(MIXED, heads=heads, block=block)
+    expected = attention_float64(step.q_TNH, step.keys, step.values, step.rows, SCALE)
+    torch.testing.assert_close(attend_fused(step, torch.float32).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fused_low_precision_cache_is_read_as_it_is_stored() -> None:
+    step = make_step(MIXED, heads=(9, 3, 64))
+    keys, values = ([entries.bfloat16() for entries in part] for part in (step.keys, step.values))
+    expected = attention_float64(step.q_TNH.bfloat16(), keys, values, step.rows, SCALE)
+    output = attend_fused(step, torch.bfloat16)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_a_query_is_the_same_decoded_and_prefilled_by_the_fused_kernel(num_threads: int, dtype: torch.dtype) -> None:
+    """Positions whose last tile is padded to every length that is used."""
+    step = make_step([(0, 1300)], heads=(9, 3, 64))
+    whole = attend_fused(step, dtype)
+    generator = random.Random(1)
+    positions = [generator.randrange(1300) for _ in range(120)] + [0, 63, 191, 192, 383, 384, 511, 512, 1023, 1024]
+    chunk = 600
+    rows = AttentionRows(
+        query_start_R1=np.array([*range(len(positions) + 1), len(positions) + chunk]),
+        start_R=np.array([*positions, 1300 - chunk]),
+        block_table_RC=step.rows.block_table_RC.repeat(len(positions) + 1, 0),
+        block_size_tokens=16,
+    )
+    order = [*positions, *range(1300 - chunk, 1300)]
+    step.q_TNH = step.q_TNH[order]
+    with cpu_threads(num_threads):
+        assert torch.equal(attend_fused(step, dtype, rows), whole[order])
+
+
+def lengths_of(order_of: Callable[[int], int]) -> tuple[int, ...]:
+    """What the check finds for a kernel that adds `order_of(length of the last tile)` positions at a time."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+        prob = torch.softmax(q @ k.transpose(2, 3) * scale + mask, -1)
+        length = (k.shape[2] - 1) % 512 + 1
+        step = order_of(length)
+        out = torch.zeros_like(q)
+        for at in range(0, k.shape[2], step):
+            out += (
+                (prob[..., None][:, :, :4, at : at + step] * v[:, :, None, at : at + step])
+                .sum(3)
+                .repeat(1, 1, q.shape[2] // 4, 1)
+            )
+        return out
+
+    return find_tile_lengths(attend, 8)
+
+
+def test_the_check_finds_which_tiles_add_in_one_order() -> None:
+    assert lengths_of(lambda length: 64) == (64, 128, 192, 256, 320, 384, 448, 512)
+    assert lengths_of(lambda length: 32 if length in (256, 320) else 64) == (64, 128, 192, 384, 448, 512)
+
+
+def test_a_kernel_that_does_not_keep_the_promise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "find_tile_lengths", lambda *_: ())
+    step = make_step(MIXED)
+    assert torch.equal(attend_fused(step, torch.float32), step.attend())
+    kernels = CpuAttention()
+    kernels.prepare(16)
+    assert kernels.exceptions() == ["attention, heads of 16: reference"]

@@ -15,7 +15,7 @@ from triode.cache.messages import BlockCopy
 from triode.errors import InsufficientMemory
 from triode.models import eager
 from triode.models.build import build_runner
-from triode.models.eager import cpu_threads
+from triode.kernels.threads import cpu_threads
 from triode.models.sampler import ALL_FORBIDDEN, SampledRows
 from triode.models.sampling import SamplingParams
 from triode.models.slots import SlotState

@@ -1,0 +1,193 @@
+"""Attention over a paged cache by torch's fused kernel for the CPU (FlashAttention, Dao et al., arXiv 2205.14135).
+
+It is one operation where `reference.py` takes a dozen, and keeps the promise when three things hold, which
+`fused_check.py` asks of the library when a model is loaded:
+
+- rows do not depend on how many rows a call has, if those are a multiple of 4: a KV head's queries are packed into rows
+  and padded;
+- keys are walked in tiles of 512 positions counted from position 0, and tiles that a query does not see change nothing;
+- the last tile has a length that adds in the order of a whole tile.
+
+Everything is computed in float32, from keys and values as they are stored: for lower precisions the kernel takes one of
+two matrix products according to the number of rows and threads, and their bits differ.
+
+Where the check finds otherwise, and for sliding windows, whose first tiles may be hidden altogether, `reference.py` computes. One
+layer is always served by one of them.
+
+    T packed query tokens   N query heads   K KV heads   G = N / K   H head dim   P blocks   B block size
+    R rows of a group   Q queries a row   M >= Q G rows of a product   L positions
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from triode.kernels.paged_attention import reference
+from triode.kernels.paged_attention.fused_check import MAX_ROWS, TILE_TOKENS, find_tile_lengths
+from triode.kernels.paged_attention.reference import ROW_MULTIPLE, Attend
+from triode.kernels.paged_attention.rows import AttentionRows
+
+_MAX_QUERIES = 128
+# Keys and values of decode rows that are gathered at once stay in the last-level cache.
+_MAX_GATHERED = 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Q queries of each of R rows over L positions."""
+
+    token_T: torch.Tensor
+    """int64 [R Q]: where the queries are packed."""
+    num_rows: int
+    num_positions: int
+    slot_L: torch.Tensor
+    """int64 [R L]: the positions' entries in the cache."""
+    mask_RML: torch.Tensor
+    """[R, 1, M, L]: 0 where a query sees a position, -inf elsewhere."""
+
+
+class CpuAttention:
+    """Plans steps, and remembers what was found for each head size."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._lengths: dict[int, tuple[int, ...]] = {}
+
+    def prepare(self, head_dim: int) -> None:
+        """Check the fused kernel, once a head size."""
+        if head_dim not in self._lengths:
+            self._lengths[head_dim] = find_tile_lengths(_fused, head_dim)
+
+    def plan(
+        self,
+        rows: AttentionRows,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        device: torch.device,
+    ) -> Attend:
+        """As `reference.prepare_step`, for a prepared head size."""
+        lengths = self._lengths[head_dim]
+        if window is not None or not lengths:
+            return reference.prepare_step(
+                rows,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                window=window,
+                device=device,
+            )
+        planner = _Planner(rows, num_heads // num_kv_heads, num_kv_heads * head_dim, lengths)
+        return partial(_attend, planner.decode_groups() + planner.chunk_groups())
+
+    def exceptions(self) -> list[str]:
+        """The head sizes that the fused kernel does not serve."""
+        return [f"attention, heads of {size}: reference" for size, lengths in self._lengths.items() if not lengths]
+
+
+class _Planner:
+    def __init__(
+        self, rows: AttentionRows, heads_a_group: int, elements_a_token: int, lengths: tuple[int, ...]
+    ) -> None:
+        self.rows = rows
+        self.num_query_R = np.diff(rows.query_start_R1)
+        self.heads_a_group = heads_a_group
+        self.elements_a_token = elements_a_token
+        self.lengths = lengths
+
+    def decode_groups(self) -> list[_Group]:
+        """Rows of one query share a group with those that are padded to the same length."""
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for row in np.flatnonzero(self.num_query_R == 1).tolist():
+            by_length[self._padded(int(self.rows.start_R[row]) + 1)].append(row)
+        groups = []
+        for length, members in sorted(by_length.items()):
+            at_once = max(1, _MAX_GATHERED // (length * self.elements_a_token))
+            starts = range(0, len(members), at_once)
+            groups += [self._group(np.array(members[at : at + at_once]), 0, 1, length) for at in starts]
+        return groups
+
+    def chunk_groups(self) -> list[_Group]:
+        """Each row of several queries, in blocks that see about the same positions."""
+        groups = []
+        size = max(1, min(_MAX_QUERIES, MAX_ROWS // self.heads_a_group))
+        for row in np.flatnonzero(self.num_query_R > 1).tolist():
+            num_query, start = int(self.num_query_R[row]), int(self.rows.start_R[row])
+            for first in range(0, num_query, size):
+                last = min(first + size, num_query)
+                groups.append(self._group(np.array([row]), first, last, self._padded(start + last)))
+        return groups
+
+    def _padded(self, num_positions: int) -> int:
+        """The positions that are walked for so many that are seen."""
+        whole = (num_positions - 1) // TILE_TOKENS * TILE_TOKENS
+        return whole + next(length for length in self.lengths if length >= num_positions - whole)
+
+    def _group(self, row_R: npt.NDArray[np.int64], first: int, last: int, length: int) -> _Group:
+        rows = self.rows
+        position_RQ = rows.start_R[row_R][:, None] + np.arange(first, last)
+        position_L = np.arange(length)
+        # Positions past the row's end read its last key, which exists.
+        key_RL = np.minimum(position_L, position_RQ[:, -1:])
+        block_RL = rows.block_table_RC[row_R[:, None], key_RL // rows.block_size_tokens]
+        slot_RL = block_RL * rows.block_size_tokens + key_RL % rows.block_size_tokens
+        hidden_RML = (position_L > position_RQ[:, :, None]).repeat(self.heads_a_group, 1)
+        missing = -hidden_RML.shape[1] % ROW_MULTIPLE
+        hidden_RML = np.pad(hidden_RML, ((0, 0), (0, missing), (0, 0)))
+        mask_RML = torch.zeros(hidden_RML.shape)
+        return _Group(
+            token_T=torch.from_numpy((rows.query_start_R1[row_R][:, None] + np.arange(first, last)).reshape(-1)),
+            num_rows=len(row_R),
+            num_positions=length,
+            slot_L=torch.from_numpy(slot_RL.reshape(-1)),
+            mask_RML=mask_RML.masked_fill_(torch.from_numpy(hidden_RML), -torch.inf)[:, None],
+        )
+
+
+def _attend(
+    groups: list[_Group], q_TNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, scale: float
+) -> torch.Tensor:
+    out_TNH = torch.zeros_like(q_TNH, memory_format=torch.contiguous_format)
+    for group in groups:
+        out_TNH.index_copy_(0, group.token_T, _attend_group(group, q_TNH, key_PBKH, value_PBKH, scale))
+    return out_TNH
+
+
+def _attend_group(
+    group: _Group, q_TNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The outputs [R Q, N, H] of the group's queries."""
+    R, L, M = group.num_rows, group.num_positions, group.mask_RML.shape[2]
+    (K, H), N = key_PBKH.shape[2:], q_TNH.shape[1]
+    G, Q = N // K, len(group.token_T) // R
+
+    def gathered(cache_PBKH: torch.Tensor) -> torch.Tensor:
+        return cache_PBKH.view(-1, K * H).index_select(0, group.slot_L).float().view(R, L, K, H).transpose(1, 2)
+
+    q_RKQGH = q_TNH.index_select(0, group.token_T).float().view(R, Q, K, G, H).transpose(1, 2)
+    if M == Q * G:
+        q_RKMH = q_RKQGH.reshape(R, K, M, H)
+    else:
+        q_RKMH = q_RKQGH.new_zeros(R, K, M, H)
+        q_RKMH[:, :, : Q * G].view(R, K, Q, G, H).copy_(q_RKQGH)
+    mask_RKML = group.mask_RML.expand(R, K, M, L)
+    out_RKMH = _fused(q_RKMH, gathered(key_PBKH), gathered(value_PBKH), mask_RKML, scale)
+    out_RQKGH = out_RKMH[:, :, : Q * G].view(R, K, Q, G, H).transpose(1, 2)
+    return out_RQKGH.reshape(R * Q, N, H).to(q_TNH.dtype)
+
+
+def _fused(
+    q_RKMH: torch.Tensor, key_RKLH: torch.Tensor, value_RKLH: torch.Tensor, mask_RKML: torch.Tensor, scale: float
+) -> torch.Tensor:
+    # Called by name, so that no rule of torch's picks another kernel for some shape.
+    out_RKMH: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_RKMH, key_RKLH, value_RKLH, 0.0, False, attn_mask=mask_RKML, scale=scale
+    )[0]
+    return out_RKMH
