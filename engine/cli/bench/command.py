@@ -11,6 +11,7 @@ import trio
 
 from triode.engine.cli.bench import latency, prefill, prefix, throughput
 from triode.engine.cli.bench.measure import Figures, measure
+from triode.engine.cli.bench.serving import command as serving
 from triode.engine.cli.bench.startup import STARTUP, StartedEngine, measure_startup
 from triode.engine.cli.bench.table import Row, print_table, summary, write_json
 from triode.engine.cli.bench.workload import Sizes, Workload
@@ -65,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     startup = tests.add_parser("startup", help="time from the start of a process to its first token")
     _add_common_arguments(startup)
     startup.set_defaults(run=_run_startup)
+    serve = tests.add_parser("serve", help=serving.SUMMARY, description=f"Measures {serving.SUMMARY}.")
+    serving.add_arguments(serve)
 
 
 def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
