@@ -5,7 +5,6 @@ from typing import Literal, get_args, get_type_hints
 import msgspec
 from msgspec.structs import force_setattr
 
-
 _OPTIONAL_LIMITS = ("max_concurrent_per_key", "max_requests_per_minute", "max_tokens_per_minute")
 
 
@@ -37,9 +36,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     reasoning_parser: Literal["auto", "none", "think"] = "auto"
     """What splits a reply's reasoning from its answer: <think> tags, always or if the chat template has them."""
     tool_parser: Literal["auto", "none", "hermes", "llama3"] = "auto"
+    """The format in which the model calls tools; auto reads it off the chat template."""
     max_stored_responses: int = 1024
     """Responses of /v1/responses that can be fetched and continued; they are kept in memory."""
-    """The format in which the model calls tools; auto reads it off the chat template."""
     max_prompts: int = 128
     """Prompts in one request at most."""
     max_concurrent_per_key: int | None = None
