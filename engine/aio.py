@@ -84,8 +84,28 @@ async def open_engine(
         yield Engine(thread)
     finally:
         thread.stop()
-        # The thread ends by a deadline of its own, and nothing of it may outlive the block.
-        await asyncio.shield(asyncio.wrap_future(thread.ended))
+        await _joined(thread)
+
+
+async def _joined(thread: EngineThread) -> None:
+    """Wait for the thread, which ends by a deadline of its own: nothing of it outlives the block.
+
+    A cancellation that comes meanwhile takes effect afterwards.
+
+    Raises:
+        EngineFault: if a fault ended the engine.
+    """
+    ended, cancelled = asyncio.wrap_future(thread.ended), None
+    while not ended.done():
+        try:
+            await asyncio.wait([ended])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        # Looked at, so that asyncio does not report it as forgotten.
+        ended.exception()
+        raise cancelled
+    ended.result()
 
 
 class Engine:
