@@ -26,7 +26,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Where steps run: "thread" (a thread of their own; what "auto" takes), "process" (a process of their own, which also
     holds the weights) or "inline" (in the event loop)."""
     num_threads: int | None = None
-    """CPU threads for one step; None leaves torch's number as it is."""
+    """CPU threads for one step; None takes torch's number, or as many as this process may use processors if that is less."""
 
     def __post_init__(self) -> None:
         if self.executor not in get_args(ExecutorMode):

@@ -8,6 +8,7 @@ import torch
 
 from triode.cache.config import CacheConfig
 from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_blocks_for
+from triode.kernels.native.cpus import usable_threads
 from triode.models.config import KernelChoice, ModelConfig
 from triode.models.cpu import choose_native, cpu_program, describe_kernels
 from triode.models.eager import EagerRunner, cpu_threads
@@ -66,6 +67,7 @@ def build_runner(
             raise ValueError(f"quantization must be none on a GPU, got '{plan}'")
         return _build_on_gpu(config, weights, cache_config, max_running, max_step_tokens, guides, progress)
     native = choose_native(weights.embed_VD.dtype, kernels, plan, progress)
+    num_threads = num_threads or usable_threads(torch.get_num_threads())
     progress.stage("Preparing kernels", None, "")
     with torch.inference_mode(), cpu_threads(num_threads):
         num_threads_used = torch.get_num_threads()

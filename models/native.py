@@ -17,6 +17,7 @@ import torch
 from triode.cache.pool import elements_per_head
 from triode.kernels.native.isa import InstructionSet
 from triode.kernels.native.library import BatchStruct, NativeLibrary
+from triode.kernels.native.team import Team
 from triode.models.batch import StepBatch
 from triode.models.config import ModelConfig
 from triode.models.packed import ALIGNMENT_BYTES, PANEL, PackedModel, rounded_up
@@ -72,6 +73,7 @@ class NativeDecoder:
         layers = weights.layers if layers is None else layers
         self._memory = PackedModel(library, config, weights, layers, plan)
         self._model = self._memory.model
+        self._team: Team | None = None
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._pool: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None
         self._pool_addresses = (_addresses(()), _addresses(()))
@@ -112,18 +114,26 @@ class NativeDecoder:
             values=ctypes.addressof(self._pool_addresses[1]),
             hidden=hidden_TD.data_ptr(),
         )
-        num_threads = torch.get_num_threads()
-        self._library.forward(self._model, struct, self._working_memory(batch.num_tokens, num_threads), num_threads)
+        team = self._current_team()
+        scratch = self._working_memory(batch.num_tokens, team.num_threads)
+        self._library.forward(self._model, struct, scratch, team.handle)
         return hidden_TD
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """float32 logits [R, V] of the rows that need them."""
         hidden_RD = hidden_RD.contiguous()
-        num_rows, num_threads = len(hidden_RD), torch.get_num_threads()
+        num_rows, team = len(hidden_RD), self._current_team()
         out = torch.empty(num_rows, rounded_up(self.config.vocab_size, PANEL))
-        scratch = self._working_memory(num_rows, num_threads)
-        self._library.logits(self._model, hidden_RD.data_ptr(), num_rows, out.data_ptr(), scratch, num_threads)
+        scratch = self._working_memory(num_rows, team.num_threads)
+        self._library.logits(self._model, hidden_RD.data_ptr(), num_rows, out.data_ptr(), scratch, team.handle)
         return out[:, : self.config.vocab_size]
+
+    def _current_team(self) -> Team:
+        """As many threads as torch would use; others are started when their number changes."""
+        num_threads = torch.get_num_threads()
+        if self._team is None or self._team.num_threads != num_threads:
+            self._team = Team(self._library, num_threads)
+        return self._team
 
     def _bind_pool(self, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]) -> None:
         """Look up where the cache is, once a pool."""

@@ -47,6 +47,7 @@ def examine() -> Report:
     """Look at the machine and at the installation."""
     import torch
 
+    from triode.kernels.native.cpus import usable_threads
     from triode.models.cpu import describe_auto_kernels
     from triode.models.loader import resolve_device
 
@@ -63,7 +64,7 @@ def examine() -> Report:
         gpus=read_gpus(),
         device=str(device),
         kernels={str(dtype).removeprefix("torch."): kernels(dtype) for dtype in dtypes},
-        num_threads=torch.get_num_threads(),
+        num_threads=usable_threads(torch.get_num_threads()),
         models=_models(),
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from triode.cache.memory import available_memory_bytes
+from triode.kernels.native.cpus import quota_cores
 
 # As /proc/cpuinfo spells them; those that a fast CPU kernel can be built on.
 _FEATURES = (
@@ -82,7 +83,7 @@ def read_processor(root: Path = Path("/")) -> Processor:
         name=info.get("model name", platform.processor() or platform.machine()),
         num_cores=os.cpu_count() or 1,
         num_allowed_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        quota_cores=_quota_cores(root),
+        quota_cores=quota_cores(root),
         features=tuple(feature for feature in _FEATURES if feature in flags),
     )
 
@@ -129,32 +130,3 @@ def _cpuinfo(root: Path) -> dict[str, str]:
         return {}
     first = path.read_text().split("\n\n", 1)[0]
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
-
-
-def _quota_cores(root: Path) -> float | None:
-    """The tightest CPU limit of this process's control groups, the unified hierarchy or the old one."""
-    quotas = []
-    for line in _lines(root / "proc/self/cgroup"):
-        hierarchy, controllers, group = line.split(":", 2)
-        if hierarchy == "0":
-            mount, files = root / "sys/fs/cgroup", ["cpu.max"]
-        elif "cpu" in controllers.split(","):
-            mount, files = root / "sys/fs/cgroup/cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
-        else:
-            continue
-        own = mount / group.lstrip("/")
-        for folder in (own, *own.parents):
-            words = [word for name in files for text in _lines(folder / name) for word in text.split()]
-            # "max" and -1: no limit.
-            if len(words) == 2 and words[0].isdigit():
-                quotas.append(int(words[0]) / int(words[1]))
-            if folder == mount:
-                break
-    return min(quotas, default=None)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []

@@ -1,11 +1,12 @@
 """The compiled step, by ctypes: its structs, and one typed method for each of its functions.
 
 ctypes releases the interpreter's lock during a call. The structs mirror `model.h` field by field; loading compares
-their sizes. Torch must be imported before the library is loaded, so that both use the same OpenMP threads.
+their sizes. Steps have threads of their own (`team.h`); OpenMP's only pack weights, and torch must be imported before
+the library is loaded, so that both use the same ones.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_void_p, sizeof
 from functools import cache
 
@@ -97,8 +98,10 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[object, ...]]] = {
     "triode_pack": (None, (c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p)),
     "triode_pack_groups": (None, (c_int32, c_int64, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p)),
     "triode_scratch_bytes": (c_int64, (POINTER(ModelStruct), c_int64, c_int32)),
-    "triode_forward": (c_int32, (POINTER(ModelStruct), POINTER(BatchStruct), c_void_p, c_int32)),
-    "triode_logits": (None, (POINTER(ModelStruct), c_void_p, c_int64, c_void_p, c_void_p, c_int32)),
+    "triode_open_team": (c_void_p, (c_int32, POINTER(c_int32))),
+    "triode_close_team": (None, (c_void_p,)),
+    "triode_forward": (c_int32, (POINTER(ModelStruct), POINTER(BatchStruct), c_void_p, c_void_p)),
+    "triode_logits": (None, (POINTER(ModelStruct), c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
 }
 
 
@@ -149,18 +152,27 @@ class NativeLibrary:
         """Bytes of working memory, aligned to 64, that a step of `num_tokens` or so many rows of logits need."""
         return int(self._library.triode_scratch_bytes(byref(model), num_tokens, num_threads))
 
-    def forward(self, model: ModelStruct, batch: BatchStruct, scratch: int, num_threads: int) -> None:
+    def open_team(self, num_helpers: int, cpus: Sequence[int] | None) -> int:
+        """Start threads that help whoever calls `forward` and `logits` with their handle; each stays on its CPU."""
+        places = None if cpus is None else (c_int32 * num_helpers)(*cpus)
+        return int(self._library.triode_open_team(num_helpers, places))
+
+    def close_team(self, team: int) -> None:
+        """End them."""
+        self._library.triode_close_team(team)
+
+    def forward(self, model: ModelStruct, batch: BatchStruct, scratch: int, team: int) -> None:
         """Compute a step.
 
         Raises:
             ValueError: an index of the batch is out of bounds; nothing was computed.
         """
-        if not self._library.triode_forward(byref(model), byref(batch), scratch, num_threads):
+        if not self._library.triode_forward(byref(model), byref(batch), scratch, team):
             raise ValueError("batch must hold tokens, positions, slots and blocks that exist, got one that does not")
 
-    def logits(self, model: ModelStruct, hidden: int, rows: int, out: int, scratch: int, num_threads: int) -> None:
+    def logits(self, model: ModelStruct, hidden: int, rows: int, out: int, scratch: int, team: int) -> None:
         """The head over contiguous hidden states; `out` is [rows, vocabulary rounded up to 64] floats."""
-        self._library.triode_logits(byref(model), hidden, rows, out, scratch, num_threads)
+        self._library.triode_logits(byref(model), hidden, rows, out, scratch, team)
 
 
 def load_library(announce: Callable[[str], None]) -> NativeLibrary:

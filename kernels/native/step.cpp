@@ -1,8 +1,4 @@
 // The exported functions, in plain C. One shared object is built of this file per instruction set.
-#include <omp.h>
-
-#include <new>
-
 #include "packing.h"
 #include "step.h"
 
@@ -14,19 +10,9 @@ using namespace triode;
 
 namespace {
 
-// Calls `work(Worker&)` on up to `num_threads` threads; the system may grant fewer.
-template <class Work>
-void together(Phase* phases, long num_phases, int num_threads, Work work) {
-    for (long i = 0; i < num_phases; i++) new (phases + i) Phase{};
-#pragma omp parallel num_threads(num_threads)
-    {
-        Worker worker(phases, omp_get_thread_num());
-        work(worker);
-    }
-}
-
 template <class T>
-void forward(const TriodeModel& model, const TriodeBatch& batch, void* scratch, int num_threads) {
+void forward(const TriodeModel& model, const TriodeBatch& batch, void* scratch, Team& team) {
+    const int num_threads = team.size();
     Buffers<T> buffers;
     buffers.take(scratch, model, batch.num_tokens, num_threads);
     for (int i = 0; i < num_threads; i++) {
@@ -41,7 +27,7 @@ void forward(const TriodeModel& model, const TriodeBatch& batch, void* scratch, 
         std::fill(row + model.num_heads * model.head_dim, row + buffers.attended_stride, T{});
     }
     const Step<T> step(model, batch, buffers);
-    together(buffers.phases, Buffers<T>::num_phases(model), num_threads, [&](Worker& worker) { step.run(worker); });
+    team.run(buffers.phases, Buffers<T>::num_phases(model), [&](Worker& worker) { step.run(worker); });
 }
 
 template <class T>
@@ -71,16 +57,16 @@ struct HeadBuffers {
 };
 
 template <class T>
-void logits(const TriodeModel& model, const T* hidden, long rows, float* out, void* scratch, int num_threads) {
+void logits(const TriodeModel& model, const T* hidden, long rows, float* out, void* scratch, Team& team) {
     HeadBuffers<T> buffers;
-    buffers.take(scratch, model, rows, num_threads);
+    buffers.take(scratch, model, rows, team.size());
     for (long row = 0; row < rows; row++) {
         T* to = buffers.x + row * buffers.stride;
         std::copy_n(hidden + row * model.hidden_size, model.hidden_size, to);
         std::fill(to + model.hidden_size, to + buffers.stride, T{});
     }
     const long out_stride = rounded_up(model.vocab_size, PANEL);
-    together(buffers.phases, HeadBuffers<T>::PHASES, num_threads, [&](Worker& worker) {
+    team.run(buffers.phases, HeadBuffers<T>::PHASES, [&](Worker& worker) {
         auto write = [&](long row, long output, const float* sums) {
             memcpy(out + row * out_stride + output, sums, PANEL * sizeof(float));
         };
@@ -188,22 +174,27 @@ int64_t triode_scratch_bytes(const TriodeModel* model, int64_t num_tokens, int32
     return std::max(step, HeadBuffers<float>{}.take(nullptr, *model, num_tokens, num_threads));
 }
 
+// Threads for `triode_forward` and `triode_logits`, one call at a time. `cpus`: where each helper stays, or null.
+void* triode_open_team(int32_t num_helpers, const int32_t* cpus) { return new Team(num_helpers, cpus); }
+
+void triode_close_team(void* team) { delete static_cast<Team*>(team); }
+
 // Computes a step. Returns false, having touched nothing, if some index of the batch is out of bounds.
-int32_t triode_forward(const TriodeModel* model, const TriodeBatch* batch, void* scratch, int32_t num_threads) {
+int32_t triode_forward(const TriodeModel* model, const TriodeBatch* batch, void* scratch, void* team) {
     if (!rows_fit(*batch) || !tokens_fit(*model, *batch)) return 0;
     if (model->is_bf16)
-        forward<bf16>(*model, *batch, scratch, num_threads);
+        forward<bf16>(*model, *batch, scratch, *static_cast<Team*>(team));
     else
-        forward<float>(*model, *batch, scratch, num_threads);
+        forward<float>(*model, *batch, scratch, *static_cast<Team*>(team));
     return 1;
 }
 
 // out[rows][vocabulary rounded up to 64] from contiguous hidden states.
 void triode_logits(const TriodeModel* model, const void* hidden, int64_t rows, float* out, void* scratch,
-                   int32_t num_threads) {
+                   void* team) {
     if (model->is_bf16)
-        logits(*model, static_cast<const bf16*>(hidden), rows, out, scratch, num_threads);
+        logits(*model, static_cast<const bf16*>(hidden), rows, out, scratch, *static_cast<Team*>(team));
     else
-        logits(*model, static_cast<const float*>(hidden), rows, out, scratch, num_threads);
+        logits(*model, static_cast<const float*>(hidden), rows, out, scratch, *static_cast<Team*>(team));
 }
 }

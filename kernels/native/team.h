@@ -6,9 +6,18 @@
 // others' items spins for a bounded time and then gives the processor away: on a busy machine they need it to finish.
 #pragma once
 
+#include <linux/futex.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
+#include <climits>
+#include <new>
 #include <thread>
+#include <vector>
 
 namespace triode {
 
@@ -19,6 +28,27 @@ inline void relax() {
     asm volatile("yield");
 #endif
 }
+
+// How to wait for another thread: spinning, then offering it the processor, then asleep.
+class Patience {
+  public:
+    void wait() {
+        if (waits_ < MAX_SPINS)
+            relax();
+        else if (waits_ < MAX_SPINS + MAX_YIELDS)
+            std::this_thread::yield();
+        else
+            std::this_thread::sleep_for(std::chrono::microseconds(SLEEP_US));
+        waits_++;
+    }
+
+  private:
+    static constexpr int MAX_SPINS = 2000;
+    static constexpr int MAX_YIELDS = 20;
+    static constexpr int SLEEP_US = 30;
+
+    int waits_ = 0;
+};
 
 // Items of one phase; the two counters do not share a cache line.
 struct Phase {
@@ -42,23 +72,117 @@ class Worker {
         long mine = 0;
         for (long item; (item = phase_->claimed.fetch_add(1, std::memory_order_relaxed)) < items; mine++) work(item);
         if (mine) phase_->done.fetch_add(mine, std::memory_order_release);
-        for (int waits = 0; phase_->done.load(std::memory_order_acquire) < items; waits++) {
-            if (waits < MAX_SPINS)
-                relax();
-            else if (waits < MAX_SPINS + MAX_YIELDS)
-                std::this_thread::yield();
-            else
-                std::this_thread::sleep_for(std::chrono::microseconds(SLEEP_US));
-        }
+        Patience patience;
+        while (phase_->done.load(std::memory_order_acquire) < items) patience.wait();
         phase_++;
     }
 
   private:
-    static constexpr int MAX_SPINS = 2000;
-    static constexpr int MAX_YIELDS = 20;
-    static constexpr int SLEEP_US = 30;
-
     Phase* phase_;
+};
+
+// Threads that wait for steps: the caller's and its helpers.
+//
+// A step does not wait for helpers to arrive: one that the system does not run misses it, and the others claim its items.
+// It waits for those that are in it to leave. Between steps helpers spin for a bounded time, in which they give their
+// processor to whoever wants it, and then sleep.
+class Team {
+  public:
+    // `cpus`: where each helper stays, or null where the system is to choose.
+    Team(int num_helpers, const int32_t* cpus) {
+        // Signals are for the threads that the host program knows.
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        for (int i = 0; i < num_helpers; i++) {
+            helpers_.emplace_back([this, i] { help(i + 1); });
+            if (cpus) pin(helpers_.back(), cpus[i]);
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+
+    ~Team() {
+        is_over_.store(true);
+        announce();
+        for (std::thread& helper : helpers_) helper.join();
+    }
+
+    int size() const { return int(helpers_.size()) + 1; }
+
+    // Calls `work(Worker&)` here and on the helpers that come in time. All phases are done when it returns.
+    template <class Work>
+    void run(Phase* phases, long num_phases, const Work& work) {
+        for (long i = 0; i < num_phases; i++) new (phases + i) Phase{};
+        auto call = [&](int index) {
+            Worker worker(phases, index);
+            work(worker);
+        };
+        call_ = [](const void* work, int index) { (*static_cast<const decltype(call)*>(work))(index); };
+        work_ = &call;
+        announce();
+        call(0);
+        job_.fetch_add(1);
+        Patience patience;
+        while (inside_.load()) patience.wait();
+    }
+
+  private:
+    static constexpr int SPIN_US = 500;
+
+    // A job is open while the number is odd.
+    void announce() {
+        job_.fetch_add(1);
+        if (asleep_.load()) futex(FUTEX_WAKE_PRIVATE, INT32_MAX);
+    }
+
+    void help(int index) {
+        for (uint32_t seen = 0;;) {
+            const uint32_t job = next(seen);
+            if (is_over_.load()) return;
+            inside_.fetch_add(1);
+            // Whoever closes the job after this sees that somebody is inside.
+            if (job_.load() == job) call_(work_, index);
+            inside_.fetch_sub(1);
+            seen = job;
+        }
+    }
+
+    // An open job that is not `seen`.
+    uint32_t next(uint32_t seen) {
+        using Clock = std::chrono::steady_clock;
+        auto is_new = [&](uint32_t job) { return job % 2 && job != seen; };
+        const Clock::time_point end = Clock::now() + std::chrono::microseconds(SPIN_US);
+        do {
+            for (int i = 0; i < 100; i++, relax())
+                if (const uint32_t job = job_.load(); is_new(job)) return job;
+            std::this_thread::yield();
+        } while (Clock::now() < end);
+        for (;;) {
+            asleep_.fetch_add(1);
+            const uint32_t job = job_.load();
+            if (!is_new(job)) futex(FUTEX_WAIT_PRIVATE, job);
+            asleep_.fetch_sub(1);
+            if (is_new(job)) return job;
+        }
+    }
+
+    void futex(int operation, uint32_t value) { syscall(SYS_futex, &job_, operation, value, nullptr, nullptr, 0); }
+
+    static void pin(std::thread& thread, int cpu) {
+        cpu_set_t only;
+        CPU_ZERO(&only);
+        CPU_SET(cpu, &only);
+        // A processor that is no longer allowed leaves the thread where it was.
+        pthread_setaffinity_np(thread.native_handle(), sizeof only, &only);
+    }
+
+    alignas(64) std::atomic<uint32_t> job_{0};
+    alignas(64) std::atomic<int> inside_{0};
+    std::atomic<int> asleep_{0};
+    std::atomic<bool> is_over_{false};
+    void (*call_)(const void*, int) = nullptr;
+    const void* work_ = nullptr;
+    std::vector<std::thread> helpers_;
 };
 
 }  // namespace triode
