@@ -37,17 +37,23 @@ _MAX_GATHERED = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """Q queries of each of R rows over L positions."""
+class _Block:
+    """Q queries of each row of a group, over the first L of its positions."""
 
     token_T: torch.Tensor
     """int64 [R Q]: where the queries are packed."""
-    num_rows: int
-    num_positions: int
-    slot_L: torch.Tensor
-    """int64 [R L]: the positions' entries in the cache."""
     mask_RML: torch.Tensor
     """[R, 1, M, L]: 0 where a query sees a position, -inf elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """R rows whose keys and values are gathered together."""
+
+    num_rows: int
+    slot_L: torch.Tensor
+    """int64 [R L]: the positions' entries in the cache."""
+    blocks: tuple[_Block, ...]
 
 
 class CpuAttention:
@@ -111,7 +117,7 @@ class _Planner:
         for length, members in sorted(by_length.items()):
             at_once = max(1, _MAX_GATHERED // (length * self.elements_a_token))
             starts = range(0, len(members), at_once)
-            groups += [self._group(np.array(members[at : at + at_once]), 0, 1, length) for at in starts]
+            groups += [self._group(np.array(members[at : at + at_once]), [(0, 1)]) for at in starts]
         return groups
 
     def chunk_groups(self) -> list[_Group]:
@@ -119,10 +125,9 @@ class _Planner:
         groups = []
         size = max(1, min(_MAX_QUERIES, MAX_ROWS // self.heads_a_group))
         for row in np.flatnonzero(self.num_query_R > 1).tolist():
-            num_query, start = int(self.num_query_R[row]), int(self.rows.start_R[row])
-            for first in range(0, num_query, size):
-                last = min(first + size, num_query)
-                groups.append(self._group(np.array([row]), first, last, self._padded(start + last)))
+            num_query = int(self.num_query_R[row])
+            cuts = [(first, min(first + size, num_query)) for first in range(0, num_query, size)]
+            groups.append(self._group(np.array([row]), cuts))
         return groups
 
     def _padded(self, num_positions: int) -> int:
@@ -130,57 +135,64 @@ class _Planner:
         whole = (num_positions - 1) // TILE_TOKENS * TILE_TOKENS
         return whole + next(length for length in self.lengths if length >= num_positions - whole)
 
-    def _group(self, row_R: npt.NDArray[np.int64], first: int, last: int, length: int) -> _Group:
+    def _group(self, row_R: npt.NDArray[np.int64], cuts: list[tuple[int, int]]) -> _Group:
+        """`cuts` are the blocks of queries, counted within each row."""
         rows = self.rows
-        position_RQ = rows.start_R[row_R][:, None] + np.arange(first, last)
-        position_L = np.arange(length)
+        last_R1 = rows.start_R[row_R][:, None] + (cuts[-1][1] - 1)
         # Positions past the row's end read its last key, which exists.
-        key_RL = np.minimum(position_L, position_RQ[:, -1:])
+        key_RL = np.minimum(np.arange(self._padded(int(last_R1.max()) + 1)), last_R1)
         block_RL = rows.block_table_RC[row_R[:, None], key_RL // rows.block_size_tokens]
         slot_RL = block_RL * rows.block_size_tokens + key_RL % rows.block_size_tokens
+        return _Group(
+            num_rows=len(row_R),
+            slot_L=torch.from_numpy(slot_RL.reshape(-1)),
+            blocks=tuple(self._block(row_R, np.arange(first, last)) for first, last in cuts),
+        )
+
+    def _block(self, row_R: npt.NDArray[np.int64], query_Q: npt.NDArray[np.int64]) -> _Block:
+        position_RQ = self.rows.start_R[row_R][:, None] + query_Q
+        position_L = np.arange(self._padded(int(position_RQ.max()) + 1))
         hidden_RML = (position_L > position_RQ[:, :, None]).repeat(self.heads_a_group, 1)
         missing = -hidden_RML.shape[1] % ROW_MULTIPLE
         hidden_RML = np.pad(hidden_RML, ((0, 0), (0, missing), (0, 0)))
-        mask_RML = torch.zeros(hidden_RML.shape)
-        return _Group(
-            token_T=torch.from_numpy((rows.query_start_R1[row_R][:, None] + np.arange(first, last)).reshape(-1)),
-            num_rows=len(row_R),
-            num_positions=length,
-            slot_L=torch.from_numpy(slot_RL.reshape(-1)),
-            mask_RML=mask_RML.masked_fill_(torch.from_numpy(hidden_RML), -torch.inf)[:, None],
-        )
+        mask_RML = torch.zeros(hidden_RML.shape).masked_fill_(torch.from_numpy(hidden_RML), -torch.inf)
+        token_RQ = self.rows.query_start_R1[row_R][:, None] + query_Q
+        return _Block(torch.from_numpy(token_RQ.reshape(-1)), mask_RML[:, None])
 
 
 def _attend(
     groups: list[_Group], q_TNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, scale: float
 ) -> torch.Tensor:
+    K, H = key_PBKH.shape[2:]
     out_TNH = torch.zeros_like(q_TNH, memory_format=torch.contiguous_format)
     for group in groups:
-        out_TNH.index_copy_(0, group.token_T, _attend_group(group, q_TNH, key_PBKH, value_PBKH, scale))
+        key_RKLH, value_RKLH = (
+            cache.view(-1, K * H).index_select(0, group.slot_L).float().view(group.num_rows, -1, K, H).transpose(1, 2)
+            for cache in (key_PBKH, value_PBKH)
+        )
+        for block in group.blocks:
+            q_XNH = q_TNH.index_select(0, block.token_T).float()
+            out_XNH = _attend_block(q_XNH, key_RKLH, value_RKLH, block.mask_RML, scale)
+            out_TNH.index_copy_(0, block.token_T, out_XNH.to(q_TNH.dtype))
     return out_TNH
 
 
-def _attend_group(
-    group: _Group, q_TNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, scale: float
+def _attend_block(
+    q_XNH: torch.Tensor, key_RKLH: torch.Tensor, value_RKLH: torch.Tensor, mask_RML: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """The outputs [R Q, N, H] of the group's queries."""
-    R, L, M = group.num_rows, group.num_positions, group.mask_RML.shape[2]
-    (K, H), N = key_PBKH.shape[2:], q_TNH.shape[1]
-    G, Q = N // K, len(group.token_T) // R
-
-    def gathered(cache_PBKH: torch.Tensor) -> torch.Tensor:
-        return cache_PBKH.view(-1, K * H).index_select(0, group.slot_L).float().view(R, L, K, H).transpose(1, 2)
-
-    q_RKQGH = q_TNH.index_select(0, group.token_T).float().view(R, Q, K, G, H).transpose(1, 2)
+    """The outputs [X, N, H] of X = R Q queries."""
+    (X, N, _), (R, K, _, H) = q_XNH.shape, key_RKLH.shape
+    M, L = mask_RML.shape[2:]
+    G, Q = N // K, X // R
+    q_RKQGH = q_XNH.view(R, Q, K, G, H).transpose(1, 2)
     if M == Q * G:
         q_RKMH = q_RKQGH.reshape(R, K, M, H)
     else:
-        q_RKMH = q_RKQGH.new_zeros(R, K, M, H)
+        q_RKMH = q_XNH.new_zeros(R, K, M, H)
         q_RKMH[:, :, : Q * G].view(R, K, Q, G, H).copy_(q_RKQGH)
-    mask_RKML = group.mask_RML.expand(R, K, M, L)
-    out_RKMH = _fused(q_RKMH, gathered(key_PBKH), gathered(value_PBKH), mask_RKML, scale)
-    out_RQKGH = out_RKMH[:, :, : Q * G].view(R, K, Q, G, H).transpose(1, 2)
-    return out_RQKGH.reshape(R * Q, N, H).to(q_TNH.dtype)
+    mask_RKML = mask_RML.expand(R, K, M, L)
+    out_RKMH = _fused(q_RKMH, key_RKLH[:, :, :L], value_RKLH[:, :, :L], mask_RKML, scale)
+    return out_RKMH[:, :, : Q * G].view(R, K, Q, G, H).transpose(1, 2).reshape(X, N, H)
 
 
 def _fused(

@@ -13,9 +13,9 @@ from runner_world import RunnerWorld, tiny_config, tiny_weights
 from triode.cache.config import CacheConfig
 from triode.cache.messages import BlockCopy
 from triode.errors import InsufficientMemory
+from triode.kernels.threads import cpu_threads
 from triode.models import eager
 from triode.models.build import build_runner
-from triode.kernels.threads import cpu_threads
 from triode.models.sampler import ALL_FORBIDDEN, SampledRows
 from triode.models.sampling import SamplingParams
 from triode.models.slots import SlotState
