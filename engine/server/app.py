@@ -17,6 +17,7 @@ from triode.engine.server.completions import CompletionEndpoint
 from triode.engine.server.embeddings import EmbeddingEndpoint
 from triode.engine.server.errors import RequestError
 from triode.engine.server.guard import Guard, error_response, refuse
+from triode.engine.server.openapi import openapi
 from triode.engine.server.playground import playground
 from triode.engine.server.responses.endpoint import ResponseEndpoint
 from triode.engine.server.service import Service
@@ -49,6 +50,7 @@ def build_app(service: Service) -> Starlette:
             Route("/ready", status.ready),
             Route("/version", status.version),
             Route("/metrics", status.metrics),
+            Route("/openapi.json", openapi),
             *([Route("/", playground)] if service.config.playground else []),
             WebSocketRoute("/{path:path}", _no_such_socket),
         ],

@@ -4,21 +4,24 @@ from collections.abc import Sequence
 from typing import cast
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, structs
 from starlette.requests import Request
 from starlette.responses import Response
 
 from triode.actors.messages import Delta, FinishReason
+from triode.engine import completion
 from triode.engine.completion import Completion, Result
 from triode.engine.request import Prompt
 from triode.engine.server.connection import decode, read_body
 from triode.engine.server.dialect import head, usage_of
+from triode.engine.server.echo import Echo, echo_of, with_prompt
 from triode.engine.server.generation import Generation, Job
 from triode.engine.server.logprobs import prompt_logprobs, text_logprobs
 from triode.engine.server.openai_requests import CompletionRequest
 from triode.engine.server.openai_responses import TextChoice, TextChunk, TextCompletion, TextLogprobs, Usage
 from triode.engine.server.parameters import completion_params, refused
 from triode.engine.server.service import Service
+from triode.models.sampling import SamplingParams
 
 _DECODER = msgspec.json.Decoder(CompletionRequest)
 
@@ -34,8 +37,11 @@ class CompletionEndpoint:
         body = decode(await read_body(request, self._service.config.max_body_bytes), _DECODER)
         self._service.check_model(body.model)
         prompts = split_prompts("prompt", body.prompt, self._service.config.max_prompts)
-        job = Job.of(body, prompts, completion_params(body))
-        return Generation(self._service, job, TextDialect(self._service, job.params.n), request)
+        # Nothing but the prompt: one token is generated, because no request is without, and left out.
+        is_prompt_only = bool(body.echo) and body.max_tokens == 0
+        job = Job.of(body, prompts, completion_params(structs.replace(body, max_tokens=1) if is_prompt_only else body))
+        echoes = [await echo_of(self._service, prompt) for prompt in prompts] if body.echo else []
+        return Generation(self._service, job, TextDialect(self._service, job.params, echoes, is_prompt_only), request)
 
 
 def split_prompts(name: str, prompt: str | list[str | int | list[int]], max_prompts: int) -> list[Prompt]:
@@ -59,20 +65,28 @@ def split_prompts(name: str, prompt: str | list[str | int | list[int]], max_prom
 class TextDialect:
     """`text_completion`, whole and in chunks."""
 
-    def __init__(self, service: Service, n: int) -> None:
+    def __init__(
+        self, service: Service, params: SamplingParams, echoes: Sequence[Echo] = (), is_prompt_only: bool = False
+    ) -> None:
         self._tokenizer = service.tokenizer
         self._head = head(service, "text_completion", "cmpl")
-        self._n = n
+        self._params = params
+        self._n = params.n
+        self._echoes = echoes
+        self._is_prompt_only = is_prompt_only
         self._offsets: dict[int, int] = {}
         self.answer_id = str(self._head["id"])
 
     def opening(self, num_choices: int) -> Sequence[TextChunk]:
-        """Nothing comes before the text."""
-        return []
+        """Nothing comes before the text, but for an echo."""
+        echoes = enumerate(echo for echo in self._echoes for _ in range(self._n))
+        return [self._chunk([TextChoice(choice, echo.text, None, None, None)]) for choice, echo in echoes]
 
     def chunk(self, choice: int, delta: Delta) -> TextChunk:
         """Text, its logprobs and, in the last one, why it ends."""
         logprobs = None
+        if self._is_prompt_only:
+            delta = structs.replace(delta, text="", logprobs=None)
         if delta.logprobs is not None:
             logprobs = text_logprobs(self._tokenizer, delta.logprobs, self._offsets.get(choice, 0))
             self._offsets[choice] = _end(logprobs, self._offsets.get(choice, 0))
@@ -84,26 +98,41 @@ class TextDialect:
 
     def usage(self, usage: Usage) -> TextChunk:
         """The tokens of the whole request."""
-        return msgspec.structs.replace(self._chunk([]), usage=usage)
+        return structs.replace(self._chunk([]), usage=usage)
 
     def answer(self, results: Sequence[Result]) -> TextCompletion:
         """The samples of each prompt, prompt by prompt."""
         return TextCompletion(
             **self._head,  # type: ignore[arg-type]
             choices=[
-                self._choice(place * self._n + sample.index, sample, result)
+                self._choice(place, sample, result)
                 for place, result in enumerate(results)
                 for sample in result.completions
             ],
-            usage=usage_of([result.usage for result in results]),
+            usage=usage_of([self._counted(result.usage) for result in results]),
         )
 
-    def _choice(self, index: int, sample: Completion, result: Result) -> TextChoice:
+    def _counted(self, usage: completion.Usage) -> completion.Usage:
+        return structs.replace(usage, completion_tokens=0) if self._is_prompt_only else usage
+
+    def _choice(self, place: int, sample: Completion, result: Result) -> TextChoice:
         scores = result.prompt_logprobs
+        if self._is_prompt_only:
+            sample = structs.replace(sample, text="", logprobs=None if sample.logprobs is None else ())
+        text, logprobs = sample.text, None
+        if self._echoes:
+            text = self._echoes[place].text + text
+            if sample.logprobs is not None:
+                alternatives = self._params.logprobs or 0
+                logprobs = with_prompt(
+                    self._tokenizer, self._echoes[place], scores or (), sample.logprobs, alternatives
+                )
+        elif sample.logprobs is not None:
+            logprobs = text_logprobs(self._tokenizer, sample.logprobs, 0)
         return TextChoice(
-            index=index,
-            text=sample.text,
-            logprobs=None if sample.logprobs is None else text_logprobs(self._tokenizer, sample.logprobs, 0),
+            index=place * self._n + sample.index,
+            text=text,
+            logprobs=logprobs,
             finish_reason=sample.finish_reason,
             stop_reason=sample.stop_reason,
             seed=sample.seed,

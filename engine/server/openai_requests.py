@@ -130,6 +130,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     best_of: int | None = None
     """Only the value of `n`: the best of more is not chosen here."""
     echo: bool | None = None
+    """Repeat the prompt before the output; then `max_tokens` may be 0."""
     suffix: str | None = None
 
 

@@ -50,9 +50,10 @@ class TextLogprobs(msgspec.Struct, frozen=True):
     """The same for text completions, in parallel lists."""
 
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
+    """None for the first token of an echoed prompt."""
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class PromptLogprob(msgspec.Struct, frozen=True):

@@ -51,13 +51,15 @@ def completion_params(request: CompletionRequest) -> SamplingParams:
     n = 1 if request.n is None else request.n
     if request.best_of not in (None, n):
         raise refused("best_of", f"best_of must be n = {n}: more samples than asked for are not drawn")
-    if request.echo:
-        raise refused("echo", "echo must be false: repeating the prompt is not supported yet")
+    if request.echo and request.stream and request.logprobs is not None:
+        raise refused("echo", "echo must be false with logprobs and stream: a prompt's logprobs come at its end")
     if request.suffix:
         raise refused("suffix", "suffix must be empty: filling in the middle is not supported yet")
     values: dict[str, object] = {"max_tokens": COMPLETION_MAX_TOKENS}
     if request.logprobs is not None:
         values["logprobs"] = request.logprobs
+        if request.echo:
+            values["prompt_logprobs"] = request.logprobs
     _check_streaming(request)
     return sampling_params(request, values, request.response_format, ToolPlan())
 

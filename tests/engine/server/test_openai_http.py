@@ -154,6 +154,39 @@ def test_outputs_have_the_form_that_is_asked_for(client: httpx.Client) -> None:
         assert re.fullmatch(pattern, choice["text"])
 
 
+def test_an_echo_has_the_prompt_before_the_output(client: httpx.Client) -> None:
+    token_ids = post(client, "/tokenize", prompt="Once upon")["tokens"]
+    (plain,) = post(client, TEXT, prompt="Once upon", **GREEDY, logprobs=1)["choices"]
+    for prompt in ("Once upon", token_ids):
+        (echoed,) = post(client, TEXT, prompt=prompt, **GREEDY, logprobs=1, echo=True)["choices"]
+        assert echoed["text"] == "Once upon" + plain["text"]
+        tokens = echoed["logprobs"]
+        assert "".join(tokens["tokens"]) == echoed["text"]
+        assert tokens["token_logprobs"][0] is tokens["top_logprobs"][0] is None
+        assert all(value < 0 for value in tokens["token_logprobs"][1:])
+        assert all(len(top) == 1 for top in tokens["top_logprobs"][1:])
+        ends = [start + len(text) for start, text in zip(tokens["text_offset"], tokens["tokens"], strict=True)]
+        assert ends[:-1] == tokens["text_offset"][1:]
+        assert tokens["token_logprobs"][len(token_ids) :] == pytest.approx(plain["logprobs"]["token_logprobs"])
+    body: dict[str, Any] = {"prompt": ["Once", "Hello"], "n": 2, "seed": 1, "max_tokens": 3, "echo": True}
+    texts = [""] * 4
+    for chunk in events(client, TEXT, **body):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in post(client, TEXT, **body)["choices"]]
+    assert all(text.startswith(("Once", "Hello")) for text in texts)
+
+
+def test_an_echo_may_be_of_the_prompt_alone(client: httpx.Client) -> None:
+    body: dict[str, Any] = {"prompt": "Once upon", "max_tokens": 0, "echo": True}
+    answer = post(client, TEXT, **body, logprobs=0)
+    (choice,) = answer["choices"]
+    assert (choice["text"], answer["usage"]["completion_tokens"]) == ("Once upon", 0)
+    assert len(choice["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"]
+    assert "".join(chunk["choices"][0]["text"] for chunk in events(client, TEXT, **body)) == "Once upon"
+    assert post(client, TEXT, prompt="a", max_tokens=0, status=400)["error"]["param"] == "max_tokens"
+
+
 def test_stops_end_the_text_and_say_which(client: httpx.Client) -> None:
     (choice,) = post(client, TEXT, prompt="Once", **GREEDY)["choices"]
     word = choice["text"].split()[1]
@@ -257,7 +290,12 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     (TEXT, {"prompt": [10**6]}, "prompt", "prompt must hold token ids >= 0 and < 49152, got 1000000"),
     (TEXT, {"prompt": "word " * 10_000}, "prompt", "prompt must have fewer than 8192 tokens"),
     (TEXT, {"prompt": "x", "max_tokens": 10**6}, "max_tokens", "max_tokens must be <= 8191"),
-    (TEXT, {"prompt": "x", "echo": True}, "echo", "not supported yet"),
+    (
+        TEXT,
+        {"prompt": "x", "echo": True, "stream": True, "logprobs": 1},
+        "echo",
+        "must be false with logprobs and stream",
+    ),
     (TEXT, {"prompt": "x", "suffix": "y"}, "suffix", "not supported yet"),
     (TEXT, {"prompt": "x", "best_of": 2}, "best_of", "best_of must be n = 1"),
     (TEXT, {"prompt": "x", "n": 2, "temperature": 0}, "n", "n must be 1 when temperature is 0"),
