@@ -11,7 +11,7 @@ A plan that contradicts the slots is a bug of ours: AssertionError.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -38,11 +38,14 @@ _SCORING = frozenset({Output.PROMPT_LOGPROBS, Output.PROMPT_LOGPROBS_AND_SAMPLE}
 class _RowSet:
     """The rows of a plan, and what follows from which they are."""
 
-    def __init__(self, plan: StepPlan, slots: Slots, device: torch.device) -> None:
+    def __init__(
+        self, plan: StepPlan, slots: Slots, device: torch.device, overtaken: frozenset[int] = frozenset()
+    ) -> None:
+        """Rows in `overtaken` do not sample, whatever the plan says."""
         self.key = _row_key(plan)
         self.states = [slots.state(slot, epoch) for slot, epoch in zip(plan.slots, plan.epochs, strict=True)]
         self.slot_R = np.array(plan.slots)
-        self.sampled = [row for row, output in enumerate(plan.outputs) if output in _SAMPLING]
+        self.sampled = [row for row, output in enumerate(plan.outputs) if output in _SAMPLING and row not in overtaken]
         self.scored = [row for row, output in enumerate(plan.outputs) if output in _SCORING]
         self.pooled = [row for row, output in enumerate(plan.outputs) if output is Output.HIDDEN]
         self.sampling = SampledRows([self.states[row] for row in self.sampled], device) if self.sampled else None
@@ -114,11 +117,11 @@ class EagerRunner:
         samples = None if logits_RV is None or rows.sampling is None else sample(logits_RV, rows.sampling)
         prompt_logprobs = self._score_prompts(hidden_TD, batch, rows, plan)
         embeddings = self._pool_hidden(hidden_TD, batch, rows, plan)
-        if samples is not None:
-            _append(samples, rows)
+        forced = {} if samples is None else _append(samples, rows)
         end_s = time.perf_counter()
         self._count(plan, rows, prepared_s - start_s, computed_s - prepared_s, end_s - computed_s)
-        return _result(plan, rows, samples, prompt_logprobs, embeddings, computed_s - start_s, end_s - computed_s)
+        times_s = (computed_s - start_s, end_s - computed_s)
+        return _result(plan, rows, samples, forced, prompt_logprobs, embeddings, *times_s)
 
     def _prepare(self, plan: StepPlan) -> tuple[_RowSet, StepBatch]:
         for admission in plan.admissions:
@@ -130,6 +133,8 @@ class EagerRunner:
         rows = self._rows
         if rows is None or rows.key != _row_key(plan):
             rows = self._rows = _RowSet(plan, self._slots, self._decoder.device)
+        if overtaken := _overtaken(plan, rows):
+            rows = _RowSet(plan, self._slots, self._decoder.device, overtaken)
         return rows, self._pack(plan, rows)
 
     def _pack(self, plan: StepPlan, rows: _RowSet) -> StepBatch:
@@ -210,17 +215,34 @@ class EagerRunner:
         )
 
 
-def _append(samples: Samples, rows: _RowSet) -> None:
+def _overtaken(plan: StepPlan, rows: _RowSet) -> frozenset[int]:
+    """Rows that were planned before anyone knew of the tokens that a guide has forced: the last of them is no query."""
+    if rows.sampling is None or rows.sampling.guided is None:
+        return frozenset()
+    guided = [rows.sampled[index] for index in rows.sampling.guided.row_G.tolist()]
+    return frozenset(
+        row for row in guided if plan.start_positions[row] + plan.num_query_tokens[row] < rows.states[row].num_tokens
+    )
+
+
+def _append(samples: Samples, rows: _RowSet) -> dict[int, list[TokenId]]:
+    """Sampled tokens become part of their sequences. Returns what guides force after them, by row."""
+    forced: dict[int, list[TokenId]] = {}
     for row, token_id in zip(rows.sampled, samples.token_ids, strict=True):
         # A row without a token has failed. Any token takes its place, because a step that was planned before the
         # scheduler knew goes on from there.
-        rows.states[row].append(TokenId(0) if token_id is None else token_id)
+        state = rows.states[row]
+        state.append(TokenId(0) if token_id is None else token_id)
+        if token_id is not None and state.matcher is not None:
+            forced[row] = state.force()
+    return forced
 
 
 def _result(
     plan: StepPlan,
     rows: _RowSet,
     samples: Samples | None,
+    forced: Mapping[int, Sequence[TokenId]],
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None,
     embeddings: tuple[tuple[float, ...], ...] | None,
     forward_s: float,
@@ -233,10 +255,11 @@ def _result(
     if samples is not None:
         for index, (row, token_id) in enumerate(zip(rows.sampled, samples.token_ids, strict=True)):
             if token_id is not None:
-                num_accepted[row] = 1
-                token_ids.append(token_id)
+                following = forced.get(row, ())
+                num_accepted[row] = 1 + len(following)
+                token_ids += [token_id, *following]
                 if samples.logprobs is not None:
-                    logprobs.append(samples.logprobs[index])
+                    logprobs += [samples.logprobs[index], *[None] * len(following)]
             elif samples.errors is not None:
                 errors[row] = samples.errors[index]
     return StepResult(

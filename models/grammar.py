@@ -74,6 +74,24 @@ class Matcher:
         unread, self._unread = self._unread, []
         return [] if self.error is not None or self.inner.is_stopped() else unread
 
+    def force(self, max_tokens: int) -> list[TokenId]:
+        """The next tokens, where the guide leaves no choice: as many as are certain, at most `max_tokens`. They are read.
+
+        At the end of the output that is the end-of-sequence token.
+        """
+        unread = self.take_unread()
+        if unread and not self.inner.consume_tokens([*unread]):
+            self.check()
+        if self.error is not None:
+            return []
+        if self.inner.is_stopped():
+            return [self.compiler.eos_token_id][:max_tokens]
+        forced = self.inner.compute_ff_tokens()[:max_tokens]
+        if forced and not self.inner.consume_tokens(forced):
+            self.check()
+            return []
+        return [TokenId(token_id) for token_id in forced]
+
     def check(self) -> None:
         """Notice that llguidance has given up."""
         if self.error is None and self.inner.is_error():
@@ -97,6 +115,11 @@ class GuideCompiler:
         self._lock = threading.Lock()
         self._compiled: OrderedDict[Guide, _Compiled] = OrderedDict()
         self._cached_bytes = 0
+
+    @property
+    def eos_token_id(self) -> TokenId:
+        """What a sequence ends with."""
+        return TokenId(self._eos_token_ids[0])
 
     @property
     def num_words(self) -> int:

@@ -34,6 +34,9 @@ class SlotState:
         self.num_tokens = len(admission.token_ids)
         self.matcher = matcher
         """How far the output has come in its guide."""
+        params = admission.params
+        forbids = bool(params.logit_bias or admission.bad_word_ids or params.no_repeat_ngram_size)
+        self._may_force = matcher is not None and params.logprobs is None and not forbids
         self._history = history
         history[: self.num_tokens] = admission.token_ids
         self._counts: TokenCounts | None = None
@@ -60,12 +63,30 @@ class SlotState:
 
     def append(self, token_id: TokenId) -> None:
         """A sampled token becomes part of the sequence."""
+        self._add(token_id)
+        if self.matcher is not None:
+            self.matcher.append(token_id)
+
+    def force(self) -> list[TokenId]:
+        """Append the tokens for which the guide leaves no choice, and return them.
+
+        There are none for a sequence whose logprobs are wanted, because nobody computes them, and for one that may be
+        forbidden what its guide demands: that must fail. `max_tokens` holds.
+        """
+        if not self._may_force or self.tokens[-1] in self.stop_token_ids:
+            return []
+        assert self.matcher is not None, "guides force tokens"
+        assert self.params.max_tokens is not None, "max_tokens is resolved before admission"
+        forced = self.matcher.force(self.params.max_tokens - self.num_generated)
+        for token_id in forced:
+            self._add(token_id)
+        return forced
+
+    def _add(self, token_id: TokenId) -> None:
         self._history[self.num_tokens] = token_id
         self.num_tokens += 1
         if self._counts is not None:
             self._counts.add(token_id)
-        if self.matcher is not None:
-            self.matcher.append(token_id)
 
 
 class Slots:

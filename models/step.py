@@ -113,7 +113,9 @@ class StepResult(msgspec.Struct, frozen=True, tag=True):
     slots: tuple[SlotId, ...]
     epochs: tuple[int, ...]
     num_accepted: tuple[int, ...]
-    """How many new tokens each row has: 0 without a sample, 1 with one (more with speculation)."""
+    """How many new tokens each row has: 0 without a sample, 1 with one, and more where a guide forces what follows.
+
+    A row that was launched before its forced tokens were known ends before the last of them, and has none."""
     token_ids: tuple[TokenId, ...]
     """The new tokens of all rows, flat: `sum(num_accepted)` of them."""
     logprobs: tuple[TokenLogprobs | None, ...] | None = None

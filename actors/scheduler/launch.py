@@ -30,7 +30,8 @@ def build_plan(reserved: Reserved, wants: list[Want], admitted: list[Sequence]) 
         slots[sequence.sequence_id] = sequence.slot
         sequence.num_computed = want.num_computed + want.num_tokens
         sequence.num_in_flight += 1
-        if want.output in SAMPLING:
+        # A row asked for before forced tokens were read ends before the last of them, and brings no other.
+        if want.output in SAMPLING and sequence.num_computed == sequence.num_total:
             sequence.num_pending += 1
     # Of lists, which are made faster than what a generator yields.
     epochs = tuple([want.sequence.epoch for want in wants])

@@ -6,8 +6,9 @@ A request has `n` sequences, one per sample. A sequence counts its tokens in thr
     num_pending                                                    |sampled by launched steps, not yet read|
     num_computed    |..KV entries written by launched steps........................................|
 
-`num_total - num_computed` tokens are ready to compute: the rest of the prompt, or the one token sampled last. Preempting
-drops the unread tokens: sampling is a pure function of the position, so recomputing gives the same ones again.
+`num_total - num_computed` tokens are ready to compute: the rest of the prompt, or the token sampled last and those that a
+guide has forced behind it. Preempting drops the unread tokens: sampling is a pure function of the position, so
+recomputing gives the same ones again.
 """
 
 from dataclasses import dataclass, field

@@ -56,8 +56,13 @@ def read_step(launch: Launch, result: StepResult, outbox: Outbox) -> Reading:
 
 def _read_tokens(sequence: Sequence, new: tuple[TokenId, ...], tokens: list[_NewToken], outbox: Outbox) -> bool:
     """Take a row's new tokens up to the one that ends the sequence. Returns whether one did."""
+    if not new:
+        # The step was planned before anyone knew of the tokens that a guide forced, and computed one of them.
+        return False
     request = sequence.request
-    sequence.num_pending -= 1
+    # Of the steps on their way, those that end before the last token now known bring none.
+    num_known = len(sequence.token_ids) + len(new)
+    sequence.num_pending = max(0, sequence.num_computed - num_known + 1)
     if sequence.status is RequestStatus.PREFILL:
         sequence.advance(RequestStatus.DECODE)
         outbox.status_of(request)

@@ -93,6 +93,73 @@ async def test_every_executor_says_the_same(executor: str) -> None:
             await engine.submit(PROMPT, guided(guide=triode.Regex("(")))
 
 
+# Its keys and punctuation are forced.
+FORCING = triode.Grammar(
+    'start: "{\\"the name\\": \\"" /[a-z]{1,6}/ "\\", \\"the colour\\": \\"" ("red" | "blue") "\\"}"'
+)
+
+
+async def run_forcing(**settings: Any) -> tuple[list[list[tuple[object, ...]]], int]:
+    """The outputs of six requests at once, and how many steps they took."""
+    outputs: list[list[tuple[object, ...]]] = [[]] * 6
+
+    async def run(engine: Engine, seed: int) -> None:
+        params = guided(guide=FORCING, seed=seed, n=1 + seed % 2, max_tokens=60)
+        outputs[seed] = content(await complete(engine, PROMPT, params))
+
+    async with open_tiny(**settings) as engine:
+        async with trio.open_nursery() as nursery:
+            for seed in range(6):
+                nursery.start_soon(run, engine, seed)
+        num_steps = engine.statistics().runner.num_steps
+        is_scarce = "prefix_cache" in settings
+        assert (engine.statistics().scheduler.num_preemptions > 0) == is_scarce
+        await check_nothing_is_left(engine)
+    return outputs, num_steps
+
+
+async def test_forced_tokens_take_one_step_together() -> None:
+    outputs, num_steps = await run_forcing(executor="inline")
+    for samples in outputs:
+        for text, token_ids, _, finish_reason in samples:
+            assert re.fullmatch('{"the name": "[a-z]{1,6}", "the colour": "(red|blue)"}', str(text))
+            assert finish_reason == "stop"
+            assert isinstance(token_ids, tuple)
+            assert num_steps < len(token_ids)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"executor": "thread"},
+        {"executor": "thread", "max_step_tokens": 18},
+        {"executor": "inline", "kv_cache_bytes": SMALL["kv_cache_bytes"] * 17 // 256, "prefix_cache": False},
+        pytest.param({"executor": "process"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+async def test_forced_tokens_are_the_same_ahead_in_chunks_and_after_preemption(settings: dict[str, Any]) -> None:
+    expected, _ = await run_forcing(executor="inline")
+    assert (await run_forcing(**settings))[0] == expected
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 24, 2))
+async def test_forced_tokens_end_at_the_limit(max_tokens: int) -> None:
+    async with open_tiny(executor="inline") as engine:
+        whole = (await complete(engine, PROMPT, guided(guide=FORCING))).completion
+        cut = (await complete(engine, PROMPT, guided(guide=FORCING, max_tokens=max_tokens))).completion
+        assert cut.token_ids == whole.token_ids[:max_tokens]
+        assert cut.finish_reason == ("length" if max_tokens < len(whole.token_ids) else "stop")
+
+
+async def test_a_stop_string_among_forced_tokens_ends_the_output() -> None:
+    async with open_tiny(executor="thread") as engine:
+        completion = (await complete(engine, PROMPT, guided(guide=FORCING, stop=("colour",)))).completion
+        assert (completion.finish_reason, completion.stop_reason) == ("stop", "colour")
+        assert completion.text.endswith(', "the ')
+        await check_nothing_is_left(engine)
+
+
 async def test_an_output_that_is_cut_is_no_success() -> None:
     async with open_tiny(executor="inline") as engine:
         completion = (await complete(engine, PROMPT, guided(max_tokens=7))).completion

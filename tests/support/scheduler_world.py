@@ -9,6 +9,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 from triode.actors.messages import (
     Cancel,
@@ -42,6 +43,14 @@ SAMPLING = (Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE)
 def next_token(tokens: Iterable[int], seed: int, sample_index: int) -> TokenId:
     """The token that follows, whoever asks."""
     return TokenId(zlib.crc32(repr((tuple(tokens), seed, sample_index)).encode()) % VOCAB)
+
+
+def forces(tokens: list[TokenId], admission: Admission) -> bool:
+    """Whether the next token is known at once: in a guided sequence two of three are."""
+    max_tokens = admission.params.max_tokens
+    assert max_tokens is not None
+    has_room = len(tokens) < admission.num_prompt_tokens + max_tokens
+    return admission.params.guide is not None and has_room and tokens[-1] % 3 > 0
 
 
 def expected_output(tokenized: Tokenized, sample_index: int) -> list[TokenId]:
@@ -93,8 +102,8 @@ class CheckingRunner:
             step_id=plan.step_id,
             slots=plan.slots,
             epochs=plan.epochs,
-            num_accepted=tuple(int(output in SAMPLING and not is_impossible) for output in plan.outputs),
-            token_ids=() if is_impossible else tuple(token for token in tokens if token is not None),
+            num_accepted=tuple(0 if is_impossible else len(new) for new in tokens),
+            token_ids=() if is_impossible else tuple(chain.from_iterable(tokens)),
             errors=("nothing is possible",) * len(tokens) if is_impossible else None,
             prompt_logprobs=tuple(self._scores(plan, row) for row in range(len(plan.slots))),
             embeddings=tuple((1.0,) if output is Output.HIDDEN else () for output in plan.outputs),
@@ -114,7 +123,7 @@ class CheckingRunner:
             block = slot.table[position // self.block_size]
             self.blocks.setdefault(block, {})[position % self.block_size] = (position, slot.tokens[position])
 
-    def _compute(self, plan: StepPlan, row: int) -> TokenId | None:
+    def _compute(self, plan: StepPlan, row: int) -> list[TokenId]:
         slot = self._slot(plan, row)
         end = plan.start_positions[row] + plan.num_query_tokens[row]
         for position in range(end):
@@ -122,8 +131,18 @@ class CheckingRunner:
             held = self.blocks[block].get(position % self.block_size)
             assert held == (position, slot.tokens[position]), "a table reads back its own tokens"
         if plan.outputs[row] not in SAMPLING:
-            return None
+            return []
+        admission = slot.admission
+        if admission.params.guide is not None and end < len(slot.tokens):
+            # Planned before anyone could know of forced tokens.
+            return []
         assert end == len(slot.tokens), "a sample follows the last known token"
+        new = [self._append(slot)]
+        while forces(slot.tokens, admission) and new[-1] not in admission.stop_token_ids:
+            new.append(self._append(slot))
+        return new
+
+    def _append(self, slot: Slot) -> TokenId:
         token = next_token(slot.tokens, slot.admission.seed, slot.admission.sample_index)
         slot.tokens.append(token)
         return token

@@ -5,8 +5,9 @@ import pytest
 from scheduler_world import World
 from triode.actors.messages import Cancel, FinishReason, Rejected, RequestStatus, SetPriority
 from triode.actors.scheduler.config import SchedulerConfig
-from triode.cache.messages import Pin
+from triode.cache.messages import Match, Pin, Reserve
 from triode.ids import RequestId
+from triode.models.guide import Regex
 from triode.models.sampling import SamplingParams
 from triode.models.step import Output, Pooling
 
@@ -33,6 +34,33 @@ def test_two_steps_are_launched_before_the_first_is_read() -> None:
     w.submit(range(5), params(9))
     assert len(w.in_flight) == 2
     assert [plan.start_positions for plan in w.plans] == [(0,), (5,)]
+
+
+def test_forced_tokens_are_computed_together() -> None:
+    w = world(max_in_flight=1)
+    requests = [w.submit(range(index, index + 5), params(20, guide=Regex("a"))) for index in range(4)]
+    w.run_to_the_end()
+    assert max(max(plan.num_query_tokens) for plan in w.plans[4:]) > 2
+    assert all(w.seen[request].reasons == {0: FinishReason.LENGTH} for request in requests)
+    w.check_at_rest()
+
+
+def test_forced_tokens_may_be_read_while_the_next_step_asks_for_blocks() -> None:
+    num_forced = 0
+    for first in range(12):
+        w = world(max_in_flight=2)
+        w.submit(range(first, first + 5), params(20, guide=Regex("a")))
+        questions: list[Match | Reserve] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(w, "_ask", questions.append)
+            w.retire()
+            num_forced += len(w.in_flight[0].token_ids) > 1
+            w.retire()
+        for question in questions:
+            w._ask(question)
+        w.run_to_the_end()
+        w.check_at_rest()
+    assert num_forced > 0
 
 
 def test_the_last_token_is_never_computed() -> None:

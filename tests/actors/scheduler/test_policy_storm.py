@@ -12,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from scheduler_world import World
 from triode.actors.scheduler.config import SchedulerConfig
 from triode.ids import RequestId
+from triode.models.guide import Regex
 from triode.models.sampling import SamplingParams
 from triode.models.step import Pooling
 
@@ -45,6 +46,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop_token=st.sampled_from([(), (3, 7, 11)]),
         stop_after=st.sampled_from([None, None, 1, 5]),
         pooling=st.sampled_from([None, None, None, Pooling.LAST]),
+        guide=st.sampled_from([None, Regex("a")]),
     )
     def submit(
         self,
@@ -57,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop_token: tuple[int, ...],
         stop_after: int | None,
         pooling: Pooling | None,
+        guide: Regex | None,
     ) -> RequestId | object:
         blocks_each = -(-(num_tokens + max_tokens) // BLOCK)
         if n * blocks_each * BLOCK > self.world.capacity:
@@ -68,6 +71,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             n=1 if pooling else n,
             prompt_logprobs=None if pooling else prompt_logprobs,
             stop=() if stop_after is None or pooling else ("stop",),
+            guide=guide,
         )
         return self.world.submit(
             [family * 1_000 + index for index in range(num_tokens)],

@@ -114,7 +114,7 @@ def test_steps_may_be_launched_before_the_tokens_of_the_last_are_read() -> None:
 def play_guided(world: RunnerWorld) -> list[Running]:
     person = world.admit(0, prompt(3), SamplingParams(guide=PERSON, logprobs=1), seed=1)
     drawn = world.admit(1, prompt(4, 1), DRAWN, seed=5)
-    colour = world.admit(2, prompt(5, 2), SamplingParams(temperature=0, guide=COLOURS))
+    colour = world.admit(2, prompt(5, 2), SamplingParams(temperature=0, guide=COLOURS, logprobs=0))
     world.step((person, 3, Output.SAMPLE), (drawn, 4, Output.SAMPLE), (colour, 5, Output.SAMPLE))
     world.decode(person, drawn, colour, num_tokens=4)
     world.decode(person, drawn, num_tokens=4)
