@@ -56,6 +56,7 @@ class Embeddings(Attended):
         check_dimensions(asked.dimensions, len(vectors[0]))
         num_tokens = sum(map(len, prompts))
         self._service.metrics.prompt_tokens.inc(num_tokens)
+        self._service.gate.spend_tokens(self._key, num_tokens)
         data = [Embedding(index=index, embedding=written(vector, asked)) for index, vector in enumerate(vectors)]
         usage = EmbeddingUsage(num_tokens, num_tokens)
         await write_json(writer, EmbeddingList(data=data, model=self._service.model_name, usage=usage))

@@ -61,6 +61,10 @@ class Gate:
                 del self._num_by_key[key]
             self._left.set()
 
+    def spend_tokens(self, key: str, num_tokens: int) -> None:
+        """Count tokens that no stream has."""
+        self._tokens.spend(key, num_tokens, self._clock())
+
     async def drain(self, deadline_s: float) -> None:
         """Admit nothing more, wait for what is being served, and cancel what is left at the deadline."""
         self.draining.set()

@@ -37,6 +37,8 @@ FORMATS = {
     "llama3": ToolFormat(Llama3Parser, "parameters", "", "", "; ", True),
 }
 # A template that renders tools says in the prompt how to call them.
+# A format may have the tags of another.
+_FOREIGN = ("<function=", "<arg_key>")
 _MARKS = {"hermes": (OPENING,), "llama3": (PYTHON_TAG, '"parameters": dictionary')}
 
 
@@ -45,7 +47,7 @@ def format_of(choice: str, template: str | None) -> ToolFormat | None:
     if choice != "auto":
         return FORMATS.get(choice)
     text = template or ""
-    if "tools" not in text:
+    if "tools" not in text or any(mark in text for mark in _FOREIGN):
         return None
     found = (FORMATS[name] for name, marks in _MARKS.items() if any(mark in text for mark in marks))
     return next(found, None)

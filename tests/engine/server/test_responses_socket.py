@@ -10,15 +10,15 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from scripted_models import HERMES, SETTINGS, saying, write_model
-from servers import Running, running
+from servers import SERVERS, Running, running
 
 LONG: dict[str, Any] = {"max_output_tokens": 1500, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     model = write_model(tmp_path_factory.mktemp("hermes"), HERMES)
-    with running(model, SETTINGS, served_name="tiny", api_keys=("secret",), max_body_bytes=2**16) as server:
+    with running(model, SETTINGS, server=request.param, served_name="tiny", api_keys=("secret",)) as server:
         yield server
 
 
@@ -130,8 +130,8 @@ def test_a_response_may_only_keep_its_input(server: Running, socket: ClientConne
     kept = last_of(socket)["response"]
     assert (kept["status"], kept["output"]) == ("completed", [])
     create(socket, "Yes.", input="What?", previous_response_id=kept["id"])
-    tokens = server.engine.tokenizer.encode("[user]Remember.[user]What?[assistant]", add_special_tokens=False)
-    assert last_of(socket)["response"]["usage"]["input_tokens"] == len(tokens)
+    # A token a byte.
+    assert last_of(socket)["response"]["usage"]["input_tokens"] == len("[user]Remember.[user]What?[assistant]")
 
 
 def test_closing_the_socket_cancels_all_of_its_own(server: Running, socket: ClientConnection) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from triode.engine.server.replies.pieces import CallArguments, CallBegun, Content, Piece, Reasoning, held_length, merged
 from triode.engine.server.replies.reader import ReplyReader
 from triode.engine.server.replies.reasoning import ReasoningSplitter
+from triode.engine.server.tools.formats import FORMATS, format_of
 from triode.engine.server.tools.hermes import HermesParser
 from triode.engine.server.tools.llama3 import Llama3Parser
 
@@ -172,3 +173,25 @@ def test_what_is_held_is_the_longest_beginning_of_the_tag(text: str) -> None:
     tag = "<a/a>"
     ends = [length for length in range(1, len(tag)) if text.endswith(tag[:length])]
     assert held_length(text, tag) == max(ends, default=0)
+
+
+TEMPLATES = [
+    ("{% if tools %}# Tools ... within <tool_call></tool_call> XML tags{% endif %}", "hermes"),
+    (
+        '{% if tools %}{"name": function name, "parameters": dictionary of argument name and its value}{% endif %}',
+        "llama3",
+    ),
+    ("{% if tools %}<|python_tag|>{% endif %}", "llama3"),
+    # Qwen3-Coder and GLM write something else between Hermes' tags.
+    ("{% if tools %}<tool_call>\n<function=name>{% endif %}", None),
+    ("{% if tools %}<tool_call>name\n<arg_key>{% endif %}", None),
+    ("<tool_call>", None),
+    (None, None),
+]
+
+
+@pytest.mark.parametrize(("template", "name"), TEMPLATES)
+def test_the_format_is_read_off_the_template(template: str | None, name: str | None) -> None:
+    assert format_of("auto", template) == (None if name is None else FORMATS[name])
+    assert format_of("none", template) is None
+    assert format_of("llama3", template) == FORMATS["llama3"]
