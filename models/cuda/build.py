@@ -58,6 +58,8 @@ def build_cuda(
     with ExitStack() as resources, _explained(max_step_tokens, max_running):
         resources.enter_context(split_k_refused())
         gpu = CudaGpu(device)
+        # Also where opening fails.
+        resources.callback(gpu.close)
         with gpu.active():
             decoder = CudaDecoder(
                 config,

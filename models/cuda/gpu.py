@@ -66,9 +66,6 @@ class Gpu(Protocol):
     def wait(self) -> None:
         """Until all work is done."""
 
-    def close(self) -> None:
-        """Give back what the device keeps for work that nobody will ask for again."""
-
 
 class CudaMark:
     """An event of the runner's stream, and host memory that is in use until then."""
@@ -174,7 +171,10 @@ class CudaGpu:
         self._pool = torch.cuda.graph_pool_handle()
 
     def close(self) -> None:
-        """Also returns torch's cached memory to the driver, for whoever comes next."""
+        """Give back what the device keeps for work that nobody will ask for again.
+
+        Also returns torch's cached memory to the driver, for whoever comes next.
+        """
         self._idle.clear()
         self._lent.clear()
         _IN_USE.discard(self)

@@ -40,7 +40,7 @@ from triode.models.step import StepPlan, StepResult
 
 
 class CudaRunner:
-    """Runs plans over one decoder and one pool on one GPU. `resources` are released when it is closed."""
+    """Runs plans over one decoder and one pool on one GPU. `resources`, the GPU's own among them, go when it is closed."""
 
     def __init__(
         self,
@@ -123,7 +123,6 @@ class CudaRunner:
         self.forget()
         if self._guides is not None:
             self._guides.close()
-        self._gpu.close()
         self._resources.close()
 
     def forget(self) -> None:

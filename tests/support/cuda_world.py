@@ -67,9 +67,6 @@ class InterpretedGpu:
     def wait(self) -> None:
         return
 
-    def close(self) -> None:
-        return
-
 
 class CudaWorld(RunnerWorld):
     """The same sequences through `CudaRunner`, interpreted."""
