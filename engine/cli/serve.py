@@ -29,6 +29,7 @@ _EXAMPLES = """examples:
   triode serve smollm2-135m
   TRIODE_API_KEYS=secret triode serve ./Qwen2.5-7B-Instruct --host 0.0.0.0 --served-name qwen
   triode serve smollm2-135m --config serve.toml        # lines such as: port = 9000
+  triode serve ./Qwen3-8B --tool-parser hermes --reasoning-parser none
 
   curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
     -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'
