@@ -90,6 +90,8 @@ def _begin_to_log(config: ServerConfig) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(config.log_format))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # uvicorn takes every refusal before a handshake for a fault; it has its own line as an answer.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "completing handshake" not in record.getMessage())
 
 
 def has_gpu(device: str) -> bool:

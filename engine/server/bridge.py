@@ -17,7 +17,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 
 from triode.actors.messages import RequestStatus
 from triode.engine.request import Prompt
@@ -116,6 +116,11 @@ class _Open:
         self._opening = anyio.CancelScope()
 
     @property
+    def is_left(self) -> bool:
+        """Whether the socket is lost."""
+        return self._opening.cancel_called
+
+    @property
     def status(self) -> RequestStatus:
         return RequestStatus.QUEUED if self.session is None else self.session.status
 
@@ -133,7 +138,12 @@ class _Open:
     async def open(self, opening: Callable[[], Awaitable[Session]]) -> Session | None:
         """The accepted request; None if the socket was lost before."""
         with self._opening:
-            self.session = await opening()
+            session = await opening()
+            if self.is_left:
+                # Accepted in the moment in which the socket was lost: nobody knows its token.
+                session.end()
+            else:
+                self.session = session
         return self.session
 
 
@@ -256,6 +266,9 @@ class Bridge:
             raise engine_error(error) from error
 
     async def _resume(self, resume: Resume, request: _Open, session: Session) -> None:
+        if request.is_left:
+            # The session waits for another socket, as before.
+            return
         try:
             session.rewind(resume.seq)
         except ValueError as error:
@@ -301,5 +314,5 @@ class Bridge:
 
     async def _send(self, message: FromServer) -> None:
         # A socket that is lost says so to `_receive`, too, which lets all of its requests know.
-        with suppress(WebSocketDisconnect):
+        with suppress(WebSocketDisconnect, WebSocketDisconnected):
             await self._paced(self._codec.to_frame(message))

@@ -104,7 +104,7 @@ class Session:
         finally:
             forget()
             if self._holder is mine:
-                self._end()
+                self.end()
 
     def leave(self, *, for_good: bool) -> None:
         """The socket is lost, or closed by a client that will not come back."""
@@ -166,10 +166,10 @@ class Session:
         self._outbox.put(last_word)
         self._is_finished = True
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Nobody serves it any more: its request is cancelled, if it has not ended."""
         if self.token is not None:
             del self._sessions[self.token]
-        # Cancels the stream, if it has not ended.
         self._admission.close()
 
 

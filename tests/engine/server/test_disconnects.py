@@ -15,7 +15,7 @@ NUM_TRIES = 5
 
 @pytest.fixture(scope="module", params=SERVERS)
 def server(request: pytest.FixtureRequest) -> Iterator[Running]:
-    with running(server=request.param) as server:
+    with running(server=request.param, write_timeout_s=1.0) as server:
         yield server
 
 
@@ -63,25 +63,30 @@ def test_half_a_request_is_no_request(server: Running) -> None:
 
 @pytest.mark.parametrize("num_rounds", [10, pytest.param(420, marks=pytest.mark.slow)])
 def test_a_storm_of_clients_that_leave_leaves_nothing_behind(server: Running, num_rounds: int) -> None:
-    for round_ in range(num_rounds):
-        connections = [server.send({**ENDLESS, "stream": index % 2 == 0}) for index in range(12)]
-        if round_ % 2:
-            server.wait_until_running(1)
-        for index, connection in enumerate(connections):
-            (finish, reset, half_close)[index % 3](connection)
-        for connection in connections:
-            connection.close()
-    server.wait_until_idle()
+    with ExitStack() as stuck:
+        for round_ in range(num_rounds):
+            connections = [server.send({**ENDLESS, "stream": index % 2 == 0}) for index in range(12)]
+            if round_ % 10 == 0:
+                # Stays, and reads nothing.
+                stuck.enter_context(server.send(WIDE, receive_bytes=4096))
+            if round_ % 2:
+                server.wait_until_running(1)
+            for index, connection in enumerate(connections):
+                (finish, reset, half_close)[index % 3](connection)
+            for connection in connections:
+                connection.close()
+        server.wait_until_idle(60)
 
 
-@pytest.mark.slow
-def test_a_thousand_idle_and_256_streaming_connections_are_served() -> None:
-    settings = {"max_running": 256, "max_step_tokens": 512, "kv_cache_bytes": 2**26}
-    with running(overrides=settings) as server, ExitStack() as stack:
-        for _ in range(1000):
+@pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.parametrize(("num_idle", "num_streaming"), [(100, 25), pytest.param(1000, 256, marks=pytest.mark.slow)])
+def test_a_thousand_idle_and_256_streaming_connections_are_served(kind: str, num_idle: int, num_streaming: int) -> None:
+    settings = {"max_running": num_streaming, "max_step_tokens": 512, "kv_cache_bytes": 2**26}
+    with running(server=kind, overrides=settings) as server, ExitStack() as stack:
+        for _ in range(num_idle):
             stack.enter_context(server.connect())
         body = {"prompt": "Once", "max_tokens": 40, "ignore_eos": True, "stream": True}
-        streams = [stack.enter_context(server.send(body)) for _ in range(256)]
+        streams = [stack.enter_context(server.send(body)) for _ in range(num_streaming)]
         for stream in streams:
             received = b""
             while b"data: [DONE]" not in received:

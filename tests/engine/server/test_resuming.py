@@ -1,6 +1,7 @@
 """Requests that outlive their socket, and windows: nothing is lost, nothing comes twice, strangers get nothing."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from socket import SHUT_RDWR
 from typing import Any
 
@@ -189,6 +190,26 @@ def test_a_drain_waits_for_nobody_to_come_back() -> None:
             drop(connection)
         server.stop()
         assert server.ended.wait(10)
+
+
+@pytest.mark.parametrize("num_rounds", [5, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_storm_of_lost_sockets_leaves_nothing_behind(
+    server: Running, num_rounds: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    for round_ in range(num_rounds):
+        with ExitStack() as stack:
+            connections = [stack.enter_context(open_socket(server)) for _ in range(3)]
+            for index, connection in enumerate(connections):
+                socket = socket_of(connection)
+                grace = {"window": 2, "resume_grace_s": 0.2} if index % 2 else {}
+                for name in "abc":
+                    socket.send("submit", id=name, prompt="Once", params={**PARAMS, "max_tokens": 7000}, **grace)
+            if round_ % 2:
+                server.wait_until_running(1)
+            for connection in connections:
+                drop(connection)
+    server.wait_until_idle(60)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 @pytest.mark.parametrize(
