@@ -19,12 +19,13 @@ WINDOW_TOKENS = 512
 CASES: dict[str, Quantization] = {"bfloat16": "none", "a16w8": "a16w8"}
 
 
-def perplexity(decoder: StepProgram, token_ids: list[int]) -> float:
+def perplexity(decoder: StepProgram, token_ids: list[int], kv_dtype: torch.dtype | None = None) -> float:
     """Over windows that each begin anew."""
     total, count = 0.0, 0
     for start in range(0, len(token_ids) - WINDOW_TOKENS + 1, WINDOW_TOKENS):
         window = token_ids[start : start + WINDOW_TOKENS]
-        (logits_TV,) = PagedDecoding(decoder, num_blocks=40).step([(PagedSequence(window), WINDOW_TOKENS)])
+        decoding = PagedDecoding(decoder, num_blocks=40, kv_dtype=kv_dtype)
+        (logits_TV,) = decoding.step([(PagedSequence(window), WINDOW_TOKENS)])
         total += float(torch.nn.functional.cross_entropy(logits_TV[:-1], torch.tensor(window[1:]), reduction="sum"))
         count += WINDOW_TOKENS - 1
     return math.exp(total / count)
@@ -47,3 +48,19 @@ def test_rounding_costs_little_perplexity(num_windows: int, limits: dict[str, fl
     for name, quantization in CASES.items():
         decoder = native_decoder(checkpoint.config, rounded, quantization=quantization)
         assert perplexity(decoder, token_ids) < expected * limits[name], name
+
+
+@pytest.mark.parametrize(
+    ("num_windows", "limit"),
+    [
+        pytest.param(2, 1.005, id="two windows"),
+        pytest.param(15, 1.002, id="all windows", marks=pytest.mark.slow),
+    ],
+)
+def test_int8_keys_and_values_cost_little_perplexity(num_windows: int, limit: float) -> None:
+    checkpoint = open_checkpoint(ModelOptions(model="smollm2-135m"))
+    text = "".join((ROOT / name).read_text() for name in DOCUMENTS)
+    token_ids = checkpoint.tokenizer.encode(text)[: num_windows * WINDOW_TOKENS]
+    decoder = native_decoder(checkpoint.config, checkpoint.load_weights(torch.bfloat16, torch.device("cpu")))
+    ratio = perplexity(decoder, token_ids, torch.int8) / perplexity(decoder, token_ids)
+    assert 1 / limit < ratio < limit
