@@ -118,6 +118,7 @@ def _assemble(config: EngineConfig, loaded: _Loaded, load_s: float) -> EnginePar
             kernels=built.kernels,
             executor=type(loaded.executor).__name__.removesuffix("Executor").lower(),
             load_s=load_s,
+            step_bytes=built.step_bytes,
         ),
     )
 

@@ -28,6 +28,8 @@ class Report(msgspec.Struct, frozen=True):
     """The implementations in use."""
     executor: str
     load_s: float
+    step_bytes: int | None = None
+    """Bytes of matrices that each step reads; None where that is not known."""
 
     @property
     def kv_cache_tokens(self) -> int:

@@ -13,6 +13,7 @@ from triode.models.config import KernelChoice, ModelConfig
 from triode.models.cpu import choose_native, cpu_program, describe_kernels
 from triode.models.eager import EagerRunner, cpu_threads
 from triode.models.grammar import GuideCompiler
+from triode.models.native import NativeDecoder
 from triode.models.progress import NullProgress, Progress
 from triode.models.quantization import NOT_QUANTIZED, WeightPlan
 from triode.models.runner import Runner
@@ -30,6 +31,8 @@ class BuiltRunner:
     weights_bytes: int
     kv_cache_bytes: int
     kv_dtype: torch.dtype
+    step_bytes: int | None
+    """Bytes of matrices that each step reads; None where that is not known."""
     kernels: str
     """Each implementation in use, with its operations."""
 
@@ -86,6 +89,7 @@ def build_runner(
         weights_bytes=weights_bytes,
         kv_cache_bytes=pool.num_bytes,
         kv_dtype=kv_dtype,
+        step_bytes=decoder.matrices_bytes if isinstance(decoder, NativeDecoder) else None,
         kernels=describe_kernels(decoder.kernels.names, native.missing),
     )
 
@@ -121,6 +125,7 @@ def _build_on_gpu(
         weights_bytes=_num_bytes(config, weights),
         kv_cache_bytes=cuda.pool.num_bytes,
         kv_dtype=weights.embed_VD.dtype,
+        step_bytes=None,
         kernels=cuda.kernels,
     )
 

@@ -78,6 +78,11 @@ class NativeDecoder:
         self._pool: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None
         self._pool_addresses = (_addresses(()), _addresses(()))
 
+    @property
+    def matrices_bytes(self) -> int:
+        """Of all that a token is multiplied with, which is read once a step."""
+        return self._memory.matrices_bytes
+
     def forward(
         self, batch: StepBatch, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]
     ) -> torch.Tensor:

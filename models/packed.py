@@ -39,6 +39,7 @@ class PackedModel:
         self._number_bytes = weights.embed_VD.dtype.itemsize
         self._kept: list[torch.Tensor] = []
         num_bytes = self._num_bytes(config)
+        self.matrices_bytes = num_bytes
         self._panels = torch.empty(num_bytes + ALIGNMENT_BYTES, dtype=torch.uint8)
         self._next = rounded_up(self._panels.data_ptr(), ALIGNMENT_BYTES)
         library.prefer_huge_pages(self._next, num_bytes)

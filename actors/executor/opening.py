@@ -50,4 +50,5 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
         weights_bytes=built.weights_bytes,
         kv_cache_bytes=built.kv_cache_bytes,
         kernels=built.kernels,
+        step_bytes=built.step_bytes,
     )

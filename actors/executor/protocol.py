@@ -79,6 +79,8 @@ class Built(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     weights_bytes: int
     kv_cache_bytes: int
     kernels: str
+    step_bytes: int | None = None
+    """Bytes of matrices that each step reads; None where that is not known."""
 
 
 class Stepped(msgspec.Struct, frozen=True, tag=True):

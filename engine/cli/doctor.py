@@ -7,6 +7,7 @@ import msgspec
 
 from triode.engine.cli.machine import Gpu, Memory, Processor, read_gpus, read_memory, read_processor, read_versions
 from triode.engine.cli.progress import shown_progress, stage
+from triode.engine.cli.reading import measure_reading
 from triode.errors import ModelNotFound
 
 ON_GPU = "Triton; cuBLASLt for products of many tokens where a check at loading finds the same bits"
@@ -25,6 +26,8 @@ class Report(msgspec.Struct, frozen=True):
     """By dtype, what would compute."""
     num_threads: int
     """Of one CPU operation, unless `--num-threads` says otherwise."""
+    read_bytes_per_s: float | None
+    """How fast they read memory together; None where the CPU kernels are not to be had."""
     models: dict[str, str]
     """Built-in models: where they are, or how to get them."""
 
@@ -65,8 +68,19 @@ def examine() -> Report:
         device=str(device),
         kernels={str(dtype).removeprefix("torch."): kernels(dtype) for dtype in dtypes},
         num_threads=usable_threads(torch.get_num_threads()),
+        read_bytes_per_s=_read_bandwidth(usable_threads(torch.get_num_threads())),
         models=_models(),
     )
+
+
+def _read_bandwidth(num_threads: int) -> float | None:
+    from triode.kernels.native.build import NativeUnavailable
+
+    with shown_progress() as progress, stage(progress, "Measuring memory"):
+        try:
+            return measure_reading(num_threads)
+        except NativeUnavailable:
+            return None
 
 
 def _models() -> dict[str, str]:
@@ -83,7 +97,7 @@ def _models() -> dict[str, str]:
 
 
 def _lines(report: Report) -> list[str]:
-    processor, memory = report.processor, report.memory
+    processor, memory, reading = report.processor, report.memory, report.read_bytes_per_s
     quota = "" if processor.quota_cores is None else f", limited to {processor.quota_cores:g} cores' time"
     gpus = [
         f"{gpu.name} (compute capability {gpu.compute_capability}), {_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} free"
@@ -95,6 +109,10 @@ def _lines(report: Report) -> list[str]:
         ("CPU features", " ".join(processor.features) or "none that matter"),
         ("threads", f"{report.num_threads} for one operation"),
         ("memory", f"{_gib(memory.available_bytes)} available of {_gib(memory.total_bytes)}"),
+        (
+            "memory reads",
+            "not measured" if reading is None else f"{reading / 1e9:.1f} GB/s by {report.num_threads} threads",
+        ),
         ("GPU", "; ".join(gpus) or "none that torch can use"),
         ("device", report.device),
         *((f"kernels, {dtype}", names) for dtype, names in report.kernels.items()),

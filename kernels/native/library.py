@@ -7,7 +7,7 @@ the library is loaded, so that both use the same ones.
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_void_p, sizeof
+from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_uint32, c_void_p, sizeof
 from functools import cache
 
 from triode.kernels.native.build import NativeUnavailable, build
@@ -100,6 +100,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[object, ...]]] = {
     "triode_scratch_bytes": (c_int64, (POINTER(ModelStruct), c_int64, c_int32)),
     "triode_open_team": (c_void_p, (c_int32, POINTER(c_int32))),
     "triode_close_team": (None, (c_void_p,)),
+    "triode_read": (c_uint32, (c_void_p, c_int64, c_void_p)),
     "triode_forward": (c_int32, (POINTER(ModelStruct), POINTER(BatchStruct), c_void_p, c_void_p)),
     "triode_logits": (None, (POINTER(ModelStruct), c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
 }
@@ -160,6 +161,10 @@ class NativeLibrary:
     def close_team(self, team: int) -> None:
         """End them."""
         self._library.triode_close_team(team)
+
+    def read(self, address: int, num_bytes: int, team: int) -> None:
+        """Read whole MiB of memory once, to be timed."""
+        self._library.triode_read(address, num_bytes, team)
 
     def forward(self, model: ModelStruct, batch: BatchStruct, scratch: int, team: int) -> None:
         """Compute a step.

@@ -108,6 +108,22 @@ bool tokens_fit(const TriodeModel& model, const TriodeBatch& batch) {
     return true;
 }
 
+// Reads everything once, and returns what a compiler cannot leave out.
+uint32_t read_all(const char* memory, long bytes, Team& team) {
+    constexpr long ITEM_BYTES = 1 << 20;
+    Phase phase;
+    std::atomic<uint32_t> found{0};
+    team.run(&phase, 1, [&](Worker& worker) {
+        worker.share(bytes / ITEM_BYTES, [&](long item) {
+            WordVec sums[8] = {};
+            for (long at = 0; at < ITEM_BYTES; at += 8 * LANES * 4)
+                for (int i = 0; i < 8; i++) sums[i] |= (WordVec)load(memory + item * ITEM_BYTES + at + i * LANES * 4);
+            for (const WordVec& sum : sums) found.fetch_or(sum[0]);
+        });
+    });
+    return found;
+}
+
 }  // namespace
 
 extern "C" {
@@ -176,6 +192,11 @@ int64_t triode_scratch_bytes(const TriodeModel* model, int64_t num_tokens, int32
 
 // Threads for `triode_forward` and `triode_logits`, one call at a time. `cpus`: where each helper stays, or null.
 void* triode_open_team(int32_t num_helpers, const int32_t* cpus) { return new Team(num_helpers, cpus); }
+
+// Reads whole MiB of memory once, to be timed.
+uint32_t triode_read(const void* memory, int64_t bytes, void* team) {
+    return read_all(static_cast<const char*>(memory), bytes, *static_cast<Team*>(team));
+}
 
 void triode_close_team(void* team) { delete static_cast<Team*>(team); }
 

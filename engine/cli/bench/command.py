@@ -20,6 +20,7 @@ from triode.engine.cli.interrupt import on_interrupt
 from triode.engine.cli.machine import device_name, read_versions
 from triode.engine.cli.opening import add_engine_arguments, engine_settings, opened_engine
 from triode.engine.cli.progress import shown_progress
+from triode.engine.cli.reading import measure_reading
 from triode.engine.engine import Engine
 from triode.engine.parts import Report
 from triode.models.progress import Progress
@@ -102,11 +103,20 @@ async def _measure_all(arguments: argparse.Namespace, workloads: list[Workload])
     with trio.CancelScope() as scope, on_interrupt(scope.cancel):
         async with opened_engine(arguments, max_running=max_running) as engine:
             with shown_progress() as progress:
-                return [
-                    _row(workload, await _measure_runs(engine, workload, arguments.runs, progress), engine.report)
-                    for workload in workloads
-                ]
+                return [await _measured_row(engine, workload, arguments.runs, progress) for workload in workloads]
     return []
+
+
+async def _measured_row(engine: Engine, workload: Workload, num_runs: int, progress: Progress) -> Row:
+    row = _row(workload, await _measure_runs(engine, workload, num_runs, progress), engine.report)
+    if row.tpot_ms is None or engine.report.step_bytes is None:
+        return row
+    read_bytes_per_s = await trio.to_thread.run_sync(measure_reading, engine.report.num_threads)
+    return msgspec.structs.replace(
+        row,
+        read_gb_s=read_bytes_per_s / 1e9,
+        of_reading=engine.report.step_bytes / (row.tpot_ms / 1e3) / read_bytes_per_s,
+    )
 
 
 async def _measure_runs(engine: Engine, workload: Workload, num_runs: int, progress: Progress) -> list[Figures]:

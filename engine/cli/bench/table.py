@@ -31,6 +31,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     highest: Figures = msgspec.field(name="max")
     versions: dict[str, str]
     """Of what the figures depend on, and the kernels in use."""
+    read_gb_s: float | None = None
+    """How fast the machine read memory right after the runs; None where it was not measured."""
+    of_reading: float | None = None
+    """What part of that a decode step reaches: the bytes of its matrices by its time per token."""
 
 
 def summary(runs: list[Figures]) -> tuple[Figures, Figures, Figures]:
@@ -54,7 +58,7 @@ def print_table(rows: list[Row]) -> None:
     console = Console()
     if not console.is_terminal:
         # There is no window to fit into, and a wrapped table is hard to read.
-        console.width = 140
+        console.width = 160
     first = rows[0]
     table = Table(
         title=f"{first.model}, {first.dtype}, {first.device}; kernels: {first.versions['kernels']}",
@@ -63,9 +67,12 @@ def print_table(rows: list[Row]) -> None:
     table.add_column("test")
     for heading in ("batch", "prompt", "new", "TPOT ms", "TTFT ms", "out tok/s", "total tok/s"):
         table.add_column(heading, justify="right")
+    if has_reading := any(row.of_reading is not None for row in rows):
+        table.add_column("reads weights at", justify="right")
     for row in rows:
         cells = (_cell(row, name) for name in Figures.__struct_fields__)
-        table.add_row(row.test, str(row.batch), str(row.prompt_len), str(row.new_tokens), *cells)
+        own = (*cells, f"{row.of_reading:.0%} of {row.read_gb_s:.1f} GB/s") if has_reading else cells
+        table.add_row(row.test, str(row.batch), str(row.prompt_len), str(row.new_tokens), *own)
     console.print(table)
 
 

@@ -24,6 +24,8 @@ KEYS = [
     "min",
     "max",
     "versions",
+    "read_gb_s",
+    "of_reading",
 ]
 TINY = ["random:tiny", "--dtype", "float32", "--kv-cache-bytes", "20000000", "--runs", "2"]
 
@@ -47,6 +49,8 @@ def test_latency_has_a_row_for_each_batch(tmp_path: Path, capsys: pytest.Capture
     assert all(row["tpot_ms"] > 0 and row["out_tok_s"] > 0 for row in rows)
     captured = capsys.readouterr()
     assert "median of 2 runs" in captured.out
+    assert all((row["read_gb_s"] is None) == (row["of_reading"] is None) for row in rows)
+    assert ("reads weights at" in captured.out) == (rows[0]["of_reading"] is not None)
     assert "latency, batch 3 ..." in captured.err
 
 
