@@ -5,15 +5,14 @@ checks the values that are given. Nothing about a parameter is written down twic
 """
 
 import argparse
-import ast
-import inspect
-import textwrap
 import types
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import msgspec
+
+from triode.engine.field_docs import field_docs
 
 Config = TypeVar("Config", bound=msgspec.Struct)
 
@@ -87,22 +86,6 @@ def words(values: Mapping[str, object]) -> list[str]:
         else:
             line.append(f"--{flag}={value}")
     return line
-
-
-def field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
-    """The string below each field of a struct's class body, on one line."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(struct))).body
-    docs: dict[str, str] = {}
-    name = ""
-    for statement in definition.body if isinstance(definition, ast.ClassDef) else ():
-        match statement:
-            case ast.AnnAssign(target=ast.Name(id=field)):
-                name = field
-            case ast.Expr(value=ast.Constant(value=str(text))) if name:
-                docs[name] = " ".join(text.split())
-            case _:
-                name = ""
-    return docs
 
 
 def _struct(annotation: object) -> type[msgspec.Struct] | None:

@@ -14,17 +14,20 @@ TokenIds = list[int]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
+Unused = Annotated[object, msgspec.Meta(description="Accepted; changes nothing.")]
+
+
 class Ignored(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Fields that are accepted and change nothing: they are about accounts, billing and storage elsewhere."""
 
-    user: object = None
-    metadata: object = None
-    store: object = None
-    service_tier: object = None
-    safety_identifier: object = None
-    prompt_cache_key: object = None
+    user: Unused = None
+    metadata: Unused = None
+    store: Unused = None
+    service_tier: Unused = None
+    safety_identifier: Unused = None
+    prompt_cache_key: Unused = None
     """Prompts are cached by their tokens; `cache_salt` keeps callers apart."""
-    prompt_cache_retention: object = None
+    prompt_cache_retention: Unused = None
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -147,8 +150,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     """Of the final hidden states: their mean by default, or the last one."""
     normalize: bool = True
     """As OpenAI's, vectors have length 1; false leaves them as the model gives them."""
-    user: object = None
-    """Accepted; changes nothing."""
+    user: Unused = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

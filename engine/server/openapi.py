@@ -1,14 +1,16 @@
 """/openapi.json: every route and the structs that travel on it, which are the ones that decode and encode them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
 
 import msgspec
+import msgspec.inspect
 from starlette.requests import Request
 from starlette.responses import Response
 
 import triode
+from triode.engine.field_docs import field_docs
 from triode.engine.server.errors import ErrorBody
 from triode.engine.server.openai_requests import (
     ChatRequest,
@@ -113,6 +115,8 @@ def _document() -> bytes:
     schemas, components = msgspec.json.schema_components(
         [ErrorBody, *kinds], schema_hook=_any_value, ref_template="#/components/schemas/{name}"
     )
+    for kind in _structs(msgspec.inspect.multi_type_info([ErrorBody, *kinds])):
+        _describe(components, kind)
     error, *others = schemas
     schema_of = dict(zip(kinds, others, strict=True))
     paths: dict[str, Json] = {}
@@ -136,6 +140,37 @@ _DESCRIPTION = (
     "OpenAI's API, served by Triode. /v1/responses is a WebSocket, too, whose messages are the request with type "
     "response.create and these events; /v1/stream is a WebSocket with a schema of its own."
 )
+
+
+def _structs(types: Iterable[msgspec.inspect.Type]) -> set[type[msgspec.Struct]]:
+    """All structs in these types."""
+    found: set[type[msgspec.Struct]] = set()
+    left = list(types)
+    while left:
+        match left.pop():
+            case msgspec.inspect.StructType(cls=struct, fields=fields) if struct not in found:
+                found.add(struct)
+                left += [field.type for field in fields]
+            case msgspec.inspect.UnionType(types=members):
+                left += members
+            case msgspec.inspect.Metadata(type=inner) | msgspec.inspect.ListType(item_type=inner):
+                left.append(inner)
+            case msgspec.inspect.VarTupleType(item_type=inner) | msgspec.inspect.DictType(value_type=inner):
+                left.append(inner)
+    return found
+
+
+def _describe(components: Mapping[str, Json], struct: type[msgspec.Struct]) -> None:
+    """Tell of each field what the docstring below it says."""
+    component = components.get(struct.__name__) or components[f"{struct.__module__}.{struct.__qualname__}"]
+    properties = component["properties"]
+    assert isinstance(properties, dict), "a struct is an object"
+    for base in reversed(struct.__mro__):
+        if issubclass(base, msgspec.Struct) and base is not msgspec.Struct:
+            for name, doc in field_docs(base).items():
+                # A reference may not have a description beside it in every reader's eyes, so it stays alone.
+                if name in properties and "$ref" not in properties[name]:
+                    properties[name]["description"] = doc
 
 
 def _any_value(kind: type) -> Json:

@@ -1,11 +1,13 @@
 """From a request to what is submitted, and to the response as it begins."""
 
+import re
 import secrets
 import time
 from typing import NamedTuple
 
 import msgspec
 
+from triode.engine.server.errors import RequestError
 from triode.engine.server.openai_requests import ResponseFormat, SchemaFormat
 from triode.engine.server.parameters import refused, sampling_params
 from triode.engine.server.replies.reader import ReplyReader
@@ -43,7 +45,10 @@ def prepare(service: Service, asked: ResponseRequest, before: tuple[dict[str, ob
     plan = plan_tools(tools, _choice(asked.tool_choice), asked.parallel_tool_calls, service.replies.tool_format)
     values: dict[str, object] = {} if asked.max_output_tokens is None else {"max_tokens": asked.max_output_tokens}
     form = None if asked.text is None or asked.text.format is None else _format(asked.text.format)
-    params = sampling_params(asked, values, form, plan)
+    try:
+        params = sampling_params(asked, values, form, plan)
+    except RequestError as error:
+        raise renamed(error) from None
     options = asked.chat_template_kwargs or {}
     try:
         # A guide holds from the first token: no reasoning comes before.
@@ -58,6 +63,19 @@ def prepare(service: Service, asked: ResponseRequest, before: tuple[dict[str, ob
         reader=service.replies.reader(plan, starts_inside=starts_inside),
         response=_begin(service, asked, params),
     )
+
+
+_NAMES = {"max_tokens": "max_output_tokens", "response_format": "text", "messages": "input"}
+"""What chats and the engine call what a response calls otherwise."""
+
+
+def renamed(error: RequestError) -> RequestError:
+    """A refusal in the words of this endpoint."""
+    param = error.detail.param
+    if param not in _NAMES:
+        return error
+    message = re.sub(rf"\b{param}\b", _NAMES[param], str(error))
+    return RequestError(error.status, message, code=error.detail.code, param=_NAMES[param])
 
 
 def _begin(service: Service, asked: ResponseRequest, params: SamplingParams) -> Response:

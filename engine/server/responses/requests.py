@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from triode.engine.server.openai_requests import SampledRequest, SchemaFormat, StreamOptions
+from triode.engine.server.openai_requests import SampledRequest, SchemaFormat, StreamOptions, Unused
 from triode.engine.server.tools.requests import Name
 
 
@@ -37,8 +37,7 @@ class TextConfig(msgspec.Struct, forbid_unknown_fields=True):
     """How the answer is written."""
 
     format: TextFormat | None = None
-    verbosity: object = None
-    """Accepted; changes nothing."""
+    verbosity: Unused = None
 
 
 class ResponseRequest(SampledRequest, kw_only=True):
@@ -66,7 +65,7 @@ class ResponseRequest(SampledRequest, kw_only=True):
     top_logprobs: Literal[0] | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     """Accepted, because clients ask for it unasked; reasoning comes as text, never encrypted."""
-    reasoning: object = None
+    reasoning: Unused = None
     """Accepted; changes nothing. `chat_template_kwargs` may, as {"enable_thinking": false}."""
     max_tool_calls: int | None = None
     """Accepted; it limits tools that do not exist here."""

@@ -19,7 +19,7 @@ from triode.engine.server.responses.objects import (
     ResponseUsage,
 )
 from triode.engine.server.responses.output import OutputWriter
-from triode.engine.server.responses.prepare import Prepared
+from triode.engine.server.responses.prepare import Prepared, renamed
 from triode.engine.server.responses.store import ResponseStore
 from triode.engine.server.service import Service
 from triode.engine.stream import RequestStream
@@ -62,7 +62,7 @@ class ResponseRun:
                 request_id=self.response.id,
             )
         except ValueError as error:
-            raise wrong_value(error) from None
+            raise renamed(wrong_value(error)) from None
         except TriodeError as error:
             raise engine_error(error) from error
         streams.append(stream)

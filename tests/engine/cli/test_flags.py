@@ -7,8 +7,9 @@ from typing import Literal
 import msgspec
 import pytest
 
-from triode.engine.cli.flags import Parser, add_flags, field_docs, given, with_flags, words
+from triode.engine.cli.flags import Parser, add_flags, given, with_flags, words
 from triode.engine.config import EngineConfig
+from triode.engine.field_docs import field_docs
 from triode.models.sampling import SamplingParams
 
 

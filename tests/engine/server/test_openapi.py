@@ -60,6 +60,13 @@ def test_the_document_has_every_route(server: Running, document: dict[str, Any])
     assert {(operation.method.upper(), operation.path) for operation in OPERATIONS} == served
 
 
+def test_fields_are_described_as_their_structs_do(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    assert schemas["ChatRequest"]["properties"]["user"]["description"] == "Accepted; changes nothing."
+    assert schemas["ResponseRequest"]["properties"]["store"]["description"].startswith("Whether the response can be")
+    assert schemas["ChatRequest"]["properties"]["deadline_s"]["description"].startswith("Cancels the request")
+
+
 def test_events_are_as_the_document_says(server: Running, document: dict[str, Any]) -> None:
     bodies: dict[str, dict[str, Any]] = {
         "/v1/chat/completions": {

@@ -180,11 +180,11 @@ def test_leaving_the_stream_cancels_the_response(server: Running, client: openai
     [
         ({"input": []}, "input", "input must be a text or have items"),
         ({"input": [{"type": "item_reference", "id": "a"}]}, "input", "must be one of message, reasoning"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "messages", "type must be text"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", "type must be text"),
         ({"background": True}, "background", "Expected `bool`|Invalid enum value"),
         ({"tools": [{"type": "web_search"}]}, "tools", "Invalid enum value 'web_search'"),
         ({"truncation": "auto"}, "truncation", "Invalid enum value 'auto'"),
-        ({"max_output_tokens": 10**6}, "max_tokens", "max_tokens must be <="),
+        ({"max_output_tokens": 10**6}, "max_output_tokens", "max_output_tokens must be <="),
         ({"previous_response_id": "resp_0"}, "previous_response_id", "must be of a stored response"),
         ({"model": "gpt-4"}, "model", "model must be 'tiny'"),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options", "must be given with stream"),

@@ -151,7 +151,7 @@ def test_closing_the_socket_cancels_all_of_its_own(server: Running, socket: Clie
         ('{"type": "response.create", "typo": 1}', 400, "unknown field `typo`"),
         ('{"type": "response.create"}', 400, "input must be a text or have items"),
         ('{"type": "response.create", "input": "a", "model": "gpt"}', 404, "model must be 'tiny'"),
-        ('{"type": "response.create", "input": "a", "max_output_tokens": 0}', 400, "max_tokens must be"),
+        ('{"type": "response.create", "input": "a", "max_output_tokens": 0}', 400, "max_output_tokens must be"),
         ('{"type": "response.create", "input": "a", "previous_response_id": "x"}', 400, "must be of a stored response"),
         (b"\xff", 400, "JSON is malformed"),
     ],
