@@ -11,6 +11,7 @@ import random
 import time
 from itertools import count
 from statistics import median, quantiles
+from typing import NamedTuple
 
 import numpy as np
 import trio
@@ -44,46 +45,44 @@ def endless() -> Guide:
     return triode.JsonSchema({"type": "array", "items": person(), "minItems": 10_000}, compact=True)
 
 
-async def step_ms(engine: Engine, batch: int, num_tokens: int, guide: Guide | None, salt: int) -> float:
-    """Wall time a step of a batch that runs `num_tokens` steps."""
+class Times(NamedTuple):
+    """Of one batch."""
+
+    step_ms: float
+    token_ms: float
+    """Wall time a token of each request: less than a step where guides force tokens."""
+
+
+async def time_batch(engine: Engine, batch: int, num_tokens: int, guide: Guide | None, salt: int) -> Times:
+    """A batch whose requests take `num_tokens` tokens each."""
     draw = random.Random(salt)
     prompts = [[draw.randrange(100, 40_000) for _ in range(16)] for _ in range(batch)]
     fields = {"ignore_eos": True} if guide is None else {"guide": guide}
     params = [triode.SamplingParams(max_tokens=num_tokens, seed=salt * 1000 + row, **fields) for row in range(batch)]
     num_before, start_s = engine.statistics().runner.num_steps, time.perf_counter()
     results = await engine.generate(prompts, params)
-    wall_s = time.perf_counter() - start_s
+    wall_ms = (time.perf_counter() - start_s) * 1e3
     assert all(result.completion.finish_reason == "length" for result in results), "every request runs its full length"
-    return wall_s / (engine.statistics().runner.num_steps - num_before) * 1e3
+    return Times(wall_ms / (engine.statistics().runner.num_steps - num_before), wall_ms / num_tokens)
 
 
 async def compare(engine: Engine, batch: int, num_tokens: int, num_rounds: int) -> None:
     salts = count()
     guide = endless()
     for each in (None, guide):
-        await step_ms(engine, batch, 8, each, next(salts))
+        await time_batch(engine, batch, 8, each, next(salts))
     without, with_guide = [], []
     for _ in range(num_rounds):
-        without.append(await step_ms(engine, batch, num_tokens, None, next(salts)))
-        with_guide.append(await step_ms(engine, batch, num_tokens, guide, next(salts)))
-    ratios = [guided / plain for plain, guided in zip(without, with_guide, strict=True)]
-    half_guided = await mixed_ms(engine, batch, num_tokens, guide, next(salts)) if batch > 1 else None
-    print(
-        f"batch {batch}: {median(without):.3f} ms a step, guided {median(with_guide):.3f} ms; "
-        f"ratios {', '.join(f'{ratio:.3f}' for ratio in ratios)}, median {median(ratios):.3f}"
-        + ("" if half_guided is None else f"; half of the rows guided {half_guided:.3f} ms"),
-        flush=True,
-    )
-
-
-async def mixed_ms(engine: Engine, batch: int, num_tokens: int, guide: Guide, salt: int) -> float:
-    """A batch whose every other row is guided."""
-    num_before, start_s = engine.statistics().runner.num_steps, time.perf_counter()
-    plain = triode.SamplingParams(max_tokens=num_tokens, seed=salt, ignore_eos=True)
-    guided = triode.SamplingParams(max_tokens=num_tokens, seed=salt, guide=guide)
-    prompts = [[salt + 100 + row, 7, 8, 9] for row in range(batch)]
-    await engine.generate(prompts, [guided if row % 2 else plain for row in range(batch)])
-    return (time.perf_counter() - start_s) / (engine.statistics().runner.num_steps - num_before) * 1e3
+        without.append(await time_batch(engine, batch, num_tokens, None, next(salts)))
+        with_guide.append(await time_batch(engine, batch, num_tokens, guide, next(salts)))
+    for name in Times._fields:
+        plain_ms, guided_ms = ([getattr(times, name) for times in runs] for runs in (without, with_guide))
+        ratios = [guided / plain for plain, guided in zip(plain_ms, guided_ms, strict=True)]
+        print(
+            f"batch {batch}: {name} {median(plain_ms):.3f}, guided {median(guided_ms):.3f}; ratios "
+            f"{', '.join(f'{ratio:.3f}' for ratio in ratios)}, median {median(ratios):.3f}",
+            flush=True,
+        )
 
 
 def time_masks(guides: GuideCompiler, tokenizer: Tokenizer, batch: int, num_tokens: int) -> None:
