@@ -10,6 +10,7 @@ from triode.cache.messages import BlockCopy
 from triode.ids import BlockId
 from triode.models.build import build_runner
 from triode.models.config import ModelConfig
+from triode.models.grammar import GuideCompiler
 from triode.models.progress import NullProgress
 from triode.models.random_model import RandomTensors
 from triode.models.runner import Runner
@@ -31,6 +32,7 @@ class DeviceWorld(RunnerWorld):
         max_step_tokens: int = 4096,
         seed: int = 0,
         kv_cache_bytes: int = 2**30,
+        guides: GuideCompiler | None = None,
     ) -> None:
         built = build_runner(
             config,
@@ -38,6 +40,7 @@ class DeviceWorld(RunnerWorld):
             cache_config=CacheConfig(kv_cache_bytes=kv_cache_bytes),
             max_running=max_running,
             max_step_tokens=max_step_tokens,
+            guides=guides,
         )
         self.runner: Runner = built.runner
         self.free = list(map(BlockId, range(1, built.num_blocks)))

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from cross_compile import AMPERE, HOPPER, fits, launches_compiled_for
 from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.guide_mask.gpu import forbid
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.tiles import MEASURED, MEASURED_SWIGLU, LinearTile, linear_tile, swiglu_tile
 from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
@@ -99,6 +100,14 @@ def test_products_compile_for_every_tile_of_the_table(traits: GpuTraits) -> None
             product(tile, in_features, traits)
         for tile, in_features in fused:
             product(tile, in_features, traits, fused=True)
+    assert fits(compiled, traits)
+
+
+@GPUS
+def test_masks_compile(traits: GpuTraits) -> None:
+    with launches_compiled_for(traits) as compiled:
+        forbid(empty(64, 152_064, dtype=torch.float32), indices(64, 4752), indices(64), traits)
+        forbid(empty(1, 499, dtype=torch.float32), indices(1, 16), indices(1), traits)
     assert fits(compiled, traits)
 
 

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from device_world import CUDA, DeviceWorld
+from guides import COLOURS, DIGITS, EOS, PERSON, tiny_guides
 from runner_world import RunnerWorld, Running, tiny_config
 from triode.models.config import ModelConfig
 from triode.models.random_model import random_config
@@ -46,6 +47,23 @@ def test_float32_tokens_are_those_of_the_cpu(params: SamplingParams) -> None:
             world.decode(*rows, num_tokens=20)
             outputs.append([row.output for row in rows])
     assert outputs[0] == outputs[1]
+
+
+def test_guided_float32_tokens_are_those_of_the_cpu() -> None:
+    outputs = []
+    # With logprobs, no token is forced on the CPU either.
+    guided = [SamplingParams(guide=guide, logprobs=0) for guide in (PERSON, COLOURS, DIGITS)]
+    guides = tiny_guides()
+    with DeviceWorld(tiny_config(), torch.float32, max_running=8, max_step_tokens=128, guides=guides) as device:
+        for world in (device, RunnerWorld(guides=guides)):
+            params = [*guided, KINDS[1]]
+            rows = [world.admit(slot, prompt(9 + slot, slot), params[slot], seed=slot) for slot in range(4)]
+            world.step(*[(row, 9 + slot, Output.SAMPLE) for slot, row in enumerate(rows)])
+            world.decode(*rows, num_tokens=12)
+            outputs.append([row.output for row in rows])
+            assert all(row.errors == [] for row in rows)
+    assert outputs[0] == outputs[1]
+    assert EOS in outputs[0][1]
 
 
 def test_float32_logprobs_are_close_to_those_of_the_cpu() -> None:
