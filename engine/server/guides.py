@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from triode.engine.server.errors import RequestError
+from triode.engine.server.nesting import check_nesting
 from triode.engine.server.openai_requests import ResponseFormat, StructuredOutputs
 from triode.engine.server.tools.plan import ToolPlan
 from triode.models.guide import Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
@@ -45,6 +46,7 @@ def _schema(form: ResponseFormat | None) -> Mapping[str, object] | None:
         return _ANY_OBJECT
     if form.json_schema is None:
         raise _refused("response_format", "response_format.json_schema must be given with type json_schema")
+    check_nesting("response_format", form.json_schema.schema)
     return form.json_schema.schema
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from triode.engine.server.errors import RequestError
+from triode.engine.server.nesting import check_nesting
 from triode.engine.server.openai_requests import ResponseFormat, SchemaFormat
 from triode.engine.server.parameters import refused, sampling_params
 from triode.engine.server.replies.reader import ReplyReader
@@ -40,6 +41,7 @@ def prepare(service: Service, asked: ResponseRequest, before: tuple[dict[str, ob
         RequestError: 400 or 404.
     """
     service.check_model(asked.model)
+    check_nesting("input", asked.input)
     items = (*before, *input_items(asked.input))
     tools = [chat_tools.Tool("function", _function(tool)) for tool in asked.tools or ()]
     plan = plan_tools(tools, _choice(asked.tool_choice), asked.parallel_tool_calls, service.replies.tool_format)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import msgspec
 
 from triode.engine.server.errors import RequestError
+from triode.engine.server.nesting import check_nesting
 from triode.engine.server.tools.formats import ToolFormat
 from triode.engine.server.tools.grammar import calls_and_text, calls_only, calls_or_answer
 from triode.engine.server.tools.parser import ToolParser
@@ -68,6 +69,7 @@ def plan_tools(
         raise RequestError(400, "tools must have names that differ", param="tools")
     if len(functions) > MAX_TOOLS:
         raise RequestError(400, f"tools must be <= {MAX_TOOLS}, got {len(functions)}", param="tools")
+    check_nesting("tools", [function.parameters for function in functions])
     if choice == "none":
         return ToolPlan()
     if form is None:
