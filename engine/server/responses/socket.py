@@ -34,7 +34,8 @@ MAX_WAITING = 16
 MAX_STREAMS = 64
 """Streams of one socket."""
 MAX_REMEMBERED = 32
-"""Responses that a socket keeps for `store: false`."""
+"""Responses that a socket keeps for `store: false`, with what was said before them."""
+MAX_REMEMBERED_BYTES = 8 * 2**20
 
 _DECODER: msgspec.json.Decoder[Create | Cancel] = msgspec.json.Decoder(FromClient)
 _ENCODER = msgspec.json.Encoder()
@@ -62,7 +63,7 @@ class ResponseSocket:
     def __init__(self, service: Service, store: ResponseStore, socket: WebSocket) -> None:
         self._service = service
         self._store = store
-        self._own = ResponseStore(MAX_REMEMBERED)
+        self._own = ResponseStore(MAX_REMEMBERED, MAX_REMEMBERED_BYTES)
         self._socket = socket
         self._key = caller_of(socket.scope).key
         self._paced = PacedSend(socket.send, service.config.write_timeout_s)

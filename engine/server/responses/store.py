@@ -47,6 +47,8 @@ class ResponseStore:
         stream: RequestStream | None = None,
     ) -> None:
         """Keep a response, in place of what has its id."""
+        if self._max_responses == 0:
+            return
         self._drop((key, response.id))
         stored = Stored(response, items, len(msgspec.json.encode((response, items))), stream)
         self._by_id[key, response.id] = stored

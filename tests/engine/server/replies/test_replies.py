@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triode.engine.server.replies.pieces import CallArguments, CallBegun, Content, Piece, Reasoning, held_length, merged
@@ -69,6 +69,7 @@ def whole(name: str, text: str) -> list[Piece]:
 
 
 @pytest.mark.parametrize("name", READERS)
+@settings(max_examples=50)
 @given(text=texts, data=st.data())
 def test_how_a_text_is_cut_makes_no_difference(name: str, text: str, data: st.DataObject) -> None:
     places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
