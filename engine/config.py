@@ -27,12 +27,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     holds the weights) or "inline" (in the event loop)."""
     num_threads: int | None = None
     """CPU threads for one step; None takes torch's number, or as many as this process may use processors if that is less."""
+    warm_guides: bool = False
+    """Get ready for guided output while the model loads; else the first guide takes about half a second, for which all
+    requests wait."""
 
     def __post_init__(self) -> None:
         if self.executor not in get_args(ExecutorMode):
             raise ValueError(f"executor must be one of {', '.join(get_args(ExecutorMode))}, got {self.executor!r}")
         if self.num_threads is not None and (type(self.num_threads) is not int or self.num_threads < 1):
             raise ValueError(f"num_threads must be an integer >= 1, got {self.num_threads!r}")
+        if not isinstance(self.warm_guides, bool):
+            raise ValueError(f"warm_guides must be True or False, got {self.warm_guides!r}")
 
     def override(self, overrides: Mapping[str, object]) -> "EngineConfig":
         """A config with some settings changed, each by its own name whichever part it belongs to.
@@ -56,7 +61,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 PARTS = ("options", "cache", "scheduler")
-OWN = ("executor", "num_threads")
+OWN = ("executor", "num_threads", "warm_guides")
 
 
 def setting_names() -> tuple[str, ...]:

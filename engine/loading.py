@@ -51,6 +51,7 @@ async def load(config: EngineConfig, progress: Progress | None) -> EngineParts:
         max_running=config.scheduler.max_running,
         max_step_tokens=config.scheduler.max_step_tokens,
         num_threads=config.num_threads,
+        warm_guides=config.warm_guides,
     )
     if config.executor == "process":
         loaded = await _load_in_worker(order, progress)

@@ -126,6 +126,11 @@ class GuideCompiler:
         """W: enough for the model's tokens and the tokenizer's."""
         return -(-max(self._vocab_size, self._tokenizer.vocab_size) // 32)
 
+    def warm(self) -> None:
+        """Do at once what the first guide would wait for. A model that can have no guide needs nothing."""
+        if self._eos_token_ids:
+            self.check(JsonObject())
+
     def check(self, guide: Guide) -> None:
         """Compile a guide, unless it is compiled already.
 
@@ -206,9 +211,10 @@ class GuideCompiler:
             self._cached_bytes -= oldest.num_bytes
 
     def close(self) -> None:
-        """End the thread that makes masks. Idempotent; no mask may be asked for after it."""
-        if "_thread" in self.__dict__:
-            self._thread.shutdown()
+        """End the thread that makes masks. Idempotent; another one begins when masks are asked for again."""
+        thread: ThreadPoolExecutor | None = self.__dict__.pop("_thread", None)
+        if thread is not None:
+            thread.shutdown()
 
     @cached_property
     def _thread(self) -> ThreadPoolExecutor:

@@ -28,6 +28,11 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
     plan = plan_weights(
         order.options.quantization, order.options.quantization_group, order.options.quantization_overrides
     )
+    guides = GuideCompiler(checkpoint.tokenizer, config.vocab_size, config.eos_token_ids)
+    if order.warm_guides:
+        progress.stage("Preparing guides", None, "")
+        guides.warm()
+        progress.done()
     built = build_runner(
         config,
         # Not kept here: the decoder lays matrices out anew, and what it no longer needs becomes room for the cache.
@@ -38,7 +43,7 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
         num_threads=order.num_threads,
         kernels=order.options.kernels,
         plan=plan,
-        guides=GuideCompiler(checkpoint.tokenizer, config.vocab_size, config.eos_token_ids),
+        guides=guides,
         progress=progress,
     )
     return built.runner, Built(

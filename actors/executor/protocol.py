@@ -36,6 +36,8 @@ class Open(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     max_running: int
     max_step_tokens: int
     num_threads: int | None
+    warm_guides: bool = False
+    """Make the runner ready for guides before it is built."""
 
 
 class CheckGuide(msgspec.Struct, frozen=True, tag=True):

@@ -43,6 +43,7 @@ def test_every_setting_has_one_name_and_one_place() -> None:
         ({"executor": "fiber"}, r"executor must be one of auto, inline, thread.*, got 'fiber'"),
         ({"num_threads": 0}, r"num_threads must be an integer >= 1, got 0"),
         ({"num_threads": True}, r"num_threads must be an integer >= 1, got True"),
+        ({"warm_guides": 1}, r"warm_guides must be True or False, got 1"),
         ({"max_running": 0}, r"max_running must be an integer >= 1, got 0"),
         ({"max_queued": 1.5}, r"max_queued must be an integer >= 1, got 1.5"),
         ({"max_running": 8, "max_step_tokens": 8}, r"max_step_tokens must be > max_running = 8, .*, got 8"),

@@ -214,6 +214,21 @@ async def test_a_preempted_output_goes_on_where_it_was() -> None:
     assert outputs == expected
 
 
+async def test_a_warm_engine_is_ready_for_its_first_guide(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    make = grammar.vocabulary_for
+
+    def counted(*arguments: Any) -> Any:
+        made.append(1)
+        return make(*arguments)
+
+    monkeypatch.setattr(grammar, "vocabulary_for", counted)
+    async with open_tiny(executor="thread", warm_guides=True) as engine:
+        assert len(made) == 1
+        check((await complete(engine, PROMPT, guided())).completion)
+        assert len(made) == 1
+
+
 BAD = [
     (triode.JsonSchema({"not": {}}), r"guide cannot be compiled: Unimplemented keys: \[\"not\"\]"),
     (triode.Regex("a("), r"guide cannot be compiled: .*unclosed group"),
