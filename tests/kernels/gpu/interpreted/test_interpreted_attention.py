@@ -3,7 +3,8 @@ import torch
 
 from paged_sequences import PagedSequences, attention_oracle, paged_sequences, relative_error
 from triode.kernels.gpu_traits import INTERPRETER
-from triode.kernels.paged_attention.gpu import AttentionTile, AttentionWorkspace, paged_attention
+from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
+from triode.kernels.paged_attention.tiles import AttentionTile
 
 PREFILL = AttentionTile(pairs=32, num_warps=4, num_stages=2)
 
