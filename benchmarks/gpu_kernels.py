@@ -23,14 +23,8 @@ from triode.kernels.linear.blas import linear_blas, split_k_refused
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.proof import prove
 from triode.kernels.linear.tiles import LinearTile, linear_tile, swiglu_tile, swiglu_triton_tokens, triton_tokens
-from triode.kernels.paged_attention.gpu import (
-    SEGMENT_TOKENS,
-    AttentionTile,
-    AttentionWorkspace,
-    decode_tile,
-    paged_attention,
-    splits_for,
-)
+from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
+from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS, AttentionTile, decode_tile, splits_for
 from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
 from triode.kernels.rms_norm.gpu import add_rms_norm
 from triode.kernels.swiglu.gpu import swiglu
@@ -190,7 +184,8 @@ class AttentionRun:
         case = self.case
         workspace = None
         if num_splits > 1:
-            pairs = (tile or decode_tile(case.num_heads // case.num_kv_heads, case.head_dim, self.key_PBKH.dtype)).pairs
+            group = case.num_heads // case.num_kv_heads
+            pairs = (tile or decode_tile(group, case.head_dim, self.key_PBKH.dtype, self.traits)).pairs
             programs = (len(q_TNH) + len(start)) * case.num_kv_heads
             segments = math.ceil(case.length / SEGMENT_TOKENS)
             workspace = AttentionWorkspace.allocate(programs, segments, pairs, case.head_dim, DEVICE)
@@ -432,7 +427,7 @@ def time_decode_attention(
     table = (torch.randperm(num_rows * blocks_a_row, device=DEVICE) + 1).int().view(num_rows, blocks_a_row)
     q = random(num_rows, shape.num_heads, shape.head_dim)
     out = torch.empty_like(q)
-    tile = tile or decode_tile(shape.num_heads // shape.num_kv_heads, shape.head_dim, torch.bfloat16)
+    tile = tile or decode_tile(shape.num_heads // shape.num_kv_heads, shape.head_dim, torch.bfloat16, traits)
     segments = math.ceil(context / SEGMENT_TOKENS)
     num_splits = splits_for(num_rows, shape.num_kv_heads, segments, traits)
     workspace = AttentionWorkspace.allocate(

@@ -31,7 +31,7 @@ from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.linear.blas import linear_blas, split_k_refused
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.tiles import LinearTile
-from triode.kernels.paged_attention.gpu import AttentionTile
+from triode.kernels.paged_attention.tiles import AttentionTile
 from triode.kernels.rms_norm.gpu import add_rms_norm
 from triode.kernels.swiglu.gpu import swiglu
 

@@ -13,14 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from triode.kernels.gpu_traits import GpuTraits
-from triode.kernels.paged_attention.gpu import (
-    SEGMENT_TOKENS,
-    AttentionWorkspace,
-    decode_tile,
-    paged_attention,
-    prefill_tile,
-    splits_for,
-)
+from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
+from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS, decode_tile, prefill_tile, splits_for
 from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
 from triode.kernels.rms_norm.gpu import add_rms_norm, rms_norm
 from triode.models.config import ModelConfig

@@ -12,7 +12,7 @@ import torch
 
 from triode.cache.messages import BlockCopy
 from triode.cache.pool import KVPool
-from triode.kernels.paged_attention.gpu import SEGMENT_TOKENS
+from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS
 from triode.kernels.sample.gpu import SampleWorkspace, sample
 from triode.kernels.step.gpu import begin_decode, embed, gather_tables
 from triode.models.cuda.arena import Arena, Changes

@@ -1,0 +1,81 @@
+"""How attention is cut into programs: the sizes that belong to its bits, and those that do not.
+
+H head dim    M (query token, head) pairs of a program
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from triode.kernels.gpu_traits import GpuTraits
+
+SEGMENT_TOKENS = 512
+TILE_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionTile:
+    """How many (query token, head) pairs a program takes, and how it is compiled. No choice here changes a bit."""
+
+    pairs: int
+    num_warps: int
+    num_stages: int
+
+
+# The best first.
+_DECODE_STAGES = (3, 2, 1)
+_DECODE_STAGES_OF_LARGE_HEADS = (2, 1)
+_PREFILL_TILES_OF_LARGE_HEADS = (AttentionTile(64, 8, 1), AttentionTile(32, 8, 1), AttentionTile(16, 4, 1))
+_PREFILL_TILES = (
+    AttentionTile(128, 8, 3),
+    AttentionTile(128, 8, 2),
+    AttentionTile(64, 8, 2),
+    *_PREFILL_TILES_OF_LARGE_HEADS,
+)
+
+
+def decode_tile(group: int, head_dim: int, kv_dtype: torch.dtype, traits: GpuTraits) -> AttentionTile:
+    """The tile for rows of few query tokens: one tensor-core instruction high, unless the group is larger.
+
+    An 8-bit operand reaches the small instruction in another order than the warp-group instruction that prefill uses on
+    SM90, which shows in the last bits; 64 pairs make decode use that one too.
+    """
+    least = 64 if kv_dtype.itemsize == 1 else 16
+    pairs = max(least, triton.next_power_of_2(group))
+    stages = _DECODE_STAGES if head_dim <= 128 else _DECODE_STAGES_OF_LARGE_HEADS
+    return _first_that_fits([AttentionTile(pairs, 4, number) for number in stages], head_dim, kv_dtype, traits)
+
+
+def prefill_tile(group: int, head_dim: int, dtype: torch.dtype, traits: GpuTraits) -> AttentionTile:
+    """The tile for rows of many query tokens, as tall as registers and shared memory allow."""
+    tiles = _PREFILL_TILES if head_dim <= 128 else _PREFILL_TILES_OF_LARGE_HEADS
+    tile = _first_that_fits(tiles, head_dim, dtype, traits)
+    return dataclasses.replace(tile, pairs=max(tile.pairs, triton.next_power_of_2(group)))
+
+
+def _first_that_fits(
+    tiles: Sequence[AttentionTile], head_dim: int, dtype: torch.dtype, traits: GpuTraits
+) -> AttentionTile:
+    """The first tile whose queries, and keys and values of every stage, fit into shared memory; else the last."""
+    row_bytes = max(16, triton.next_power_of_2(head_dim)) * max(2, dtype.itemsize)
+    room = traits.shared_memory_bytes // row_bytes
+    return next((tile for tile in tiles if tile.pairs + 2 * TILE_TOKENS * tile.num_stages <= room), tiles[-1])
+
+
+def splits_for(num_rows: int, num_kv_heads: int, max_segments: int, traits: GpuTraits) -> int:
+    """How many programs should share a row's KV so that decode rows fill the GPU twice over.
+
+    Depends on nothing that lives on the device, so that it can be fixed when a CUDA graph is captured.
+    """
+    return max(1, min(max_segments, math.ceil(2 * traits.num_sms / (num_rows * num_kv_heads))))
+
+
+def merge_stages(pairs: int, head_dim: int, traits: GpuTraits) -> int:
+    """How many segments' states are in flight while they are merged: one in registers, the others in shared memory."""
+    state_bytes: int = pairs * (triton.next_power_of_2(head_dim) + 2) * 4
+    # The rest is for what the compiler itself puts there.
+    room_bytes = traits.shared_memory_bytes - 8192
+    return max(1, min(4, 1 + room_bytes // state_bytes))
