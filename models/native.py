@@ -73,6 +73,7 @@ class NativeDecoder:
         layers = weights.layers if layers is None else layers
         self._memory = PackedModel(library, config, weights, layers, plan)
         self._model = self._memory.model
+        library.check(self._model)
         self._team: Team | None = None
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._pool: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None
@@ -95,16 +96,26 @@ class NativeDecoder:
 
         Returns:
             The hidden states after the final norm, [T, D].
+
+        Raises:
+            ValueError: the batch's arrays contradict each other or name what does not exist; nothing was computed.
         """
         self._bind_pool(keys_PBKH, values_PBKH)
         rows = batch.rows
-        hidden_TD = torch.empty(batch.num_tokens, self.config.hidden_size, dtype=self.dtype)
+        num_tokens, num_rows = len(batch.token_ids_T), len(rows.start_R)
+        lengths = (batch.positions_PT.numel(), len(batch.slot_T), len(rows.query_start_R1), len(rows.block_table_RC))
+        if lengths != (num_tokens, num_tokens, num_rows + 1, num_rows):
+            raise ValueError(
+                "batch must have a position and a slot for each token, and an end and a block table for each row, "
+                f"got {lengths} of them for {num_tokens} tokens in {num_rows} rows"
+            )
+        hidden_TD = torch.empty(num_tokens, self.config.hidden_size, dtype=self.dtype)
         # Held here until the call returns.
         arrays = [np.ascontiguousarray(a) for a in (rows.query_start_R1, rows.start_R, rows.block_table_RC)]
         query_start_R1, start_R, block_table_RC = arrays
         struct = BatchStruct(
-            num_tokens=len(batch.token_ids_T),
-            num_rows=len(start_R),
+            num_tokens=num_tokens,
+            num_rows=num_rows,
             table_columns=block_table_RC.shape[1],
             block_size_tokens=rows.block_size_tokens,
             num_blocks=len(keys_PBKH[0]),
@@ -120,7 +131,7 @@ class NativeDecoder:
             hidden=hidden_TD.data_ptr(),
         )
         team = self._current_team()
-        scratch = self._working_memory(batch.num_tokens, team.num_threads)
+        scratch = self._working_memory(num_tokens, team.num_threads)
         self._library.forward(self._model, struct, scratch, team.handle)
         return hidden_TD
 

@@ -7,7 +7,7 @@ the library is loaded, so that both use the same ones.
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_uint32, c_void_p, sizeof
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_uint32, c_void_p, sizeof
 from functools import cache
 
 from triode.kernels.native.build import NativeUnavailable, build
@@ -98,6 +98,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[object, ...]]] = {
     "triode_pack": (None, (c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p)),
     "triode_pack_groups": (None, (c_int32, c_int64, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p)),
     "triode_scratch_bytes": (c_int64, (POINTER(ModelStruct), c_int64, c_int32)),
+    "triode_model_error": (c_char_p, (POINTER(ModelStruct),)),
     "triode_open_team": (c_void_p, (c_int32, POINTER(c_int32))),
     "triode_close_team": (None, (c_void_p,)),
     "triode_read": (c_uint32, (c_void_p, c_int64, c_void_p)),
@@ -152,6 +153,15 @@ class NativeLibrary:
     def scratch_bytes(self, model: ModelStruct, num_tokens: int, num_threads: int) -> int:
         """Bytes of working memory, aligned to 64, that a step of `num_tokens` or so many rows of logits need."""
         return int(self._library.triode_scratch_bytes(byref(model), num_tokens, num_threads))
+
+    def check(self, model: ModelStruct) -> None:
+        """Once, before the first step.
+
+        Raises:
+            ValueError: the model's table of layers contradicts itself.
+        """
+        if error := self._library.triode_model_error(byref(model)):
+            raise ValueError(f"the table of layers must fit the model's sizes, but {error.decode()}")
 
     def open_team(self, num_helpers: int, cpus: Sequence[int] | None) -> int:
         """Start threads that help whoever calls `forward` and `logits` with their handle; each stays on its CPU."""

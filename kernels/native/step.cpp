@@ -1,4 +1,5 @@
 // The exported functions, in plain C. One shared object is built of this file per instruction set.
+#include "check.h"
 #include "packing.h"
 #include "step.h"
 
@@ -82,32 +83,6 @@ void pack(const T* source, long rows, long columns, bool halves, uint32_t* to) {
         pack_panel(source, rows, columns, halves, panel, to + panel * words * PANEL);
 }
 
-bool rows_fit(const TriodeBatch& batch) {
-    if (batch.query_start[0] != 0 || batch.query_start[batch.num_rows] != batch.num_tokens) return false;
-    for (long row = 0; row < batch.num_rows; row++) {
-        const int64_t first = batch.query_start[row], end = batch.query_start[row + 1];
-        const int64_t room = batch.table_columns * batch.block_size_tokens;
-        if (first >= end || end > batch.num_tokens || batch.start[row] < 0 || batch.start[row] > room - (end - first))
-            return false;
-        const int64_t used = (batch.start[row] + end - first - 1) / batch.block_size_tokens + 1;
-        for (int64_t c = 0; c < used; c++) {
-            const int64_t block = batch.block_table[row * batch.table_columns + c];
-            if (block < 0 || block >= batch.num_blocks) return false;
-        }
-    }
-    return true;
-}
-
-bool tokens_fit(const TriodeModel& model, const TriodeBatch& batch) {
-    const int64_t num_slots = batch.num_blocks * batch.block_size_tokens;
-    for (long t = 0; t < batch.num_tokens; t++) {
-        if (batch.token_ids[t] < 0 || batch.token_ids[t] >= model.vocab_size) return false;
-        if (batch.positions[t] < 0 || batch.positions[t] >= model.num_positions) return false;
-        if (batch.slots[t] < 0 || batch.slots[t] >= num_slots) return false;
-    }
-    return true;
-}
-
 // Reads everything once, and returns what a compiler cannot leave out.
 uint32_t read_all(const char* memory, long bytes, Team& team) {
     constexpr long ITEM_BYTES = 1 << 20;
@@ -189,6 +164,9 @@ int64_t triode_scratch_bytes(const TriodeModel* model, int64_t num_tokens, int32
     const long step = Buffers<float>{}.take(nullptr, *model, num_tokens, num_threads);
     return std::max(step, HeadBuffers<float>{}.take(nullptr, *model, num_tokens, num_threads));
 }
+
+// What is wrong with a table of layers, or null. Lengths of memory are the caller's word.
+const char* triode_model_error(const TriodeModel* model) { return model_error(*model); }
 
 // Threads for `triode_forward` and `triode_logits`, one call at a time. `cpus`: where each helper stays, or null.
 void* triode_open_team(int32_t num_helpers, const int32_t* cpus) { return new Team(num_helpers, cpus); }

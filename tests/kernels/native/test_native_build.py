@@ -1,6 +1,5 @@
 """Compiling at first use: once, whole or not at all, and with a reason where it cannot be done."""
 
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,30 +125,3 @@ def test_every_source_is_part_of_the_digest_and_of_the_wheel() -> None:
     }
     assert included | {"step.cpp"} == sources
     assert "kernels/native/*.h" in (Path(__file__).parents[3] / "pyproject.toml").read_text()
-
-
-@pytest.mark.slow
-def test_no_step_reads_or_writes_out_of_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests of the step in builds that check every access."""
-    compiler = find_compiler()[0]
-    monkeypatch.setenv("CXX", f"{compiler} -g -fsanitize=address,undefined -fno-sanitize-recover=all")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    # Here, because the compiler itself must not be checked.
-    best, portable = supported()[0], INSTRUCTION_SETS["portable"]
-    for isa in (best, portable):
-        build(isa, nothing)
-    found = (
-        subprocess.run([compiler, f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True)
-        for name in ("asan", "ubsan")
-    )
-    monkeypatch.setenv("LD_PRELOAD", " ".join(library.stdout.strip() for library in found))
-    monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")
-    tests = Path(__file__).parents[2] / "models" / "test_native_step.py"
-    chosen_tests = f"not threads and ({best.name} or {portable.name} or nan or number or index)"
-    finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests), "-k", chosen_tests],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
