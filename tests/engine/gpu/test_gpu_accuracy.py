@@ -70,7 +70,7 @@ class Place:
 places = pytest.mark.parametrize(
     "place",
     [
-        pytest.param(Place("cpu", 1, 2, 4, 0.5), id="in small on the CPU", marks=pytest.mark.slow),
+        pytest.param(Place("cpu", 2, 5, 16, 0.6), id="in small on the CPU", marks=pytest.mark.slow),
         pytest.param(Place("cuda", 4, 20, 48, 0.9), id="GPU", marks=pytest.mark.gpu),
     ],
 )

@@ -25,8 +25,9 @@ import trio, triode
 async def main():
     async with triode.open_engine({HALF_BILLION!r}, device="cuda", executor="process", kv_cache_bytes=2**30) as engine:
         async with engine.submit([1, 2, 3], triode.SamplingParams(max_tokens=20_000, ignore_eos=True)) as stream:
-            async for delta in stream:
-                print(engine._hub.parts.executor.pid, flush=True)
+            await stream.batch()
+            print(engine._hub.parts.executor.pid, flush=True)
+            await stream.result()
 
 trio.run(main)
 """
