@@ -1,6 +1,6 @@
 """Opens a model: its config and tokenizer at once, its weights when asked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -22,6 +22,8 @@ class Checkpoint:
     config: ModelConfig
     tokenizer: Tokenizer
     tensors: TensorReader
+    files: tuple[Path, ...] = ()
+    """Those that hold the weights."""
 
     def load_weights(
         self,
@@ -93,7 +95,7 @@ def _with_context(checkpoint: Checkpoint, options: ModelOptions) -> Checkpoint:
     if options.max_context_tokens is None:
         return checkpoint
     config = msgspec.structs.replace(checkpoint.config, max_context_tokens=options.max_context_tokens)
-    return Checkpoint(config, checkpoint.tokenizer, checkpoint.tensors)
+    return replace(checkpoint, config=config)
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -105,7 +107,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 
     file = GGUFFile(path)
     config = read_config(file)
-    return Checkpoint(config, read_tokenizer(file), GGUFTensors(file, config))
+    return Checkpoint(config, read_tokenizer(file), GGUFTensors(file, config), (path,))
 
 
 def _open_folder(path: Path) -> Checkpoint:
@@ -114,7 +116,7 @@ def _open_folder(path: Path) -> Checkpoint:
     from triode.models.safetensors import SafetensorsFolder
 
     config = read_config(path)
-    return Checkpoint(config, read_tokenizer(path), SafetensorsFolder(path))
+    return Checkpoint(config, read_tokenizer(path), SafetensorsFolder(path), tuple(sorted(path.glob("*.safetensors"))))
 
 
 def _open_random(options: ModelOptions, progress: Progress) -> Checkpoint:

@@ -67,7 +67,7 @@ class NativeDecoder:
             raise ValueError(f"dtype must be float32 or bfloat16 for native kernels, got {weights.embed_VD.dtype}")
         self.config = config
         self.kernels = NativeKernels(native_names(library.isa, plan))
-        self.device = weights.embed_VD.device
+        self.device = torch.device("cpu")
         self.dtype = weights.embed_VD.dtype
         self._library = library
         layers = weights.layers if layers is None else layers

@@ -33,16 +33,25 @@ class PackedModel:
         plan: WeightPlan,
     ) -> None:
         plan.check(config.num_layers)
+        self._saved = saved = weights.packed
         self._library = library
         self._plan = plan
         self._stored = weights.stored
         self._number_bytes = weights.embed_VD.dtype.itemsize
         self._kept: list[torch.Tensor] = []
+        self._packings: dict[str, Packing] = {}
         num_bytes = self._num_bytes(config)
         self.matrices_bytes = num_bytes
         self._panels = torch.empty(num_bytes + ALIGNMENT_BYTES, dtype=torch.uint8)
         self._next = rounded_up(self._panels.data_ptr(), ALIGNMENT_BYTES)
         library.prefer_huge_pages(self._next, num_bytes)
+        start = self._next - self._panels.data_ptr()
+        self._matrices = self._panels[start : start + num_bytes]
+        if saved is None:
+            # What pads a matrix to whole cache lines is written to files.
+            self._matrices.zero_()
+        else:
+            self._matrices.copy_(saved.matrices)
 
         rope = rope_table(config, torch.device("cpu"))
         self.layers = (LayerStruct * config.num_layers)(
@@ -66,6 +75,9 @@ class PackedModel:
             layers=self.layers,
             head=self._matrix(HEAD, weights.head_VD, None),
         )
+        self._saved = None
+        if weights.pack_to is not None:
+            weights.pack_to.write(self._matrices, self._kept, self._packings)
 
     def _num_bytes(self, config: ModelConfig) -> int:
         """Of all packed matrices."""
@@ -101,19 +113,14 @@ class PackedModel:
         self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False
     ) -> MatrixStruct:
         packing, scales = self._packing(name), None
+        self._packings[name] = packing
         rows, columns = weight.shape
         panels = self._next
         self._next += self._packed_bytes(name, rows, columns, halves=halves)
-        if (stored := self._stored.get(name)) is not None:
-            weight = stored.read()
-        if packing.format == CHANNEL8:
-            weight, scales = _as_int8(weight)
-        weight = weight.contiguous()
-        place = (weight.data_ptr(), rows, columns, panels)
-        if packing.format in (PLAIN, CHANNEL8):
-            self._library.pack(*place, number_bytes=weight.itemsize, halves=halves)
-        else:
-            self._library.pack_groups(*place, packing, number_bytes=weight.itemsize, halves=halves)
+        if self._saved is None:
+            scales = self._pack(name, weight, panels, halves=halves)
+        elif packing.format == CHANNEL8:
+            scales = weight[:, 0]
         vectors = [vector if vector is None or not halves else _interleaved(vector) for vector in (bias, scales)]
         return MatrixStruct(
             panels=panels,
@@ -126,12 +133,30 @@ class PackedModel:
             byte_inputs=packing.byte_inputs,
         )
 
+    def _pack(self, name: str, weight: torch.Tensor, panels: int, *, halves: bool) -> torch.Tensor | None:
+        """Lay a matrix out; its scale an output, if it has them apart."""
+        packing, scales = self._packing(name), None
+        rows, columns = weight.shape
+        if (stored := self._stored.get(name)) is not None:
+            weight = stored.read()
+        if packing.format == CHANNEL8:
+            weight, scales = _as_int8(weight)
+        weight = weight.contiguous()
+        place = (weight.data_ptr(), rows, columns, panels)
+        if packing.format in (PLAIN, CHANNEL8):
+            self._library.pack(*place, number_bytes=weight.itemsize, halves=halves)
+        else:
+            self._library.pack_groups(*place, packing, number_bytes=weight.itemsize, halves=halves)
+        return scales
+
     def _packed_bytes(self, name: str, rows: int, columns: int, *, halves: bool = False) -> int:
         packing = self._packing(name)
         size = self._library.packed_bytes(rows, columns, packing, number_bytes=self._number_bytes, halves=halves)
         return rounded_up(size, ALIGNMENT_BYTES)
 
     def _packing(self, name: str) -> Packing:
+        if self._saved is not None:
+            return self._saved.packings[name]
         stored = self._stored.get(name)
         return self._plan.packing(name, None if stored is None else stored.format)
 
@@ -139,12 +164,15 @@ class PackedModel:
         """Address of a copy in float32, padded with zeros to whole panels."""
         if vector is None:
             return None
+        if self._saved is not None:
+            return self._keep(vector)
         padded = torch.zeros(rounded_up(len(vector), PANEL))
         padded[: len(vector)] = vector
         return self._keep(padded)
 
     def _keep(self, tensor: torch.Tensor) -> int:
-        tensor = tensor.contiguous()
+        # With a file's arrays, tensors say only that there is one more.
+        tensor = tensor.contiguous() if self._saved is None else next(self._saved.arrays)
         self._kept.append(tensor)
         return tensor.data_ptr()
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from triode.models.config import ModelConfig
+from triode.models.packed_file import PackedArrays, PackedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,10 @@ class DecoderWeights:
     stored: Mapping[str, StoredMatrix] = field(default_factory=dict)
     """Matrices that are not read into tensors, by name (`layers.I.qkv`, ..., `head`): their tensors are on no device
     ("meta")."""
+    packed: PackedArrays | None = None
+    """All of it as a file of packed weights holds it; no tensor is on a device then."""
+    pack_to: PackedFile | None = None
+    """Where it is to be written once it is packed."""
 
 
 def allocate(

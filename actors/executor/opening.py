@@ -1,12 +1,17 @@
 """From a model on disk to a runner, in whichever process the runner lives."""
 
+import torch
+
 from triode.actors.executor.protocol import Built, Open
 from triode.models.build import build_runner
+from triode.models.config import ModelOptions
 from triode.models.grammar import GuideCompiler
 from triode.models.loader import Checkpoint, open_checkpoint, resolve_device, resolve_dtype
+from triode.models.packed_load import load_packed
 from triode.models.progress import Progress
-from triode.models.quantization import plan_weights
+from triode.models.quantization import WeightPlan, plan_weights
 from triode.models.runner import Runner
+from triode.models.weights import DecoderWeights
 
 
 def open_runner(order: Open, progress: Progress) -> tuple[Runner, Built]:
@@ -36,7 +41,7 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
     built = build_runner(
         config,
         # Not kept here: the decoder lays matrices out anew, and what it no longer needs becomes room for the cache.
-        checkpoint.load_weights(dtype, device, progress, plan),
+        _load_weights(checkpoint, order.options, device, dtype, plan, progress),
         cache_config=order.cache,
         max_running=order.max_running,
         max_step_tokens=order.max_step_tokens,
@@ -57,3 +62,18 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
         kernels=built.kernels,
         step_bytes=built.step_bytes,
     )
+
+
+def _load_weights(
+    checkpoint: Checkpoint,
+    options: ModelOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    plan: WeightPlan,
+    progress: Progress,
+) -> DecoderWeights:
+    if options.packed_cache is None:
+        return checkpoint.load_weights(dtype, device, progress, plan)
+    if device.type != "cpu":
+        raise ValueError(f"packed_cache must be None on a GPU, got {options.packed_cache!r}")
+    return load_packed(checkpoint, options, dtype, plan, progress)

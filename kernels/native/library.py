@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_uint32, c_void_p, sizeof
 from functools import cache
+from pathlib import Path
 
 from triode.kernels.native.build import NativeUnavailable, build
 from triode.kernels.native.formats import Packing
@@ -112,6 +113,8 @@ class NativeLibrary:
 
     def __init__(self, path: str, isa: InstructionSet) -> None:
         self.isa = isa
+        self.build = Path(path).stem
+        """Names the instruction set, the sources and the compiler."""
         self._library = ctypes.CDLL(path)
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self._library, name)
