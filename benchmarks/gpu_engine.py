@@ -9,7 +9,6 @@ processes one after the other, the first with an empty kernel cache. `--small --
 """
 
 import argparse
-import gc
 import os
 import tempfile
 import time
@@ -27,6 +26,7 @@ from triode.engine.cli.bench import latency, prefill, prefix, throughput
 from triode.engine.cli.bench.measure import Figures, measure
 from triode.engine.cli.bench.startup import measure_startup
 from triode.engine.cli.bench.workload import Workload, equal_requests
+from triode.engine.cli.opening import settle
 from triode.engine.config import EngineConfig
 from triode.engine.engine import Engine
 from triode.engine.statistics import EngineStatistics
@@ -258,9 +258,7 @@ async def measure_model(model: str, options: argparse.Namespace, results: Result
     async with triode.open_engine(model, config) as engine:
         print(f"\n## {model}, executor {options.executor}: open after {time.perf_counter() - start_s:.1f} s")
         print(engine.report, flush=True)
-        # As `triode bench` and `triode serve` do: what loading left is no garbage.
-        gc.collect()
-        gc.freeze()
+        settle()
         bench = Bench(engine, model, SMALL if options.small else FULL, results)
         if "latency" in options.tests:
             await latencies(bench, options.batches)

@@ -17,7 +17,7 @@ from pathlib import Path
 import trio
 
 from triode.engine.cli.flags import add_flags, given
-from triode.engine.cli.opening import add_engine_arguments, engine_settings
+from triode.engine.cli.opening import add_engine_arguments, engine_settings, settle
 from triode.engine.cli.progress import shown_progress
 from triode.engine.cli.settings import field_types, from_environment, from_file
 from triode.engine.config import EngineConfig
@@ -108,6 +108,7 @@ async def _serve(model: str, engine_config: EngineConfig, server_config: ServerC
         progress = shown.enter_context(shown_progress())
         async with open_engine(model, engine_config, progress=progress) as engine:
             shown.close()
+            settle()
             await run_server(Server(engine, server_config, _report), bound)
 
 
@@ -121,6 +122,7 @@ async def _serve_on_trio(
         progress = shown.enter_context(shown_progress())
         async with open_engine(model, engine_config, progress=progress) as engine:
             shown.close()
+            settle()
             await run_until_signal(engine, server_config, bound, _report)
 
 

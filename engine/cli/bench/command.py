@@ -18,7 +18,7 @@ from triode.engine.cli.bench.workload import Sizes, Workload
 from triode.engine.cli.flags import add_flags, with_flags, words
 from triode.engine.cli.interrupt import on_interrupt
 from triode.engine.cli.machine import device_name, read_versions
-from triode.engine.cli.opening import add_engine_arguments, engine_settings, opened_engine
+from triode.engine.cli.opening import add_engine_arguments, engine_settings, opened_engine, settle
 from triode.engine.cli.progress import shown_progress
 from triode.engine.cli.reading import measure_reading
 from triode.engine.engine import Engine
@@ -102,6 +102,7 @@ async def _measure_all(arguments: argparse.Namespace, workloads: list[Workload])
     max_running = max(len(workload.requests) for workload in workloads)
     with trio.CancelScope() as scope, on_interrupt(scope.cancel):
         async with opened_engine(arguments, max_running=max_running) as engine:
+            settle()
             with shown_progress() as progress:
                 return [await _measured_row(engine, workload, arguments.runs, progress) for workload in workloads]
     return []
