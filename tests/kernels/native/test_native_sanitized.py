@@ -47,6 +47,7 @@ def run_tests(environment: Mapping[str, str], chosen: str, *files: str) -> None:
             "-m",
             "pytest",
             "-q",
+            "-rs",
             "-x",
             "-p",
             "no:cacheprovider",
@@ -60,6 +61,7 @@ def run_tests(environment: Mapping[str, str], chosen: str, *files: str) -> None:
         check=False,
     )
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+    assert "skipped" not in finished.stdout, finished.stdout[-4000:]
 
 
 def compiler() -> str:
