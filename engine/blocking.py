@@ -22,6 +22,7 @@ from triode.engine.parts import Report
 from triode.engine.request import Prompt, Request, freeze_prompt
 from triode.engine.statistics import EngineStatistics
 from triode.engine.stream import RequestStream
+from triode.ids import TokenId
 from triode.models.progress import Progress
 from triode.models.sampling import SamplingParams
 
@@ -97,6 +98,10 @@ class LLM:
     def embed(self, prompts: Sequence[Prompt], *, pooling: str = "mean") -> list[tuple[float, ...]]:
         """As `triode.Engine.embed`."""
         return _result(*self._thread.call(lambda engine: engine.embed(prompts, pooling=pooling)))
+
+    def encode(self, prompt: Prompt) -> tuple[TokenId, ...]:
+        """As `triode.Engine.encode`."""
+        return _result(*self._thread.call(lambda engine: engine.encode(prompt)))
 
     def statistics(self) -> EngineStatistics:
         """As `triode.Engine.statistics`."""

@@ -43,6 +43,8 @@ def test_generate_and_stream_agree(llm: triode.LLM) -> None:
     assert [len(result.completion.token_ids) for result in results] == [9, 9, 9]
     assert llm.report.model == TINY
     assert len(llm.embed([PROMPT])[0]) == 64
+    assert llm.embed([PROMPT], pooling="last") != llm.embed([PROMPT])
+    assert llm.embed([llm.encode(PROMPT)]) == llm.embed([PROMPT])
 
 
 def test_refusals_rise(llm: triode.LLM) -> None:

@@ -3,10 +3,12 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import openai
 import pytest
+from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import ClientConnection, connect
 
 from scripted_models import HERMES, SETTINGS, saying, write_model
@@ -123,6 +125,21 @@ def test_one_response_is_cancelled_by_its_id(server: Running, socket: ClientConn
     create(socket, "The socket goes on.")
     assert text_of(last_of(socket)) == "The socket goes on."
     server.wait_until_idle()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_open_sockets_do_not_hold_up_the_end_of_service(kind: str) -> None:
+    with running(server=kind, drain_s=0.2) as server, connect(f"ws://127.0.0.1:{server.port}/v1/responses") as idle:
+        with connect(f"ws://127.0.0.1:{server.port}/v1/responses") as busy:
+            create(idle, input="Hi", max_output_tokens=2)
+            assert last_of(idle)["type"] in ("response.completed", "response.incomplete")
+            create(busy, **LONG | {"max_output_tokens": 7000})
+            last_of(busy, "response.created")
+            server.stop()
+            # uvicorn may close the socket before the last word is out.
+            with suppress(ConnectionClosedError):
+                assert last_of(busy)["response"]["status"] == "cancelled"
+        assert server.ended.wait(30)
 
 
 def test_a_response_may_only_keep_its_input(server: Running, socket: ClientConnection) -> None:
