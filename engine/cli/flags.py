@@ -83,6 +83,8 @@ def words(values: Mapping[str, object]) -> list[str]:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, Mapping):
+            line.append(f"--{flag}=" + ",".join(f"{key}={item}" for key, item in value.items()))
         else:
             line.append(f"--{flag}={value}")
     return line
@@ -93,7 +95,7 @@ def _struct(annotation: object) -> type[msgspec.Struct] | None:
 
 
 def _default(default: object) -> str:
-    if default is None or default == ():
+    if default is None or default is msgspec.NODEFAULT or default == ():
         return ""
     return f"[{default}]"
 
@@ -111,7 +113,7 @@ def _metavar(kind: object) -> str:
     if get_origin(kind) is tuple:
         return "N,N,..."
     if _is_mapping(kind):
-        return "ID=X,..."
+        return "TEXT=TEXT,..." if get_args(kind)[0] is str else "ID=X,..."
     return {int: "N", float: "X"}.get(kind, "TEXT") if isinstance(kind, type) else "TEXT"
 
 
@@ -138,7 +140,7 @@ def _expected(kind: object) -> str:
     if get_origin(kind) is tuple:
         return "integers with commas between"
     if _is_mapping(kind):
-        return "token ids and numbers, as in 12=-5,7=2.5"
+        return "texts, as in a=b,c=d" if get_args(kind)[0] is str else "token ids and numbers, as in 12=-5,7=2.5"
     return "an integer" if kind is int else "a number"
 
 

@@ -119,30 +119,38 @@ void multiply_group(const ByteRows& x, long index, const uint32_t* at, const Lay
     const int8_t* bytes = x.bytes + index * layout.group;
     for (int column = 0; column < PANEL; column += COLUMNS * LANES) {
         IntVec acc[ROWS][COLUMNS];
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < COLUMNS; c++) acc[r][c] = IntVec{} - x.sums[r * x.groups + index] * layout.format.zero;
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++) {
+            const IntVec offset = IntVec{} - x.sums[r * x.groups + index] * layout.format.zero;
+#pragma GCC unroll 4
+            for (int c = 0; c < COLUMNS; c++) acc[r][c] = offset;
+        }
         const uint32_t* w = at + column;
         for (long k = 0; k < layout.words; k++, w += PANEL) {
 #pragma GCC unroll 4
-            for (int c = 0; c < COLUMNS; c++) {
-                const WordVec stored = (WordVec)load(w + c * LANES);
-                __builtin_prefetch(w + c * LANES + PREFETCH_WORDS * PANEL);
+            for (int c = 0; c < COLUMNS; c++) __builtin_prefetch(w + c * LANES + PREFETCH_WORDS * PANEL);
+#pragma GCC unroll 2
+            for (int half = 0; half < 8 / BITS; half++) {
+                WordVec stored[COLUMNS];
+#pragma GCC unroll 4
+                for (int c = 0; c < COLUMNS; c++) {
+                    stored[c] = (WordVec)load(w + c * LANES);
+                    if (BITS == 4) stored[c] = stored[c] >> unsigned(4 * half) & 0x0f0f0f0fu;
+                }
 #pragma GCC unroll 6
                 for (int r = 0; r < ROWS; r++) {
-                    const int8_t* input = bytes + r * x.stride + k * (32 / BITS);
-                    if (BITS == 8) {
-                        acc[r][c] = dot_bytes<8>(acc[r][c], stored, (WordVec)broadcast(input));
-                    } else {
-                        acc[r][c] = dot_bytes<4>(acc[r][c], stored & 0x0f0f0f0fu, (WordVec)broadcast(input));
-                        acc[r][c] = dot_bytes<4>(acc[r][c], stored >> 4 & 0x0f0f0f0fu, (WordVec)broadcast(input + 4));
-                    }
+                    const WordVec input = (WordVec)broadcast(bytes + r * x.stride + (k * (8 / BITS) + half) * 4);
+#pragma GCC unroll 4
+                    for (int c = 0; c < COLUMNS; c++) acc[r][c] = dot_bytes<BITS>(acc[r][c], stored[c], input);
                 }
             }
         }
+#pragma GCC unroll 4
         for (int c = 0; c < COLUMNS; c++) {
             const int output = column + c * LANES;
             const Vec scale = layout.widened(layout.scales(at) + output);
             const Vec minimum = layout.format.has_minimum ? layout.widened(layout.minimums(at) + output) : Vec{};
+#pragma GCC unroll 6
             for (int r = 0; r < ROWS; r++) {
                 const float x_scale = x.scales[r * x.groups + index];
                 float* to = out + r * PANEL + output;

@@ -28,6 +28,8 @@ class Everything(msgspec.Struct, frozen=True):
     texts: tuple[str, ...] = ()
     ids: tuple[int, ...] = ()
     bias: Mapping[int, float] | None = None
+    choices: dict[str, str] = {}
+    """Which is which."""
 
 
 def parse(*line: str) -> argparse.Namespace:
@@ -47,6 +49,7 @@ def parse(*line: str) -> argparse.Namespace:
         (["--texts", "a,b", "--texts", "c"], "texts", ["a,b", "c"]),
         (["--ids", "1,22"], "ids", (1, 22)),
         (["--bias", "5=-1.5,7=-inf"], "bias", {5: -1.5, 7: float("-inf")}),
+        (["--choices", r"layers\.0\..*=none,head=a8w8"], "choices", {r"layers\.0\..*": "none", "head": "a8w8"}),
     ],
 )
 def test_a_flag_becomes_the_value_of_its_field(line: list[str], name: str, value: object) -> None:
@@ -92,10 +95,13 @@ def test_help_shows_the_docstring_and_the_default_of_each_field() -> None:
     help_text = parser.format_help()
     assert "How large. [16]" in help_text
     assert "How many; 50 % is a lot." in help_text
+    assert "--choices TEXT=TEXT,..." in help_text
+    assert "Which is which.\n" in help_text
 
 
 def test_words_are_parsed_back_to_the_same_values() -> None:
     values = {"max_running": 3, "dtype": "float32", "prefix_cache": False, "prefix_cache_ttl_s": 1.5}
+    values |= {"quantization_overrides": {r"layers\.0\.qkv": "none", "head": "a8w8"}}
     parser = Parser("triode")
     add_flags(parser, EngineConfig, omit={"model"})
     assert given(parser.parse_args(words(values)), EngineConfig) == values
