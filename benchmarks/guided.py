@@ -51,6 +51,8 @@ class Times(NamedTuple):
     step_ms: float
     token_ms: float
     """Wall time a token of each request: less than a step where guides force tokens."""
+    processor_ms: float
+    """Of all threads, a step: what a busy machine changes least."""
 
 
 async def time_batch(engine: Engine, batch: int, num_tokens: int, guide: Guide | None, salt: int) -> Times:
@@ -60,10 +62,13 @@ async def time_batch(engine: Engine, batch: int, num_tokens: int, guide: Guide |
     fields = {"ignore_eos": True} if guide is None else {"guide": guide}
     params = [triode.SamplingParams(max_tokens=num_tokens, seed=salt * 1000 + row, **fields) for row in range(batch)]
     num_before, start_s = engine.statistics().runner.num_steps, time.perf_counter()
+    start_processor_s = time.process_time()
     results = await engine.generate(prompts, params)
     wall_ms = (time.perf_counter() - start_s) * 1e3
+    processor_ms = (time.process_time() - start_processor_s) * 1e3
     assert all(result.completion.finish_reason == "length" for result in results), "every request runs its full length"
-    return Times(wall_ms / (engine.statistics().runner.num_steps - num_before), wall_ms / num_tokens)
+    num_steps = engine.statistics().runner.num_steps - num_before
+    return Times(wall_ms / num_steps, wall_ms / num_tokens, processor_ms / num_steps)
 
 
 async def compare(engine: Engine, batch: int, num_tokens: int, num_rounds: int) -> None:

@@ -6,6 +6,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -15,13 +16,17 @@ import hypothesis.strategies as st
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
+from tokenizers import Tokenizer as Backend
+from tokenizers.normalizers import NFC
 
 from guides import EOS, PERSON, tiny_guides, tiny_tokenizer
+from trained_tokenizers import byte_fallback_bpe, byte_fallback_from_gguf, byte_level_bpe
 from triode.ids import TokenId
 from triode.models import grammar
 from triode.models.grammar import GuideCompiler, check_guide
 from triode.models.guide import Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
+from triode.models.tokenizer import Tokenizer
 from walks import accepts, allowed, mask_of, walk
 
 SUITE = json.loads((Path(__file__).parents[1] / "data/json_schema_suite.json").read_text(encoding="utf-8"))
@@ -291,3 +296,43 @@ def test_a_model_without_an_end_refuses_guides() -> None:
         GuideCompiler(tiny_tokenizer(), 499, []).check(Regex("a"))
     with pytest.raises(ValueError, match="this runner has no tokenizer"):
         check_guide(None, Regex("a"))
+
+
+def composing_byte_level() -> Backend:
+    """As Qwen: it changes what it reads to composed characters."""
+    backend = Backend.from_str(byte_level_bpe().to_str())
+    backend.normalizer = NFC()
+    return backend
+
+
+@cache
+def vocabulary_of(family: Callable[[], Backend]) -> grammar.Vocabulary:
+    return grammar.Vocabulary(Tokenizer(family(), None, {}), EOS)
+
+
+FAMILIES = [byte_level_bpe, byte_fallback_bpe, byte_fallback_from_gguf]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_masks_speak_of_the_text_that_every_family_of_tokenizers_decodes(family: Callable[[], Backend]) -> None:
+    tokenizer = Tokenizer(family(), None, {})
+    guides = GuideCompiler(tokenizer, tokenizer.vocab_size, [EOS])
+    options = ("yes, it is", "l'élève  été", "日本\n語", "👩‍👩‍👧")
+    for seed in range(12):
+        random, matcher = Random(seed), guides.matcher(Choices(options), [])
+        token_ids: list[TokenId] = []
+        while (choice := random.choice(allowed(guides, matcher))) != EOS:
+            token_ids.append(choice)
+            matcher.append(choice)
+        assert tokenizer.decode(token_ids) in options
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, composing_byte_level], ids=lambda family: family.__name__)
+@settings(max_examples=25, deadline=None)
+@given(st.text(st.characters(codec="utf-8"), max_size=12))
+@example(" yes")
+@example("e\u0301")
+def test_a_vocabulary_spells_a_text_and_nothing_else(family: Callable[[], Backend], text: str) -> None:
+    vocabulary = vocabulary_of(family)
+    assert b"".join(vocabulary.tokens[token_id] for token_id in vocabulary(text)) == text.encode()
+    assert set(vocabulary(text)).isdisjoint(vocabulary.special_token_ids)

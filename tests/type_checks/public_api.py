@@ -27,6 +27,15 @@ async def every_kind_of_prompt(engine: triode.Engine) -> None:
     await engine.submit({1, 2})  # type: ignore[arg-type]
 
 
+def every_kind_of_guide() -> None:
+    triode.SamplingParams(guide=triode.JsonSchema({"type": "object"}, compact=True))
+    triode.SamplingParams(guide=triode.JsonObject())
+    triode.SamplingParams(guide=triode.Regex("a+"))
+    triode.SamplingParams(guide=triode.Choices(("yes", "no")))
+    triode.SamplingParams(guide=triode.Grammar('start: "a"'))
+    triode.SamplingParams(guide="a+")  # type: ignore[arg-type]
+
+
 def misspelt() -> None:
     triode.SamplingParams(temprature=1.0)  # type: ignore[call-arg]
     triode.Enginee  # type: ignore[attr-defined]  # noqa: B018
