@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -152,6 +153,8 @@ def main() -> int:
         assert process.stderr is not None
         try:
             address = next(found[1] for line in process.stderr if (found := re.search(r" at (http://\S+) ", line)))
+            # A pipe that nobody reads would stop the server at its next line.
+            threading.Thread(target=process.stderr.read, daemon=True).start()
             is_well = trio.run(soak, address, process.pid, arguments.minutes)
             process.send_signal(signal.SIGTERM)
             is_well &= process.wait(60) == 0

@@ -90,6 +90,8 @@ def _begin_to_log(config: ServerConfig) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(config.log_format))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # It would log every socket once more; what it has to say about itself, the start-up report says.
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     # uvicorn takes every refusal before a handshake for a fault; it has its own line as an answer.
     logging.getLogger("uvicorn.error").addFilter(lambda record: "completing handshake" not in record.getMessage())
 

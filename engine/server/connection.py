@@ -1,6 +1,7 @@
 """One client's connection: reading a body within limits, noticing that the client has left, writing with a deadline."""
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import TypeVar
 
 import anyio
@@ -27,11 +28,13 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
         raise too_large(max_bytes)
-    async for chunk in request.stream():
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > max_bytes:
-            raise too_large(max_bytes)
+    # Trio wants a generator that is left early to be closed.
+    async with aclosing(request.stream()) as stream:
+        async for chunk in stream:
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > max_bytes:
+                raise too_large(max_bytes)
     return b"".join(chunks)
 
 

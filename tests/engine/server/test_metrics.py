@@ -6,14 +6,14 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from servers import ENDLESS, Running, running
+from servers import ENDLESS, SERVERS, Running, running
 
 TEXT = "/v1/completions"
 
 
-@pytest.fixture
-def server() -> Iterator[Running]:
-    with running() as server:
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    with running(server=request.param) as server:
         yield server
 
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 import triode
-from servers import Running, running
+from servers import SERVERS, Running, running
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
@@ -17,9 +17,9 @@ TEXT = "/v1/completions"
 GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running(max_body_bytes=2**20, max_prompts=4) as server:
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    with running(server=request.param, max_body_bytes=2**20, max_prompts=4) as server:
         yield server
 
 

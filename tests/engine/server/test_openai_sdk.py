@@ -8,7 +8,7 @@ import pytest
 import trio
 from openai.types.chat import ChatCompletionMessageParam
 
-from servers import Running, running
+from servers import SERVERS, Running, running
 
 HELLO: list[ChatCompletionMessageParam] = [
     {"role": "system", "content": "Be brief."},
@@ -16,9 +16,9 @@ HELLO: list[ChatCompletionMessageParam] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running(served_name="tiny", api_keys=("secret",)) as server:
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    with running(server=request.param, served_name="tiny", api_keys=("secret",)) as server:
         yield server
 
 
