@@ -52,7 +52,7 @@ class ChatEndpoint:
         make_reader = partial(replies.reader, plan, starts_inside=self._starts_inside(options, params))
         prompt = Conversation(tuple(body.messages), plan.for_template, options)
         dialect = ChatDialect(self._service, make_reader)
-        return Generation(self._service, Job.of(body, [prompt], params), dialect, request)
+        return Generation(self._service, Job.of(body, [prompt], params, plan), dialect, request)
 
     def _starts_inside(self, options: Mapping[str, object], params: SamplingParams) -> bool:
         """Whether the reply begins as reasoning. A guided one does not: its guide holds from the first token."""

@@ -51,9 +51,14 @@ class RequestError(Exception):
 _TYPES = {429: "rate_limit_error"}
 
 
-def wrong_value(error: Exception) -> RequestError:
-    """400 for a value that Triode refuses; its message begins with the parameter's name."""
+def wrong_value(error: Exception, guide: str | None = None) -> RequestError:
+    """400 for a value that Triode refuses; its message begins with the parameter's name.
+
+    `guide` is what the client calls the field that the request's guide was made of.
+    """
     message = str(error)
+    if guide is not None and message.startswith("guide "):
+        return RequestError(400, guide + message.removeprefix("guide"), param=guide)
     found = _PATH.search(message) or _NAME.match(message)
     return RequestError(400, message, param=found.group(1) if found else None)
 

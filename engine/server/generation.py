@@ -16,8 +16,10 @@ from triode.engine.server.attended import EVENT_HEADERS, Attended, write_json
 from triode.engine.server.connection import Writer, together
 from triode.engine.server.dialect import Dialect, usage_of
 from triode.engine.server.errors import engine_error, wrong_value
+from triode.engine.server.guides import guide_field
 from triode.engine.server.openai_requests import GenerationRequest
 from triode.engine.server.service import Service
+from triode.engine.server.tools.plan import ToolPlan
 from triode.engine.stream import RequestStream
 from triode.errors import TriodeError
 from triode.models.sampling import SamplingParams
@@ -37,9 +39,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     is_streamed: bool
     wants_usage: bool
     """As the stream's last chunk; a whole answer always has it."""
+    guide_field: str
+    """The client's name of what the guide was made of."""
 
     @classmethod
-    def of(cls, body: GenerationRequest, prompts: Sequence[Prompt], params: SamplingParams) -> "Job":
+    def of(
+        cls, body: GenerationRequest, prompts: Sequence[Prompt], params: SamplingParams, plan: ToolPlan | None = None
+    ) -> "Job":
         """The parts of a request that chat and text completions share."""
         return cls(
             prompts=list(prompts),
@@ -49,6 +55,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             deadline_s=body.deadline_s,
             is_streamed=bool(body.stream),
             wants_usage=body.stream_options is not None and body.stream_options.include_usage,
+            guide_field=guide_field(body.structured_outputs, plan or ToolPlan()),
         )
 
 
@@ -97,7 +104,7 @@ class Generation(Attended):
                 request_id=answer_id if len(job.prompts) == 1 else f"{answer_id}-{place}",
             )
         except ValueError as error:
-            raise wrong_value(error) from None
+            raise wrong_value(error, job.guide_field) from None
         streams.append(stream)
         self._streams[place] = stream
 

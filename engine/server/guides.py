@@ -38,6 +38,13 @@ def guide_of(form: ResponseFormat | None, outputs: StructuredOutputs | None, pla
         raise _refused("response_format", str(error)) from None
 
 
+def guide_field(outputs: StructuredOutputs | None, plan: ToolPlan) -> str:
+    """What the client calls the field that its guide was made of, if it has one."""
+    if outputs is not None:
+        return "structured_outputs"
+    return "response_format" if plan.form is None else "tools"
+
+
 def _schema(form: ResponseFormat | None) -> Mapping[str, object] | None:
     """The schema of the answer; None if it is text."""
     if form is None or form.type == "text":

@@ -161,6 +161,9 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     messages: list[dict[str, object]] | None = None
     add_special_tokens: bool | None = None
     """By default as the engine encodes them: with a prompt yes, with messages no, whose template has its own."""
+    tools: list[Tool] | None = None
+    """As in a chat, of whose prompt they are a part."""
+    chat_template_kwargs: dict[str, object] | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool = False
 

@@ -12,7 +12,9 @@ from triode.engine.server.logprobs import token_text
 from triode.engine.server.openai_requests import DetokenizeRequest, TokenizeRequest
 from triode.engine.server.openai_responses import Text, Tokens
 from triode.engine.server.service import Service
+from triode.engine.server.tools.plan import plan_tools
 from triode.ids import TokenId
+from triode.models.conversation import Conversation
 
 _TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
@@ -52,9 +54,11 @@ class TokenEndpoints:
             raise RequestError(400, "prompt or messages must be given, and not both", param="prompt")
         if asked.prompt is not None:
             return asked.prompt, asked.add_special_tokens is not False
+        plan = plan_tools(asked.tools, None, None, self._service.replies.tool_format)
+        chat = Conversation(tuple(asked.messages or ()), plan.for_template, asked.chat_template_kwargs or {})
         template = self._service.tokenizer.apply_chat_template
         try:
-            text = template(asked.messages or [], add_generation_prompt=asked.add_generation_prompt)
+            text = template(chat, add_generation_prompt=asked.add_generation_prompt)
         except ValueError as error:
             raise wrong_value(error) from None
         return text, asked.add_special_tokens is True

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from triode.engine.server.errors import RequestError
+from triode.engine.server.guides import guide_field
 from triode.engine.server.nesting import check_nesting
 from triode.engine.server.openai_requests import ResponseFormat, SchemaFormat
 from triode.engine.server.parameters import refused, sampling_params
@@ -31,6 +32,8 @@ class Prepared(NamedTuple):
     prompt: Conversation
     params: SamplingParams
     reader: ReplyReader | None
+    guide_field: str
+    """The client's name of what the guide was made of."""
     response: Response
 
 
@@ -63,6 +66,7 @@ def prepare(service: Service, asked: ResponseRequest, before: tuple[dict[str, ob
         prompt=Conversation(to_messages(items, asked.instructions), plan.for_template, options),
         params=params,
         reader=service.replies.reader(plan, starts_inside=starts_inside),
+        guide_field=guide_field(asked.structured_outputs, plan),
         response=_begin(service, asked, params),
     )
 

@@ -62,7 +62,7 @@ class ResponseRun:
                 request_id=self.response.id,
             )
         except ValueError as error:
-            raise renamed(wrong_value(error)) from None
+            raise renamed(wrong_value(error, prepared.guide_field)) from None
         except TriodeError as error:
             raise engine_error(error) from error
         streams.append(stream)

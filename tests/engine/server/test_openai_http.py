@@ -318,7 +318,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     (TEXT, {"prompt": "a", "structured_outputs": {}}, "structured_outputs", "must have exactly one of json, regex"),
     (TEXT, {"prompt": "a", "structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
     (TEXT, {"prompt": "a", "structured_outputs": {"json": "{"}}, "structured_outputs", "schema must be valid JSON"),
-    (TEXT, {"prompt": "a", "structured_outputs": {"regex": "("}}, None, "guide cannot be compiled"),
+    (TEXT, {"prompt": "a", "structured_outputs": {"regex": "("}}, "structured_outputs", "outputs cannot be compiled"),
     (
         TEXT,
         {"prompt": "a", "structured_outputs": {"regex": "a"}, "ignore_eos": True},

@@ -25,6 +25,7 @@ TOOL: Any = {
         "additionalProperties": False,
     },
 }
+WRONG = {"type": "json_schema", "name": "x", "schema": {"type": "whatever"}}
 LONG: dict[str, Any] = {"max_output_tokens": 1500, "extra_body": {"ignore_eos": True}}
 
 
@@ -188,6 +189,7 @@ def test_leaving_the_stream_cancels_the_response(server: Running, client: openai
         ({"previous_response_id": "resp_0"}, "previous_response_id", "must be of a stored response"),
         ({"model": "gpt-4"}, "model", "model must be 'tiny'"),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options", "must be given with stream"),
+        ({"extra_body": {"text": {"format": WRONG}}}, "text", "text cannot be compiled"),
         ({"extra_body": {"conversation": "x"}}, None, "unknown field `conversation`"),
     ],
 )

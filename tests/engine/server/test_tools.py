@@ -191,8 +191,8 @@ def test_the_template_gets_tools_calls_and_answers(server: Running, client: open
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "whatever"}}}],
                 "tool_choice": "required",
             },
-            None,
-            "guide cannot be compiled",
+            "tools",
+            "tools cannot be compiled",
         ),
     ],
 )
@@ -202,6 +202,15 @@ def test_wrong_tools_are_refused_by_name(
     with pytest.raises(openai.BadRequestError, match=message) as caught:
         ask(client, **options)
     assert caught.value.param == param
+
+
+def test_tokens_of_a_prompt_with_tools_can_be_counted(client: openai.OpenAI, server: Running) -> None:
+    with server.client() as plain:
+        body = {"messages": ASK, "tools": TOOLS}
+        count = plain.post("/tokenize", json=body).json()["count"]
+    reply = ask(client, max_tokens=1)
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == count
 
 
 def nested(levels: int) -> dict[str, Any]:
