@@ -101,6 +101,7 @@ def expected(made: list[tuple[str, dict[str, object]]], **options: object) -> li
     return [piece for name, arguments in written for piece in (CallBegun(name), CallArguments(arguments))]
 
 
+@settings(max_examples=30)
 @given(made=calls, before=st.sampled_from(["", "I call.", " "]), after=st.sampled_from(["", "\n", "Done."]))
 def test_calls_in_tags_are_read_as_they_were_written(
     made: list[tuple[str, dict[str, object]]], before: str, after: str
@@ -115,6 +116,7 @@ def test_calls_in_tags_are_read_as_they_were_written(
     assert [piece for piece in pieces if not isinstance(piece, Content)] == expected(made)
 
 
+@settings(max_examples=30)
 @given(made=calls, tag=st.sampled_from(["", "<|python_tag|>"]))
 def test_replies_of_calls_are_read_as_they_were_written(made: list[tuple[str, dict[str, object]]], tag: str) -> None:
     objects = [json.dumps({"name": name, "parameters": arguments}, ensure_ascii=False) for name, arguments in made]

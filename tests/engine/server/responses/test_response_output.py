@@ -3,7 +3,7 @@
 from typing import Any
 
 import msgspec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triode.engine.server.replies.pieces import CallArguments, CallBegun, Content, Piece, Reasoning, merged
@@ -23,6 +23,7 @@ pieces = st.lists(st.tuples(texts.map(Reasoning)) | st.tuples(texts.map(Content)
 )
 
 
+@settings(max_examples=50)
 @given(said=pieces, is_whole=st.booleans())
 def test_events_rebuild_the_items(said: list[Piece], is_whole: bool) -> None:
     writer = OutputWriter()
