@@ -117,7 +117,7 @@ def play_guided(world: RunnerWorld) -> list[Running]:
     colour = world.admit(2, prompt(5, 2), SamplingParams(temperature=0, guide=COLOURS, logprobs=0))
     world.step((person, 3, Output.SAMPLE), (drawn, 4, Output.SAMPLE), (colour, 5, Output.SAMPLE))
     world.decode(person, drawn, colour, num_tokens=4)
-    world.decode(person, drawn, num_tokens=4)
+    world.decode(person, drawn, num_tokens=1)
     return [person, drawn, colour]
 
 
