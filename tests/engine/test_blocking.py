@@ -98,8 +98,7 @@ def test_closing_ends_the_streams() -> None:
         llm.generate([PROMPT])
     with pytest.raises(EngineClosed, match="has been closed"):
         llm.stream(PROMPT)
-    with pytest.raises(EngineClosed, match="has been closed"):
-        llm.statistics()
+    assert llm.statistics().num_submitted == 1
     assert threads_of_ours() == []
 
 
