@@ -115,13 +115,17 @@ def measure(contestants: Sequence[Contestant], test: Test, rounds: int) -> list[
     return [list(rates) for rates in zip(*turns[1:], strict=True)]
 
 
-def add_rows(table: Table, test: Test, contestants: Sequence[Contestant], rates: list[list[float]]) -> None:
-    """One for each contestant, with how many times as fast as it the first one is."""
+def table_of(test: Test, contestants: Sequence[Contestant], rates: list[list[float]]) -> Table:
+    """A row for each contestant, with how many times as fast as it the first one is."""
+    table = Table(title=test.name)
+    for column in ("contestant", "median", f"{contestants[0].name} is times as fast"):
+        table.add_column(column)
     for contestant, own in zip(contestants, rates, strict=True):
         ratios = [first / other for first, other in zip(rates[0], own, strict=True)]
         rate = f"{median(own):.1f} tok/s" if test.count > 1 else f"{1e3 / median(own):.1f} ms"
         spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        table.add_row(test.name, contestant.name, rate, spread)
+        table.add_row(contestant.name, rate, spread)
+    return table
 
 
 def main() -> None:
@@ -131,17 +135,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="only the tests whose name contains this")
     arguments = parser.parse_args()
-    table = Table(title=f"{MODEL}, {arguments.threads} threads, medians of {arguments.rounds} rounds taking turns")
-    for column in ("test", "contestant", "rate", f"{arguments.contestants[0]} is times as fast"):
-        table.add_column(column)
+    console = Console()
+    console.width = max(console.width, 120)
     with ExitStack() as stack:
         contestants = [stack.enter_context(Contestant(name, arguments.threads)) for name in arguments.contestants]
         for test in TESTS:
             if arguments.only in test.name:
-                add_rows(table, test, contestants, measure(contestants, test, arguments.rounds))
-    console = Console()
-    console.width = max(console.width, 120)
-    console.print(table)
+                console.print(table_of(test, contestants, measure(contestants, test, arguments.rounds)))
 
 
 if __name__ == "__main__":
