@@ -47,6 +47,7 @@ class Test:
 
 TESTS = (
     Test("decode 1, context 128", 1, 128, 1),
+    Test("decode 1, context 4096", 1, 4096, 1),
     Test("decode 4, context 128", 4, 128, 1),
     Test("decode 16, context 128", 16, 128, 1),
     Test("decode 16, context 1024", 16, 1024, 1),
