@@ -81,7 +81,15 @@ def build_runner(
     del weights
     progress.done()
     pool = _build_pool(config, cache_config, max_running, decoder.device, kv_dtype)
-    runner = EagerRunner(decoder, pool, max_running=max_running, num_threads=num_threads, guides=guides)
+    runner = EagerRunner(
+        decoder,
+        pool,
+        max_running=max_running,
+        num_threads=num_threads,
+        # OpenMP's threads spin for milliseconds after an operation, on processors that the compiled step has threads on.
+        sampling_threads=None if native.library is None else 1,
+        guides=guides,
+    )
     return BuiltRunner(
         runner=runner,
         num_blocks=pool.num_blocks,

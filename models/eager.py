@@ -65,12 +65,14 @@ class EagerRunner:
         *,
         max_running: int,
         num_threads: int | None = None,
+        sampling_threads: int | None = None,
         guides: GuideCompiler | None = None,
     ) -> None:
         self._decoder = decoder
         self._pool = pool
         self._slots = Slots(max_running, decoder.config.max_context_tokens, pool.block_size_tokens, guides)
         self._num_threads = num_threads
+        self._sampling_threads = sampling_threads
         self._pooled: dict[SlotId, PooledHidden] = {}
         self._rows: _RowSet | None = None
         self._results: deque[StepResult] = deque()
@@ -114,7 +116,8 @@ class EagerRunner:
         hidden_TD = self._decoder.forward(batch, self._pool.keys, self._pool.values)
         logits_RV = self._logits(hidden_TD, batch, rows)
         computed_s = time.perf_counter()
-        samples = None if logits_RV is None or rows.sampling is None else sample(logits_RV, rows.sampling)
+        with cpu_threads(self._sampling_threads):
+            samples = None if logits_RV is None or rows.sampling is None else sample(logits_RV, rows.sampling)
         prompt_logprobs = self._score_prompts(hidden_TD, batch, rows, plan)
         embeddings = self._pool_hidden(hidden_TD, batch, rows, plan)
         forced = {} if samples is None else _append(samples, rows)
