@@ -6,15 +6,16 @@ The runner here answers every plan at once with tokens of a fixed text; everythi
 cost is the CPU time of the whole process, all threads, from one launch to the next: what is left of a step on a machine
 whose model is infinitely fast. Steps are launched two at a time or one, as the executor has room, so each is given the
 mean of the ten launches that begin with it. The 10th percentile of the steps is reported, because other processes'
-interference only ever adds. Where it goes is each actor's busy time a step, as `engine.statistics()` has it: time of the
-clock, in which other threads may have held the interpreter.
+interference only ever adds. *To launch* is the part that a device may have to wait for: the event loop's CPU time from a
+result to the launch that follows, the median. Where it goes is each actor's busy time a step, as `engine.statistics()`
+has it: time of the clock, in which other threads may have held the interpreter, and for the scheduler other tasks too.
 """
 
 import argparse
-from statistics import mean, quantiles
+from statistics import mean, median, quantiles
 
 import trio
-from null_model import TEXT, NullRunner, build_parts
+from null_model import TEXT, NullRunner, TimedExecutor, build_parts
 from rich.console import Console
 from rich.table import Table
 
@@ -46,7 +47,8 @@ async def measure(batch: int, num_steps: int, executor: str, tokenizer: Tokenize
     num_blocks = 2 + batch * ((PROMPT_TOKENS + new_tokens) // 16 + 2)
     config = EngineConfig().override({"max_running": batch, "max_step_tokens": batch + 512, "executor": executor})
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-    async with serve(build_parts(runner, tokenizer, config, num_blocks)) as engine:
+    parts = build_parts(runner, tokenizer, config, num_blocks)
+    async with serve(parts) as engine:
         async with trio.open_nursery() as nursery:
             for index in range(batch):
                 # Different first tokens: nobody shares a prefix.
@@ -56,8 +58,10 @@ async def measure(batch: int, num_steps: int, executor: str, tokenizer: Tokenize
     steps_ms = [(end - begin) * 1e3 / SPAN_STEPS for begin, end in zip(marks, marks[SPAN_STEPS:], strict=False)]
     total_steps = statistics.scheduler.num_steps
     busy_ms = {name: getattr(statistics.actors, name).busy_s * 1e3 / total_steps for name in ACTORS}
+    turnarounds_s = parts.executor.turnarounds_s if isinstance(parts.executor, TimedExecutor) else []
     return {
         "p10": quantiles(steps_ms, n=10)[0],
+        "to launch": median(turnarounds_s) * 1e3 if turnarounds_s else 0.0,
         "mean": mean(steps_ms),
         **busy_ms,
         "null model": runner.answering_s * 1e3 / total_steps,
@@ -73,7 +77,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = open_checkpoint(ModelOptions(model="smollm2-135m")).tokenizer
     table = Table(title=f"CPU ms a step, {arguments.steps} steps, executor {arguments.executor}")
-    columns = ("batch", "p10", "mean", *ACTORS, "null model", "steps")
+    columns = ("batch", "p10", "to launch", "mean", *ACTORS, "null model", "steps")
     for column in columns:
         table.add_column(column, justify="right")
     for batch in arguments.batches:

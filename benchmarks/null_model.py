@@ -1,8 +1,10 @@
 """A model that costs nothing, for what is left of a step without one."""
 
 from collections import deque
-from time import perf_counter, process_time
+from collections.abc import Callable
+from time import perf_counter, process_time, thread_time
 
+from triode.actors.channels import Put
 from triode.actors.executor.inline import InlineExecutor
 from triode.actors.executor.thread import ThreadExecutor
 from triode.actors.tokenizer.prepare import Limits
@@ -61,6 +63,31 @@ class NullRunner:
         """Nothing is held."""
 
 
+class TimedExecutor(ThreadExecutor):
+    """Keeps the CPU time that the event loop spends between a result and the launch that follows it."""
+
+    def __init__(self, runner: NullRunner) -> None:
+        super().__init__(runner)
+        self.turnarounds_s: list[float] = []
+        self._result_at_s: float | None = None
+
+    def start(self, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
+        """As it is, but for a look at the clock."""
+
+        def take(result: StepResult) -> None:
+            self._result_at_s = thread_time()
+            results(result)
+
+        super().start(take, fault)
+
+    def launch(self, plan: StepPlan) -> None:
+        """As it is, but for a look at the clock."""
+        if self._result_at_s is not None:
+            self.turnarounds_s.append(thread_time() - self._result_at_s)
+            self._result_at_s = None
+        super().launch(plan)
+
+
 def build_parts(runner: NullRunner, tokenizer: Tokenizer, config: EngineConfig, num_blocks: int) -> EngineParts:
     """An engine around the null runner."""
     size = config.cache.block_size_tokens
@@ -69,7 +96,7 @@ def build_parts(runner: NullRunner, tokenizer: Tokenizer, config: EngineConfig, 
         config=config,
         tokenizer=tokenizer,
         cache=CacheManager(num_blocks, config.cache),
-        executor=InlineExecutor(runner) if config.executor == "inline" else ThreadExecutor(runner),
+        executor=InlineExecutor(runner) if config.executor == "inline" else TimedExecutor(runner),
         limits=Limits(max_context_tokens, (num_blocks - 1) * size, size, tokenizer.vocab_size, eos_token_ids=()),
         report=Report(
             model="null",
