@@ -29,12 +29,13 @@ _EXAMPLES = """examples:
   triode serve smollm2-135m
   TRIODE_API_KEYS=secret triode serve ./Qwen2.5-7B-Instruct --host 0.0.0.0 --served-name qwen
   triode serve smollm2-135m --config serve.toml        # lines such as: port = 9000
+  triode serve smollm2-135m --server hypercorn --max-requests-per-minute 60 --log-format json
   triode serve ./Qwen3-8B --tool-parser hermes --reasoning-parser none
 
   curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
     -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'
 
-Every flag may be given in the environment, as TRIODE_PORT=9000 for --port 9000, several API keys with commas between."""
+The playground is at http://localhost:8000. Every flag may be given in the environment, as TRIODE_PORT=9000 for --port 9000, several API keys with commas between."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
