@@ -8,6 +8,13 @@
 Needs `triode[client]`: anyio and websockets, but neither a model nor its kernels.
 """
 
+from importlib.util import find_spec
+
+from triode.errors import MissingExtra
+
+if _missing := [name for name in ("anyio", "websockets") if find_spec(name) is None]:
+    raise MissingExtra(f"the client needs {', '.join(_missing)}: pip install 'triode[client]'")
+
 from triode.engine.client.client import Client, connect
 from triode.engine.client.stream import ClientStream
 

@@ -1,6 +1,8 @@
 """`triode.engine.client` on Trio and on asyncio: the engine's own surface, over a network that may be cut."""
 
 import socket
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any
@@ -224,3 +226,20 @@ def test_addresses_are_found_from_what_other_clients_take(url: str, expected: st
 def test_what_is_no_address_is_refused() -> None:
     with pytest.raises(ValueError, match="url must be as http://host:port, got 'localhost:8000'"):
         socket_url("localhost:8000")
+
+
+def test_a_missing_extra_is_named() -> None:
+    code = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "websockets" else find_spec(name, *rest)
+import triode.engine.client
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "MissingExtra: the client needs websockets: pip install 'triode[client]'" in done.stderr
+
+
+def test_the_client_imports_no_torch() -> None:
+    code = "import sys, triode.engine.client; print({'torch', 'triton', 'starlette', 'uvicorn'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
