@@ -1,13 +1,13 @@
 """What the engine itself costs a step: planning, cache, commit, detokenizing, delivery, around a model that costs nothing.
 
-    python benchmarks/actors.py [--batches 1 64 256] [--steps 1000] [--executor thread|inline]
+    python benchmarks/actors.py [--batches 1 64 256] [--steps 1000] [--executor thread|inline] [--step-ms 20]
 
 The runner here answers every plan at once with tokens of a fixed text; everything else is the engine as it is. A step's
 cost is the CPU time of the whole process, all threads, from one launch to the next: what is left of a step on a machine
 whose model is infinitely fast. Steps are launched two at a time or one, as the executor has room, so each is given the
 mean of the ten launches that begin with it. The 10th percentile of the steps is reported, because other processes'
 interference only ever adds. *To launch* is the part that a device may have to wait for: the event loop's CPU time from a
-result to the launch that follows, the median. Where it goes is each actor's busy time a step, as `engine.statistics()`
+result to the launch that follows, the median; `--step-ms` has the model take its time, as a device does. Where it goes is each actor's busy time a step, as `engine.statistics()`
 has it: time of the clock, in which other threads may have held the interpreter, and for the scheduler other tasks too.
 """
 
@@ -39,10 +39,12 @@ async def read(engine: Engine, prompt: list[int], params: SamplingParams) -> Non
             pass
 
 
-async def measure(batch: int, num_steps: int, executor: str, tokenizer: Tokenizer) -> dict[str, float]:
+async def measure(
+    batch: int, num_steps: int, executor: str, tokenizer: Tokenizer, step_s: float = 0.0
+) -> dict[str, float]:
     """Milliseconds of CPU a step, and where they go."""
     text_ids = tokenizer.encode(TEXT, add_special_tokens=False)
-    runner = NullRunner(batch, text_ids)
+    runner = NullRunner(batch, text_ids, step_s)
     new_tokens = num_steps + 2 * WARM_UP_STEPS
     num_blocks = 2 + batch * ((PROMPT_TOKENS + new_tokens) // 16 + 2)
     config = EngineConfig().override({"max_running": batch, "max_step_tokens": batch + 512, "executor": executor})
@@ -74,6 +76,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--executor", choices=("thread", "inline"), default="thread")
+    parser.add_argument("--step-ms", type=float, default=0.0, help="how long each step takes the device")
     arguments = parser.parse_args()
     tokenizer = open_checkpoint(ModelOptions(model="smollm2-135m")).tokenizer
     table = Table(title=f"CPU ms a step, {arguments.steps} steps, executor {arguments.executor}")
@@ -81,7 +84,7 @@ def main() -> None:
     for column in columns:
         table.add_column(column, justify="right")
     for batch in arguments.batches:
-        figures = trio.run(measure, batch, arguments.steps, arguments.executor, tokenizer)
+        figures = trio.run(measure, batch, arguments.steps, arguments.executor, tokenizer, arguments.step_ms / 1e3)
         table.add_row(str(batch), *(f"{figures[column]:.3f}" for column in columns[1:-1]), f"{figures['steps']:.0f}")
     console = Console()
     console.width = max(console.width, 120)

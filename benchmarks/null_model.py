@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from time import perf_counter, process_time, thread_time
+from time import perf_counter, process_time, sleep, thread_time
 
 from triode.actors.channels import Put
 from triode.actors.executor.inline import InlineExecutor
@@ -23,10 +23,11 @@ TEXT = "The quick brown fox jumps over the lazy dog, and nobody knows why it doe
 class NullRunner:
     """Answers at once. Keeps the process's CPU time at each launch of a full decode step."""
 
-    def __init__(self, batch: int, token_ids: list[int]) -> None:
+    def __init__(self, batch: int, token_ids: list[int], step_s: float = 0.0) -> None:
         self.launched_at_s: list[float] = []
         self.answering_s = 0.0
         self._batch = batch
+        self._step_s = step_s
         self._token_ids = token_ids
         self._num_steps = 0
         self._results: deque[StepResult] = deque()
@@ -52,7 +53,9 @@ class NullRunner:
         return bool(self._results)
 
     def collect(self) -> StepResult:
-        """The oldest answer."""
+        """The oldest answer, after a while if there is to be one."""
+        if self._step_s:
+            sleep(self._step_s)
         return self._results.popleft()
 
     def statistics(self) -> RunnerStatistics:

@@ -44,8 +44,9 @@ async def run_scheduler(
             messages = await inbox.take()
         now_s = clock()
         core.expire(now_s)
+        has_planned = False
         for message in messages:
-            _handle(message, core, cache, executor, now_s)
+            has_planned |= _handle(message, core, cache, executor, now_s)
         if released := core.outbox.take_releases(now_s):
             cache(released)
         if question := core.wants(now_s):
@@ -53,21 +54,24 @@ async def run_scheduler(
         if core.outbox.holds_tokens:
             if core.is_asking:
                 continue
-            # The executor hands on its plan before the detokenizer wakes.
-            await trio.lowlevel.checkpoint()
+            if has_planned:
+                # The executor hands on its plan before the detokenizer wakes.
+                await trio.lowlevel.checkpoint()
         for said in core.outbox.take_for_detokenizer():
             detokenizer(said)
 
 
 def _handle(
     message: SchedulerInbox, core: Scheduler, cache: Put[CacheInbox], executor: Put[ExecutorInbox], now_s: float
-) -> None:
+) -> bool:
+    """Returns whether a step is on its way to the executor."""
     match message:
         case StepResult():
             core.commit(message)
         case Reserved():
             if plan := core.plan(message):
                 executor(plan)
+                return True
         case Matched():
             if question := core.matched(message, now_s):
                 cache(question)
@@ -83,3 +87,4 @@ def _handle(
             core.set_priority(message)
         case _:
             assert_never(message)
+    return False
