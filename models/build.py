@@ -9,9 +9,10 @@ import torch
 from triode.cache.config import CacheConfig
 from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_blocks_for
 from triode.kernels.native.cpus import usable_threads
+from triode.kernels.threads import cpu_threads
 from triode.models.config import KernelChoice, ModelConfig
 from triode.models.cpu import choose_native, cpu_program, describe_kernels
-from triode.models.eager import EagerRunner, cpu_threads
+from triode.models.eager import EagerRunner
 from triode.models.grammar import GuideCompiler
 from triode.models.native import NativeDecoder
 from triode.models.progress import NullProgress, Progress

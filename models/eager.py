@@ -11,8 +11,7 @@ A plan that contradicts the slots is a bug of ours: AssertionError.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ import torch
 from triode.cache.memory import return_freed_memory
 from triode.cache.pool import KVPool
 from triode.ids import SlotId, TokenId
+from triode.kernels.threads import cpu_threads
 from triode.models.batch import StepBatch, build_batch
 from triode.models.grammar import GuideCompiler, check_guide
 from triode.models.guide import Guide
@@ -278,17 +278,3 @@ def _result(
         forward_s=forward_s,
         sample_s=sample_s,
     )
-
-
-@contextmanager
-def cpu_threads(num_threads: int | None) -> Iterator[None]:
-    """Torch computes with so many threads inside the block, as before after it. None leaves the number alone."""
-    before = torch.get_num_threads()
-    if num_threads is None or num_threads == before:
-        yield
-        return
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
