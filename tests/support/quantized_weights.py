@@ -52,4 +52,4 @@ def _in_groups(x_ED: torch.Tensor, group: int) -> torch.Tensor:
     """[E, groups, group] in float64; what is missing in the last group is NaN."""
     padding = -x_ED.shape[1] % group
     padded = torch.nn.functional.pad(x_ED.double(), (0, padding), value=torch.nan)
-    return padded.unflatten(1, (-1, group))
+    return padded.reshape(x_ED.shape[0], -1, group)

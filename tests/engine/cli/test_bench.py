@@ -6,27 +6,9 @@ from typing import Any
 
 import pytest
 
+from bench_rows import KEYS
 from triode.engine.cli.main import main
 
-KEYS = [
-    "test",
-    "model",
-    "device",
-    "dtype",
-    "batch",
-    "prompt_len",
-    "new_tokens",
-    "tpot_ms",
-    "ttft_ms",
-    "out_tok_s",
-    "total_tok_s",
-    "runs",
-    "min",
-    "max",
-    "versions",
-    "read_gb_s",
-    "of_reading",
-]
 TINY = ["random:tiny", "--dtype", "float32", "--kv-cache-bytes", "20000000", "--runs", "2"]
 
 

@@ -6,27 +6,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from bench_rows import KEYS
 from triode.engine.cli.bench import latency, prefill, prefix, throughput
 from triode.engine.cli.bench.measure import Arrival, Figures, Trace, figures
 from triode.engine.cli.bench.table import Row, print_table, summary, write_json
-
-KEYS = [
-    "test",
-    "model",
-    "device",
-    "dtype",
-    "batch",
-    "prompt_len",
-    "new_tokens",
-    "tpot_ms",
-    "ttft_ms",
-    "out_tok_s",
-    "total_tok_s",
-    "runs",
-    "min",
-    "max",
-    "versions",
-]
 
 
 def make_row(*runs: Figures) -> Row:
