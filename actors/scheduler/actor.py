@@ -52,11 +52,12 @@ async def run_scheduler(
         if question := core.wants(now_s):
             cache(question)
         if core.outbox.holds_tokens:
-            if core.is_asking:
-                continue
             if has_planned:
                 # The executor hands on its plan before the detokenizer wakes.
                 await trio.lowlevel.checkpoint()
+            elif core.is_asking:
+                # The next plan is at hand, and tokens wait for one only: a fast device never leaves planning a rest.
+                continue
         for said in core.outbox.take_for_detokenizer():
             detokenizer(said)
 

@@ -33,7 +33,9 @@ from triode.models.sampling import SamplingParams
 class Actors:
     """A scheduler and a cache that run, and a log of what reaches the executor and the detokenizer."""
 
-    def __init__(self, max_in_flight: int) -> None:
+    def __init__(self, max_in_flight: int, *, is_instant: bool = False) -> None:
+        """With `is_instant` a step has its result as soon as it is launched, else when it is retired."""
+        self._is_instant = is_instant
         self.log: list[tuple[str, int]] = []
         self._inbox: Inbox[SchedulerInbox] = Inbox()
         self._results: deque[StepResult] = deque()
@@ -73,7 +75,11 @@ class Actors:
         while True:
             for plan in await self._plans.take():
                 self.log.append(("launched", plan.step_id))
-                self._results.append(self._runner.run(plan))
+                result = self._runner.run(plan)
+                if self._is_instant:
+                    self._inbox.put(result)
+                else:
+                    self._results.append(result)
 
     async def _read(self) -> None:
         while True:
@@ -100,6 +106,20 @@ async def test_a_steps_tokens_are_passed_on_when_its_successor_has_been_launched
     assert [step for what, step in actors.log if what == "read"] == list(range(num_steps)), "all are read, in order"
     for step in range(num_steps - max_in_flight):
         assert actors.log.index(("launched", step + max_in_flight)) < actors.log.index(("read", step))
+
+
+async def test_tokens_wait_for_one_plan_only_however_fast_the_device_is() -> None:
+    actors = Actors(2, is_instant=True)
+    async with trio.open_nursery() as nursery:
+        for task in actors.tasks:
+            nursery.start_soon(task)
+        actors.submit(0, max_tokens=40)
+        await actors.run_to_the_end()
+        nursery.cancel_scope.cancel()
+    num_steps = sum(what == "launched" for what, _ in actors.log)
+    assert num_steps == 40
+    for step in range(num_steps - 4):
+        assert actors.log.index(("read", step)) < actors.log.index(("launched", step + 4))
 
 
 async def test_a_request_is_opened_before_its_first_step_ends() -> None:
