@@ -14,12 +14,13 @@ import msgspec
 MEDIAN_PROMPT_TOKENS, PROMPT_SPREAD = 80, 1.2
 MEDIAN_OUTPUT_TOKENS, OUTPUT_SPREAD = 130, 0.9
 SHORTEST = 4
-_WORDS = """
+_COMMON = """
     the of and to in is you that it he was for on are as with his they at be this have from or one had by word but
     not what all were we when your can said there use an each which she do how their if will up other about out many
     then them these so some her would make like him into time has look two more write go see number no way could
     people
-""".split()
+"""
+_WORDS = _COMMON.split()
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
