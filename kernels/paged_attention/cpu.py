@@ -15,7 +15,7 @@ Where the check finds otherwise, and for sliding windows, whose first tiles may 
 layer is always served by one of them.
 
     T packed query tokens   N query heads   K KV heads   G = N / K   H head dim   P blocks   B block size
-    R rows of a group   Q queries a row   M >= Q G rows of a product   L positions
+    R rows of a group   Q queries a row   X = R Q queries   M rows of a product   L positions
 """
 
 from collections import defaultdict
@@ -37,23 +37,16 @@ _MAX_GATHERED = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
-    """Q queries of each row of a group, over the first L of its positions."""
-
-    token_T: torch.Tensor
-    """int64 [R Q]: where the queries are packed."""
-    mask_RML: torch.Tensor
-    """[R, 1, M, L]: 0 where a query sees a position, -inf elsewhere."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Group:
     """R rows whose keys and values are gathered together."""
 
     num_rows: int
+    token_X: torch.Tensor
+    """int64 [R Q]: where the queries are packed."""
     slot_L: torch.Tensor
     """int64 [R L]: the positions' entries in the cache."""
-    blocks: tuple[_Block, ...]
+    masks_RML: tuple[torch.Tensor, ...]
+    """[R, 1, M, L] each, for one product after the other: 0 where a query sees a position, -inf elsewhere."""
 
 
 class CpuAttention:
@@ -81,7 +74,7 @@ class CpuAttention:
     ) -> Attend:
         """As `reference.prepare_step`, for a prepared head size."""
         lengths = self._lengths[head_dim]
-        if window is not None or not lengths:
+        if window is not None or not lengths or num_heads // num_kv_heads > MAX_ROWS // ROW_MULTIPLE:
             return reference.prepare_step(
                 rows,
                 num_heads=num_heads,
@@ -123,7 +116,8 @@ class _Planner:
     def chunk_groups(self) -> list[_Group]:
         """Each row of several queries, in blocks that see about the same positions."""
         groups = []
-        size = max(1, min(_MAX_QUERIES, MAX_ROWS // self.heads_a_group))
+        # A multiple of 4, so that only the last product of a row is padded.
+        size = min(_MAX_QUERIES, MAX_ROWS // self.heads_a_group) // ROW_MULTIPLE * ROW_MULTIPLE
         for row in np.flatnonzero(self.num_query_R > 1).tolist():
             num_query = int(self.num_query_R[row])
             cuts = [(first, min(first + size, num_query)) for first in range(0, num_query, size)]
@@ -136,63 +130,65 @@ class _Planner:
         return whole + next(length for length in self.lengths if length >= num_positions - whole)
 
     def _group(self, row_R: npt.NDArray[np.int64], cuts: list[tuple[int, int]]) -> _Group:
-        """`cuts` are the blocks of queries, counted within each row."""
+        """`cuts` are the queries of each product, counted within each row."""
         rows = self.rows
-        last_R1 = rows.start_R[row_R][:, None] + (cuts[-1][1] - 1)
+        num_query = cuts[-1][1]
+        last_R1 = rows.start_R[row_R][:, None] + (num_query - 1)
         # Positions past the row's end read its last key, which exists.
         key_RL = np.minimum(np.arange(self._padded(int(last_R1.max()) + 1)), last_R1)
         block_RL = rows.block_table_RC[row_R[:, None], key_RL // rows.block_size_tokens]
         slot_RL = block_RL * rows.block_size_tokens + key_RL % rows.block_size_tokens
+        token_RQ = rows.query_start_R1[row_R][:, None] + np.arange(num_query)
         return _Group(
             num_rows=len(row_R),
+            token_X=torch.from_numpy(token_RQ.reshape(-1)),
             slot_L=torch.from_numpy(slot_RL.reshape(-1)),
-            blocks=tuple(self._block(row_R, np.arange(first, last)) for first, last in cuts),
+            masks_RML=tuple(self._mask(row_R, np.arange(first, last)) for first, last in cuts),
         )
 
-    def _block(self, row_R: npt.NDArray[np.int64], query_Q: npt.NDArray[np.int64]) -> _Block:
+    def _mask(self, row_R: npt.NDArray[np.int64], query_Q: npt.NDArray[np.int64]) -> torch.Tensor:
         position_RQ = self.rows.start_R[row_R][:, None] + query_Q
         position_L = np.arange(self._padded(int(position_RQ.max()) + 1))
         hidden_RML = (position_L > position_RQ[:, :, None]).repeat(self.heads_a_group, 1)
         missing = -hidden_RML.shape[1] % ROW_MULTIPLE
         hidden_RML = np.pad(hidden_RML, ((0, 0), (0, missing), (0, 0)))
-        mask_RML = torch.zeros(hidden_RML.shape).masked_fill_(torch.from_numpy(hidden_RML), -torch.inf)
-        token_RQ = self.rows.query_start_R1[row_R][:, None] + query_Q
-        return _Block(torch.from_numpy(token_RQ.reshape(-1)), mask_RML[:, None])
+        return torch.zeros(hidden_RML.shape).masked_fill_(torch.from_numpy(hidden_RML), -torch.inf)[:, None]
 
 
 def _attend(
     groups: list[_Group], q_TNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    K, H = key_PBKH.shape[2:]
     out_TNH = torch.zeros_like(q_TNH, memory_format=torch.contiguous_format)
     for group in groups:
-        key_RKLH, value_RKLH = (
-            cache.view(-1, K * H).index_select(0, group.slot_L).float().view(group.num_rows, -1, K, H).transpose(1, 2)
-            for cache in (key_PBKH, value_PBKH)
-        )
-        for block in group.blocks:
-            q_XNH = q_TNH.index_select(0, block.token_T).float()
-            out_XNH = _attend_block(q_XNH, key_RKLH, value_RKLH, block.mask_RML, scale)
-            out_TNH.index_copy_(0, block.token_T, out_XNH.to(q_TNH.dtype))
+        q_XNH = q_TNH.index_select(0, group.token_X)
+        out_TNH.index_copy_(0, group.token_X, _attend_group(group, q_XNH, key_PBKH, value_PBKH, scale))
     return out_TNH
 
 
-def _attend_block(
-    q_XNH: torch.Tensor, key_RKLH: torch.Tensor, value_RKLH: torch.Tensor, mask_RML: torch.Tensor, scale: float
+def _attend_group(
+    group: _Group, q_XNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """The outputs [X, N, H] of X = R Q queries."""
-    (X, N, _), (R, K, _, H) = q_XNH.shape, key_RKLH.shape
-    M, L = mask_RML.shape[2:]
-    G, Q = N // K, X // R
-    q_RKQGH = q_XNH.view(R, Q, K, G, H).transpose(1, 2)
-    if M == Q * G:
-        q_RKMH = q_RKQGH.reshape(R, K, M, H)
-    else:
-        q_RKMH = q_XNH.new_zeros(R, K, M, H)
-        q_RKMH[:, :, : Q * G].view(R, K, Q, G, H).copy_(q_RKQGH)
-    mask_RKML = mask_RML.expand(R, K, M, L)
-    out_RKMH = _fused(q_RKMH, key_RKLH[:, :, :L], value_RKLH[:, :, :L], mask_RKML, scale)
-    return out_RKMH[:, :, : Q * G].view(R, K, Q, G, H).transpose(1, 2).reshape(X, N, H)
+    (X, N, H), K, R = q_XNH.shape, key_PBKH.shape[2], group.num_rows
+    key_RKLH, value_RKLH = (
+        cache.view(-1, K * H).index_select(0, group.slot_L).float().view(R, -1, K, H).transpose(1, 2)
+        for cache in (key_PBKH, value_PBKH)
+    )
+    # Queries and, in their place, outputs.
+    x_RKMH = key_RKLH.new_empty(R, K, sum(mask.shape[2] for mask in group.masks_RML), H)
+    Q, G = X // R, N // K
+    x_RKMH[:, :, Q * G :] = 0
+    x_RKQGH = x_RKMH[:, :, : Q * G].view(R, K, Q, G, H)
+    x_RKQGH.copy_(q_XNH.view(R, Q, K, G, H).transpose(1, 2))
+    first = 0
+    for mask_RML in group.masks_RML:
+        M, L = mask_RML.shape[2:]
+        rows = x_RKMH[:, :, first : first + M]
+        rows.copy_(_fused(rows, key_RKLH[:, :, :L], value_RKLH[:, :, :L], mask_RML.expand(R, K, M, L), scale))
+        first += M
+    out_XNH = torch.empty_like(q_XNH)
+    out_XNH.view(R, Q, K, G, H).copy_(x_RKQGH.transpose(1, 2))
+    return out_XNH
 
 
 def _fused(

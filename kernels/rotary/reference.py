@@ -14,7 +14,10 @@ def rotary(x_TJH: torch.Tensor, cos_TU: torch.Tensor, sin_TU: torch.Tensor) -> N
         cos_TU: float32, the cosines of each token's angles.
         sin_TU: float32, the sines.
     """
-    x_TJ2U = x_TJH.unflatten(-1, (2, -1))
-    first, second = x_TJ2U.unbind(-2)
-    turned = torch.stack((-second, first), dim=-2) * sin_TU[:, None, None]
-    x_TJ2U.copy_(turned.add_(x_TJ2U * cos_TU[:, None, None]))
+    first_TJU, second_TJU = x_TJH.unflatten(-1, (2, -1)).unbind(-2)
+    first32_TJU, second32_TJU = first_TJU.float(), second_TJU.float()
+    cos_T1U, sin_T1U = cos_TU[:, None], sin_TU[:, None]
+    turned_first_TJU = (first32_TJU * cos_T1U).sub_(second32_TJU * sin_T1U)
+    turned_second_TJU = (second32_TJU * cos_T1U).add_(first32_TJU * sin_T1U)
+    first_TJU.copy_(turned_first_TJU)
+    second_TJU.copy_(turned_second_TJU)
