@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 import anyio
+import anyio.lowlevel
 import msgspec
 
 from triode.actors.messages import Delta, RequestStatus
@@ -94,7 +95,7 @@ class Session:
         mine = self._claim()
         try:
             with mine:
-                await self._send_all(name, send, forget, opening)
+                await self._send_all(mine, name, send, forget, opening)
                 return
             if self._holder is mine and self.token is not None and not self._is_left:
                 mine = self._claim()
@@ -121,10 +122,20 @@ class Session:
         self._holder = anyio.CancelScope()
         return self._holder
 
-    async def _send_all(self, name: str, send: SendMessage, forget: Callable[[], None], opening: FromServer) -> None:
+    async def _send_all(
+        self,
+        mine: anyio.CancelScope,
+        name: str,
+        send: SendMessage,
+        forget: Callable[[], None],
+        opening: FromServer,
+    ) -> None:
         await send(opening)
         while not self._is_finished or self._outbox.has_unsent:
-            if word := self._outbox.next():
+            if mine.cancel_called:
+                # A task that was about to go on does so once more, and would take a word that another socket waits for.
+                await anyio.lowlevel.checkpoint()
+            elif word := self._outbox.next():
                 if self.token is None and not isinstance(word, StreamDelta):
                     forget()
                 await send(word if word.id == name else msgspec.structs.replace(word, id=name))
