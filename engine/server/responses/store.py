@@ -38,6 +38,8 @@ class ResponseStore:
         self._max_bytes = max_bytes
         self._by_id: OrderedDict[tuple[str, str], Stored] = OrderedDict()
         self._num_bytes = 0
+        self._unwanted: set[tuple[str, str]] = set()
+        """Those that were deleted while they ran."""
 
     def put(
         self,
@@ -46,8 +48,14 @@ class ResponseStore:
         items: tuple[dict[str, object], ...],
         stream: RequestStream | None = None,
     ) -> None:
-        """Keep a response, in place of what has its id."""
+        """Keep a response, in place of what has its id: as it begins, with its stream, and as it has ended.
+
+        One that was deleted in between is not kept again.
+        """
         if self._max_responses == 0:
+            return
+        if (key, response.id) in self._unwanted:
+            self._unwanted.remove((key, response.id))
             return
         self._drop((key, response.id))
         stored = Stored(response, items, len(msgspec.json.encode((response, items))), stream)
@@ -64,6 +72,8 @@ class ResponseStore:
 
     def delete(self, key: str, response_id: str) -> None:
         """Forget a response."""
+        if (stored := self._by_id.get((key, response_id))) is not None and stored.stream is not None:
+            self._unwanted.add((key, response_id))
         self._drop((key, response_id))
 
     def _drop(self, name: tuple[str, str]) -> None:

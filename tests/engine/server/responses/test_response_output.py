@@ -1,6 +1,7 @@
 """From pieces of a reply to items and events."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from triode.engine.server.replies.pieces import CallArguments, CallBegun, Conten
 from triode.engine.server.responses.events import Event
 from triode.engine.server.responses.output import OutputWriter
 from triode.engine.server.responses.store import ResponseStore
+from triode.engine.stream import RequestStream
 
 
 def dicts(found: list[Event]) -> list[dict[str, Any]]:
@@ -89,3 +91,17 @@ def test_what_is_stored_is_bounded_in_bytes(a_response: Any) -> None:
     assert [store.get("key", name) is not None for name in "abc"] == [False, True, True]
     store.put("key", a_response("b"), ())
     assert store.get("key", "c") is not None
+
+
+def test_a_response_that_was_deleted_while_it_ran_is_not_kept_at_its_end(a_response: Any) -> None:
+    store, stream = ResponseStore(2), Mock(RequestStream)
+    store.put("key", a_response("a"), (), stream)
+    store.delete("key", "a")
+    store.put("key", a_response("a"), ())
+    assert store.get("key", "a") is None
+    # One that was only forgotten for others is.
+    store.put("key", a_response("b"), (), stream)
+    for name in "cd":
+        store.put("key", a_response(name), ())
+    store.put("key", a_response("b"), ())
+    assert store.get("key", "b") is not None
