@@ -98,6 +98,8 @@ class TextDialect:
 
     def usage(self, usage: Usage) -> TextChunk:
         """The tokens of the whole request."""
+        if self._is_prompt_only:
+            usage = structs.replace(usage, completion_tokens=0, total_tokens=usage.prompt_tokens)
         return structs.replace(self._chunk([]), usage=usage)
 
     def answer(self, results: Sequence[Result]) -> TextCompletion:

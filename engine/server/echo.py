@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import msgspec
 
 from triode.engine.request import Prompt
-from triode.engine.server.errors import wrong_value
+from triode.engine.server.errors import engine_error, wrong_value
 from triode.engine.server.logprobs import text_logprobs, token_text
 from triode.engine.server.openai_responses import TextLogprobs
 from triode.engine.server.service import Service
+from triode.errors import TriodeError
 from triode.ids import TokenId
 from triode.models.step import TokenLogprobs
 from triode.models.tokenizer import Tokenizer
@@ -25,12 +26,14 @@ async def echo_of(service: Service, prompt: Prompt) -> Echo:
     """A prompt as it is repeated: a text as it was given, tokens as their text.
 
     Raises:
-        RequestError: 400 if it cannot be a prompt.
+        RequestError: 400 if it cannot be a prompt, 503 if the engine has ended.
     """
     try:
         token_ids = await service.engine.encode(prompt)
     except ValueError as error:
         raise wrong_value(error) from None
+    except TriodeError as error:
+        raise engine_error(error) from error
     text = prompt if isinstance(prompt, str) else service.tokenizer.decode(token_ids, skip_special_tokens=False)
     return Echo(text, token_ids)
 

@@ -183,7 +183,9 @@ def test_an_echo_may_be_of_the_prompt_alone(client: httpx.Client) -> None:
     (choice,) = answer["choices"]
     assert (choice["text"], answer["usage"]["completion_tokens"]) == ("Once upon", 0)
     assert len(choice["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"]
-    assert "".join(chunk["choices"][0]["text"] for chunk in events(client, TEXT, **body)) == "Once upon"
+    *chunks, last = events(client, TEXT, **body, stream_options={"include_usage": True})
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "Once upon"
+    assert last["usage"] == answer["usage"] | {"prompt_tokens_details": last["usage"]["prompt_tokens_details"]}
     assert post(client, TEXT, prompt="a", max_tokens=0, status=400)["error"]["param"] == "max_tokens"
 
 
