@@ -78,6 +78,16 @@ def test_the_cancel_button_cancels(server: Running, page: Page) -> None:
     server.wait_until_idle()
 
 
+def test_a_new_conversation_has_nothing_of_the_reply_that_it_breaks_off(server: Running, page: Page) -> None:
+    open_playground(page, server.url)
+    ask(page, "Hi", max_tokens=7000, temperature=30)
+    page.wait("reply?.tokens > 5")
+    page.run("at('clear').click()")
+    page.wait("!reply")
+    assert page.run("messages.length") == 0
+    server.wait_until_idle()
+
+
 def test_leaving_the_page_cancels_too(server: Running, page: Page) -> None:
     open_playground(page, server.url)
     ask(page, "Hi", max_tokens=7000, temperature=30)
