@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,9 +73,14 @@ def opened_page(profile: Path) -> Iterator[Page]:
     command = [CHROMIUM, *flags, "--remote-debugging-port=0", f"--user-data-dir={profile}", "--window-size=1000,640"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
+        # A browser with much to complain of would wait for a reader.
+        reader = threading.Thread(target=process.stderr.read)
         try:
             address = next(line.split()[-1] for line in process.stderr if line.startswith("DevTools listening on"))
+            reader.start()
             with connect(address, proxy=None, max_size=None) as connection:
                 yield Page(connection)
         finally:
             process.kill()
+            if reader.ident is not None:
+                reader.join()
