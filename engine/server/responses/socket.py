@@ -31,6 +31,8 @@ from triode.engine.stream import RequestStream
 
 MAX_WAITING = 16
 """Responses of one stream that may wait for their turn."""
+MAX_WAITING_BYTES = 16 * 2**20
+"""Of all messages of a socket that wait; a single one may be larger."""
 MAX_STREAMS = 64
 """Streams of one socket."""
 MAX_REMEMBERED = 32
@@ -50,11 +52,18 @@ class SocketError(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     stream_id: str | None = None
 
 
+class _Waiting(NamedTuple):
+    """A response whose turn has not come."""
+
+    message: Create
+    num_bytes: int
+
+
 class _Lane(NamedTuple):
     """The responses of one stream that wait for their turn."""
 
-    waiting: MemoryObjectSendStream[Create]
-    taken: MemoryObjectReceiveStream[Create]
+    waiting: MemoryObjectSendStream[_Waiting]
+    taken: MemoryObjectReceiveStream[_Waiting]
 
 
 class ResponseSocket:
@@ -68,6 +77,7 @@ class ResponseSocket:
         self._key = caller_of(socket.scope).key
         self._paced = PacedSend(socket.send, service.config.write_timeout_s)
         self._lanes: dict[str | None, _Lane] = {}
+        self._waiting_bytes = 0
         self._running: dict[str, RequestStream] = {}
 
     async def run(self) -> None:
@@ -84,42 +94,42 @@ class ResponseSocket:
             while (frame := await self._socket.receive())["type"] == "websocket.receive":
                 message: FromClient | None = None
                 try:
-                    message = self._decode(frame)
-                    self._handle(message, lanes)
+                    data = self._data(frame)
+                    message = _decode(data)
+                    if isinstance(message, Create):
+                        self._line_up(_Waiting(message, len(data)), lanes)
+                    else:
+                        self._cancel(message.response_id)
                 except RequestError as error:
                     await self._refuse(error, message.stream_id if isinstance(message, Create) else None)
             lanes.cancel_scope.cancel()
 
-    def _decode(self, frame: Message) -> FromClient:
-        """The message in a frame.
+    def _data(self, frame: Message) -> bytes:
+        """What a frame holds.
 
         Raises:
-            RequestError: 400 or 413.
+            RequestError: 413.
         """
         text = frame.get("text")
-        data = frame.get("bytes") or b"" if text is None else text.encode()
+        data: bytes = frame.get("bytes") or b"" if text is None else text.encode()
         if len(data) > (limit := self._service.config.max_body_bytes):
             raise RequestError(413, f"a frame must have <= {limit} bytes, got {len(data)}")
-        try:
-            return _DECODER.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise wrong_value(error) from None
+        return data
 
-    def _handle(self, message: FromClient, lanes: anyio.abc.TaskGroup) -> None:
-        if not isinstance(message, Create):
-            self._cancel(message.response_id)
-            return
-        if (lane := self._lanes.get(message.stream_id)) is None:
+    def _line_up(self, asked: _Waiting, lanes: anyio.abc.TaskGroup) -> None:
+        stream_id = asked.message.stream_id
+        if (lane := self._lanes.get(stream_id)) is None:
             if len(self._lanes) >= MAX_STREAMS:
                 raise RequestError(400, f"stream_id must be one of <= {MAX_STREAMS} of a socket", param="stream_id")
-            self._lanes[message.stream_id] = lane = _Lane(*anyio.create_memory_object_stream[Create](MAX_WAITING))
+            self._lanes[stream_id] = lane = _Lane(*anyio.create_memory_object_stream[_Waiting](MAX_WAITING))
             lanes.start_soon(self._serve_lane, lane.taken)
+        if self._waiting_bytes and self._waiting_bytes + asked.num_bytes > MAX_WAITING_BYTES:
+            raise _too_many(f"messages that wait must have <= {MAX_WAITING_BYTES} bytes in one socket")
         try:
-            lane.waiting.send_nowait(message)
+            lane.waiting.send_nowait(asked)
         except anyio.WouldBlock:
-            raise RequestError(
-                429, f"responses that wait must be <= {MAX_WAITING} in one stream", code="rate_limit_exceeded"
-            ) from None
+            raise _too_many(f"responses that wait must be <= {MAX_WAITING} in one stream") from None
+        self._waiting_bytes += asked.num_bytes
 
     def _cancel(self, response_id: str | None) -> None:
         if response_id is not None and response_id not in self._running:
@@ -128,8 +138,9 @@ class ResponseSocket:
             if response_id in (None, name):
                 stream.cancel()
 
-    async def _serve_lane(self, taken: MemoryObjectReceiveStream[Create]) -> None:
-        async for message in taken:
+    async def _serve_lane(self, taken: MemoryObjectReceiveStream[_Waiting]) -> None:
+        async for message, num_bytes in taken:
+            self._waiting_bytes -= num_bytes
             try:
                 with self._service.gate.admitted(self._key) as streams:
                     await self._serve(message, streams)
@@ -169,3 +180,19 @@ class ResponseSocket:
     async def _refuse(self, error: RequestError, stream_id: str | None) -> None:
         refused = SocketError(status=error.status, error=error.detail, stream_id=stream_id)
         await self._paced({"type": "websocket.send", "text": _ENCODER.encode(refused).decode()})
+
+
+def _decode(data: bytes) -> FromClient:
+    """The message in a frame.
+
+    Raises:
+        RequestError: 400.
+    """
+    try:
+        return _DECODER.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise wrong_value(error) from None
+
+
+def _too_many(limit: str) -> RequestError:
+    return RequestError(429, limit, code="rate_limit_exceeded")

@@ -11,6 +11,7 @@ import pytest
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import ClientConnection, connect
 
+import triode.engine.server.responses.socket
 from scripted_models import HERMES, SETTINGS, saying, write_model
 from servers import SERVERS, Running, running
 
@@ -190,3 +191,21 @@ def test_a_stream_has_a_limited_number_of_waiting_responses(socket: ClientConnec
         create(socket, "x")
     assert last_of(socket, "error")["status"] == 429
     socket.send(json.dumps({"type": "response.cancel"}))
+
+
+def test_what_waits_is_limited_in_bytes_too(socket: ClientConnection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triode.engine.server.responses.socket, "MAX_WAITING_BYTES", 3000)
+    create(socket, **LONG)
+    receive(socket)
+    # One may be larger than all together, and none may wait beside it.
+    create(socket, instructions="x" * 4000, max_output_tokens=1)
+    create(socket, "x", stream_id="other")
+    error = last_of(socket, "error")
+    assert (error["status"], error["stream_id"]) == (429, "other")
+    assert "must have <= 3000 bytes in one socket" in error["error"]["message"]
+    # What has had its turn makes room.
+    socket.send(json.dumps({"type": "response.cancel"}))
+    for _ in range(2):
+        last_of(socket)
+    create(socket, "ok", max_output_tokens=5)
+    assert text_of(last_of(socket)) == "ok"
