@@ -11,7 +11,7 @@ import pytest
 import trio
 
 import triode
-from engines import SMALL, check_nothing_is_left, complete, drawn, open_tiny
+from engines import SMALL, check_nothing_is_left, complete, drawn, open_gated, open_tiny
 from triode.engine.completion import Completion, Result
 from triode.engine.engine import Engine
 from triode.models import grammar
@@ -99,21 +99,22 @@ FORCING = triode.Grammar(
 )
 
 
+def forcing(seed: int) -> triode.SamplingParams:
+    return guided(guide=FORCING, seed=seed, n=1 + seed % 2, max_tokens=40)
+
+
 async def run_forcing(**settings: Any) -> tuple[list[list[tuple[object, ...]]], int]:
     """The outputs of six requests at once, and how many steps they took."""
     outputs: list[list[tuple[object, ...]]] = [[]] * 6
 
     async def run(engine: Engine, seed: int) -> None:
-        params = guided(guide=FORCING, seed=seed, n=1 + seed % 2, max_tokens=60)
-        outputs[seed] = content(await complete(engine, PROMPT, params))
+        outputs[seed] = content(await complete(engine, PROMPT, forcing(seed)))
 
     async with open_tiny(**settings) as engine:
         async with trio.open_nursery() as nursery:
             for seed in range(6):
                 nursery.start_soon(run, engine, seed)
         num_steps = engine.statistics().runner.num_steps
-        is_scarce = "prefix_cache" in settings
-        assert (engine.statistics().scheduler.num_preemptions > 0) == is_scarce
         await check_nothing_is_left(engine)
     return outputs, num_steps
 
@@ -133,14 +134,24 @@ async def test_forced_tokens_take_one_step_together() -> None:
     [
         {"executor": "thread"},
         {"executor": "thread", "max_step_tokens": 18},
-        {"executor": "inline", "kv_cache_bytes": SMALL["kv_cache_bytes"] * 17 // 256, "prefix_cache": False},
         pytest.param({"executor": "process"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-async def test_forced_tokens_are_the_same_ahead_in_chunks_and_after_preemption(settings: dict[str, Any]) -> None:
+async def test_forced_tokens_are_the_same_ahead_and_in_chunks(settings: dict[str, Any]) -> None:
     expected, _ = await run_forcing(executor="inline")
     assert (await run_forcing(**settings))[0] == expected
+
+
+async def test_forced_tokens_are_the_same_after_preemption() -> None:
+    expected, _ = await run_forcing(executor="inline")
+    # 11 blocks for nine samples that take up to six each.
+    memory = SMALL["kv_cache_bytes"] * 12 // 256
+    async with open_gated(kv_cache_bytes=memory, prefix_cache=False) as (engine, gate):
+        streams = [await engine.submit(PROMPT, forcing(seed)) for seed in range(6)]
+        gate.open()
+        assert [content(await stream.result()) for stream in streams] == expected
+        assert engine.statistics().scheduler.num_preemptions > 0
 
 
 @pytest.mark.parametrize("max_tokens", range(1, 24, 2))
@@ -195,23 +206,16 @@ async def test_unguided_neighbours_are_what_they_are_alone() -> None:
 
 
 async def test_a_preempted_output_goes_on_where_it_was() -> None:
-    outputs: dict[int, list[tuple[object, ...]]] = {}
-
-    async def run(engine: Engine, seed: int) -> None:
-        outputs[seed] = content(await complete(engine, PROMPT, guided(seed=seed, max_tokens=100)))
-
+    each = [guided(seed=seed, max_tokens=100) for seed in range(6)]
     async with open_tiny(executor="inline") as engine:
-        for seed in range(6):
-            await run(engine, seed)
-    expected, outputs = outputs, {}
+        expected = [content(await complete(engine, PROMPT, params)) for params in each]
     # 20 blocks for six requests that take up to nine each.
     memory = SMALL["kv_cache_bytes"] * 21 // 256
-    async with open_tiny(executor="inline", kv_cache_bytes=memory, prefix_cache=False) as engine:
-        async with trio.open_nursery() as nursery:
-            for seed in range(6):
-                nursery.start_soon(run, engine, seed)
+    async with open_gated(kv_cache_bytes=memory, prefix_cache=False) as (engine, gate):
+        streams = [await engine.submit(PROMPT, params) for params in each]
+        gate.open()
+        assert [content(await stream.result()) for stream in streams] == expected
         assert engine.statistics().scheduler.num_preemptions > 0
-    assert outputs == expected
 
 
 async def test_a_warm_engine_is_ready_for_its_first_guide(monkeypatch: pytest.MonkeyPatch) -> None:
