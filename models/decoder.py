@@ -17,7 +17,7 @@ from triode.models.weights import DecoderWeights, LayerWeights
 
 # Steps of fewer tokens run on one thread: they are many short operations, and what a second thread saves in each is
 # less than what starting and awaiting it costs. The results are the same bits.
-_MIN_TOKENS_FOR_THREADS = 32
+_MIN_TOKENS_FOR_THREADS = 8
 
 
 class Decoder:

@@ -8,9 +8,9 @@ import torch
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """`weight * x / sqrt(mean(x²) + eps)`; computed in float32, rounded to x's dtype before the weight is applied."""
-    x32 = x_TD.float()
+    x32 = x_TD.to(torch.float32, copy=True)
     inverse_T1 = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (x32 * inverse_T1).to(x_TD.dtype).mul_(weight_D)
+    return x32.mul_(inverse_T1).to(x_TD.dtype).mul_(weight_D)
 
 
 def add_rms_norm(x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
