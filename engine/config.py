@@ -28,8 +28,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_threads: int | None = None
     """CPU threads for one step; None takes torch's number, or as many as this process may use processors if that is less."""
     warm_guides: bool = False
-    """Get ready for guided output while the model loads; else the first guide takes about half a second, for which all
-    requests wait."""
+    """Get ready for guided output while the model loads, as triode serve does unless told not to; else the first guide takes
+    about half a second, for which all requests wait."""
 
     def __post_init__(self) -> None:
         if self.executor not in get_args(ExecutorMode):

@@ -79,8 +79,9 @@ def read_settings(arguments: argparse.Namespace, environment: Mapping[str, str])
     values |= from_environment(environment, types)
     values |= engine_settings(arguments) | given(arguments, ServerConfig)
     of_server = {name: values.pop(name) for name in ServerConfig.__struct_fields__ if name in values}
-    # The structs check what the flags' and the file's types do not.
-    engine, server = EngineConfig().override(values), ServerConfig(**of_server)  # type: ignore[arg-type]
+    # The structs check what the flags' and the file's types do not. A server is ready only when guides are, too.
+    engine = EngineConfig(warm_guides=True).override(values)
+    server = ServerConfig(**of_server)  # type: ignore[arg-type]
     if engine.executor == "auto" and has_gpu(engine.options.device):
         # The GPU's launches then wait for no client's bytes.
         engine = engine.override({"executor": "process"})
