@@ -62,7 +62,7 @@ class PackedFile:
         """Write the file whole or not at all.
 
         Raises:
-            OSError: the folder cannot be written to.
+            OSError: the folder cannot be written to, or is full.
         """
         tensors = {f"{index:08}": array for index, array in enumerate(arrays)}
         metadata = {
@@ -75,6 +75,8 @@ class PackedFile:
         try:
             save_file({_MATRICES: matrices, **tensors}, unfinished, metadata)
             Path(unfinished).replace(self.path)
+        except SafetensorError as error:
+            raise OSError(f"{self.path} cannot be written: {error}") from error
         finally:
             Path(unfinished).unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """A file of packed weights: the same bits as without it, and never the wrong one."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from paged_decoding import PagedDecoding, PagedSequence
 from triode.models.config import ModelOptions
 from triode.models.loader import open_checkpoint
 from triode.models.native import NativeDecoder
+from triode.models.packed_file import PackedFile
 from triode.models.packed_load import load_packed
 from triode.models.progress import NullProgress
 from triode.models.quantization import plan_weights
@@ -116,3 +118,16 @@ def test_a_file_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
         logits(ModelOptions(model=model, packed_cache=str(tmp_path / "nowhere" / "packed")))
     with pytest.raises(ValueError, match="packed_cache must be None without native kernels"):
         logits(ModelOptions(model=model, kernels="reference", packed_cache=str(tmp_path / "packed")))
+
+
+def test_a_disk_that_is_full_is_an_error_of_the_system_and_leaves_no_file(tmp_path: Path) -> None:
+    arrays = torch.zeros(100_000, dtype=torch.uint8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Signals and files of the process are as usual otherwise: Python ignores SIGXFSZ.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="packed cannot be written"):
+            PackedFile(tmp_path / "packed", "key").write(arrays, [], {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
