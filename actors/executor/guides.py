@@ -13,4 +13,6 @@ def refusal(runner: Runner, guide: Guide) -> str | None:
         runner.check_guide(guide)
     except ValueError as error:
         return str(error)
+    except Exception as error:  # whatever a compiler makes of one caller's guide, the others' engine goes on
+        return f"guide cannot be compiled: {error!r}"
     return None
