@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import anyio
 
@@ -24,8 +24,7 @@ class Gate:
         self._max_concurrent = config.max_concurrent_per_key
         self._requests = _Budgets("requests", config.max_requests_per_minute)
         self._tokens = _Budgets("tokens", config.max_tokens_per_minute)
-        self._num_by_key: Counter[str] = Counter()
-        self._entries: dict[int, list[RequestStream]] = {}
+        self._entries: dict[str, dict[int, list[RequestStream]]] = {}
         self._left = anyio.Event()
 
     @property
@@ -36,7 +35,7 @@ class Gate:
     @property
     def num_admitted(self) -> int:
         """Requests that are being served."""
-        return len(self._entries)
+        return sum(map(len, self._entries.values()))
 
     @contextmanager
     def admitted(self, key: str) -> Iterator[list[RequestStream]]:
@@ -47,18 +46,17 @@ class Gate:
         """
         self._check(key)
         streams: list[RequestStream] = []
-        self._num_by_key[key] += 1
-        self._entries[id(streams)] = streams
+        entries = self._entries.setdefault(key, {})
+        entries[id(streams)] = streams
         try:
             yield streams
         finally:
             for stream in streams:
                 stream.cancel()
             self._tokens.spend(key, sum(map(_num_tokens, streams)), self._clock())
-            del self._entries[id(streams)]
-            self._num_by_key[key] -= 1
-            if not self._num_by_key[key]:
-                del self._num_by_key[key]
+            del entries[id(streams)]
+            if not entries:
+                del self._entries[key]
             self._left.set()
 
     def spend_tokens(self, key: str, num_tokens: int) -> None:
@@ -72,14 +70,21 @@ class Gate:
             while self._entries:
                 self._left = anyio.Event()
                 await self._left.wait()
-        for streams in self._entries.values():
+        for streams in chain.from_iterable(entries.values() for entries in self._entries.values()):
             for stream in streams:
                 stream.cancel()
+
+    def _num_unfinished(self, key: str) -> int:
+        """A request whose last words are on their way counts no more: its client may have sent the next one already."""
+        return sum(
+            not streams or not all(stream.status.is_final for stream in streams)
+            for streams in self._entries.get(key, {}).values()
+        )
 
     def _check(self, key: str) -> None:
         if self.is_draining:
             raise RequestError(503, "the server is shutting down", code="shutting_down", headers=RETRY_AFTER)
-        if self._max_concurrent is not None and self._num_by_key[key] >= self._max_concurrent:
+        if self._max_concurrent is not None and self._num_unfinished(key) >= self._max_concurrent:
             raise _too_many(f"unfinished requests of one key must be <= {self._max_concurrent}", 1)
         now_s = self._clock()
         # Tokens are not known before they are there: whoever has used up the minute's waits for the next ones.
