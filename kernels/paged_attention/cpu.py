@@ -114,15 +114,23 @@ class _Planner:
         return groups
 
     def chunk_groups(self) -> list[_Group]:
-        """Each row of several queries, in blocks that see about the same positions."""
-        groups = []
-        # A multiple of 4, so that only the last product of a row is padded.
+        """Each row of several queries, in products that see about the same positions."""
+        rows = np.flatnonzero(self.num_query_R > 1).tolist()
+        return [
+            self._group(np.array([row]), self._cuts(int(self.rows.start_R[row]), int(self.num_query_R[row])))
+            for row in rows
+        ]
+
+    def _cuts(self, start: int, num_query: int) -> list[tuple[int, int]]:
+        """A product ends where the next one has to walk a longer tile. Only the last one is not a multiple of 4 queries."""
         size = min(_MAX_QUERIES, MAX_ROWS // self.heads_a_group) // ROW_MULTIPLE * ROW_MULTIPLE
-        for row in np.flatnonzero(self.num_query_R > 1).tolist():
-            num_query = int(self.num_query_R[row])
-            cuts = [(first, min(first + size, num_query)) for first in range(0, num_query, size)]
-            groups.append(self._group(np.array([row]), cuts))
-        return groups
+        cuts, first = [], 0
+        while first < num_query:
+            num_walked = self._padded(start + first + 1) - (start + first)
+            last = first + min(size, max(num_walked // ROW_MULTIPLE, 1) * ROW_MULTIPLE)
+            cuts.append((first, min(last, num_query)))
+            first = last
+        return cuts
 
     def _padded(self, num_positions: int) -> int:
         """The positions that are walked for so many that are seen."""
