@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engines import LONG, greedy, open_tiny
 from servers import SERVERS, Running, running
 from triode.engine.server.budget import Budget
 from triode.engine.server.config import ServerConfig
@@ -54,6 +55,19 @@ def test_requests_a_minute_are_counted_by_key() -> None:
     now_s = 30.0
     with gate.admitted("first"):
         pass
+
+
+async def test_a_request_that_has_ended_leaves_its_place_before_its_last_byte() -> None:
+    gate = Gate(ServerConfig(max_concurrent_per_key=1))
+    async with open_tiny(executor="inline") as engine:
+        with gate.admitted("key") as streams:
+            streams.append(await engine.submit([1, 2, 3], greedy(LONG)))
+            with pytest.raises(RequestError, match="unfinished requests of one key must be <= 1"):
+                gate.admitted("key").__enter__()
+            streams[0].cancel()
+            await streams[0].result()
+            with gate.admitted("key"):
+                assert gate.num_admitted == 2
 
 
 def test_tokens_a_minute_are_those_that_were_used() -> None:
