@@ -22,7 +22,8 @@ from triode.engine.host import EngineThread
 from triode.engine.parts import Report
 from triode.engine.request import Prompt, Request, build_request, check_request_id
 from triode.engine.statistics import EngineStatistics
-from triode.engine.stream import RequestStream, Submission
+from triode.engine.stream import RequestStream
+from triode.engine.submission import Submission
 from triode.ids import TokenId
 from triode.models.progress import Progress
 from triode.models.sampling import SamplingParams
@@ -143,7 +144,7 @@ class Engine:
         adapter: str | None = None,
         cache_salt: str | None = None,
         deadline_s: float | None = None,
-    ) -> Submission:
+    ) -> Submission[RequestStream]:
         """As `triode.Engine.submit`."""
         request = build_request(
             prompt, params, priority=priority, adapter=adapter, cache_salt=cache_salt, deadline_s=deadline_s

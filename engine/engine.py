@@ -33,7 +33,8 @@ from triode.engine.request import (
     freeze_prompt,
 )
 from triode.engine.statistics import EngineStatistics
-from triode.engine.stream import RequestStream, Submission
+from triode.engine.stream import RequestStream
+from triode.engine.submission import Submission
 from triode.ids import RequestId, TokenId
 from triode.models.progress import NullProgress, Progress
 from triode.models.sampling import SamplingParams
@@ -109,7 +110,7 @@ class Engine:
         adapter: str | None = None,
         cache_salt: str | None = None,
         deadline_s: float | None = None,
-    ) -> Submission:
+    ) -> Submission[RequestStream]:
         """Queue a request. Await the result for its stream, or enter it with `async with`.
 
         Args:

@@ -2,9 +2,8 @@
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 from triode.actors.mailbox import Mailbox
 from triode.actors.messages import Delta, RequestStatus
@@ -161,24 +160,3 @@ class RequestStream:
                 source=self,
                 stacklevel=2,
             )
-
-
-class Submission:
-    """What `Engine.submit` returns: await it for the stream, or enter it to have the request cancelled on leaving."""
-
-    def __init__(self, opening: Coroutine[Any, Any, RequestStream]) -> None:
-        self._opening = opening
-        self._stream: RequestStream | None = None
-
-    def __await__(self) -> Generator[Any, None, RequestStream]:
-        return self._opening.__await__()
-
-    async def __aenter__(self) -> RequestStream:
-        self._stream = await self._opening
-        return self._stream
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._stream is not None:
-            self._stream.cancel()

@@ -10,7 +10,7 @@ import msgspec
 
 from triode.actors.messages import RequestStatus
 from triode.engine.client.failures import error_of
-from triode.engine.client.stream import ClientStream, Submission
+from triode.engine.client.stream import ClientStream
 from triode.engine.client.wire import Wire
 from triode.engine.request import Prompt, check_cache_salt, check_deadline_s, check_priority
 from triode.engine.server.bridge_messages import (
@@ -24,6 +24,7 @@ from triode.engine.server.bridge_messages import (
     StreamDelta,
     Submit,
 )
+from triode.engine.submission import Submission
 from triode.errors import AccessDenied, EngineClosed, ServerUnreachable
 from triode.models.sampling import SamplingParams
 
@@ -94,7 +95,7 @@ class Client:
         request_id: str | None = None,
         cache_salt: str | None = None,
         deadline_s: float | None = None,
-    ) -> Submission:
+    ) -> Submission[ClientStream]:
         """Queue a request, as `triode.Engine.submit`. Await the result for its stream, or enter it with `async with`.
 
         Raises (from the await):

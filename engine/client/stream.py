@@ -2,9 +2,8 @@
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 import anyio
 import msgspec
@@ -240,24 +239,3 @@ class ClientStream:
         if has_read and not self._is_over and num_new >= max(window // 4, 1):
             self._seq_acknowledged = self._seq_received
             self._post(Ack(self._submit.id, self._seq_received))
-
-
-class Submission:
-    """What `Client.submit` returns: await it for the stream, or enter it to have the request cancelled on leaving."""
-
-    def __init__(self, opening: Coroutine[Any, Any, ClientStream]) -> None:
-        self._opening = opening
-        self._stream: ClientStream | None = None
-
-    def __await__(self) -> Generator[Any, None, ClientStream]:
-        return self._opening.__await__()
-
-    async def __aenter__(self) -> ClientStream:
-        self._stream = await self._opening
-        return self._stream
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._stream is not None:
-            self._stream.cancel()

@@ -3,6 +3,7 @@
 Whatever ends the answer early leaves the gate's block, and that cancels the streams in it.
 """
 
+from abc import ABC, abstractmethod
 from functools import partial
 
 import msgspec
@@ -25,7 +26,7 @@ EVENT_HEADERS = [
 ]
 
 
-class Attended(Response):
+class Attended(Response, ABC):
     """Base of such answers."""
 
     def __init__(self, service: Service, request: Request) -> None:
@@ -48,9 +49,9 @@ class Attended(Response):
                 partial(self._answer, writer, streams),
             )
 
+    @abstractmethod
     async def _answer(self, writer: Writer, streams: list[RequestStream]) -> None:
         """Write everything. Streams that are opened belong into the list."""
-        raise NotImplementedError
 
 
 async def _until_given_up(writer: Writer, streams: list[RequestStream]) -> None:

@@ -14,7 +14,8 @@ import triode
 from engines import LONG, LONG_TEXT, check_nothing_is_left, complete, drawn, greedy, open_gated, open_tiny
 from triode.actors.messages import Cancel
 from triode.engine.engine import Engine
-from triode.engine.stream import Submission
+from triode.engine.stream import RequestStream
+from triode.engine.submission import Submission
 from triode.errors import RequestFailed
 
 PROMPT = list(range(100, 150))
@@ -185,7 +186,7 @@ class Storm:
         if self.random.random() < 0.03:
             await self.touch_cache()
 
-    def submit(self, which: tuple[int, int], deadline_s: float | None = None) -> Submission:
+    def submit(self, which: tuple[int, int], deadline_s: float | None = None) -> Submission[RequestStream]:
         prompt, params = which
         name = self.random.choice("abcdefgh") if self.random.random() < 0.2 else None
         priority = self.random.randrange(3)
