@@ -6,6 +6,7 @@ stale is ever loaded. Processes that need it at the same time wait for the first
 """
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -33,13 +34,16 @@ _COMMON_FLAGS = (
     # A row's result must not depend on where the compiler saw a multiplication and an addition that it could fuse.
     "-ffp-contract=off",
     "-fno-math-errno",
-    "-mtune=native",
 )
 _COMPILE_TIMEOUT_S = 300
 
 
 class NativeUnavailable(Exception):
     """There is no native step here, and why."""
+
+
+class UnknownInstructions(NativeUnavailable):
+    """The compiler does not know the instruction set."""
 
 
 def find_compiler() -> tuple[str, ...]:
@@ -62,11 +66,12 @@ def build(isa: InstructionSet, announce: Callable[[str], None]) -> Path:
         announce: called once before compiling, with what a user should know about the wait.
 
     Raises:
+        UnknownInstructions: the compiler is too old for `isa`.
         NativeUnavailable: no compiler, or it fails.
     """
     if fcntl is None:
         raise NativeUnavailable("the native step is not built on Windows")
-    command = (*find_compiler(), *_COMMON_FLAGS, *isa.flags)
+    command = (*find_compiler(), *flags_for(isa))
     folder = _cache_folder()
     target = folder / f"step-{isa.name}-{_digest(command)}.so"
     if target.exists():
@@ -76,6 +81,12 @@ def build(isa: InstructionSet, announce: Callable[[str], None]) -> Path:
             announce(f"Compiling the CPU kernels for {isa.name} (once; kept in {folder})")
             _compile(command, target)
     return target
+
+
+def flags_for(isa: InstructionSet) -> tuple[str, ...]:
+    """What the compiler is told besides its files. It tunes for this processor, unless the build is for another machine."""
+    tune = ("-mtune=native",) if isa.machine in (None, platform.machine()) else ()
+    return (*_COMMON_FLAGS, *isa.flags, *tune)
 
 
 def _cache_folder() -> Path:
@@ -125,12 +136,19 @@ def _compile(command: tuple[str, ...], target: Path) -> None:
             check=False,
         )
         if finished.returncode:
-            raise NativeUnavailable(f"{command[0]} cannot compile the CPU kernels: {_first_error(finished.stderr)}")
+            kind = NativeUnavailable if _knows(command) else UnknownInstructions
+            raise kind(f"{command[0]} cannot compile the CPU kernels: {_first_error(finished.stderr)}")
         Path(unfinished).replace(target)
     except subprocess.TimeoutExpired as error:
         raise NativeUnavailable(f"{command[0]} took more than {_COMPILE_TIMEOUT_S} s for the CPU kernels") from error
     finally:
         Path(unfinished).unlink(missing_ok=True)
+
+
+def _knows(command: tuple[str, ...]) -> bool:
+    """Whether the compiler takes these flags at all."""
+    nothing = ("-fsyntax-only", "-x", "c++", os.devnull)
+    return not subprocess.run([*command, *nothing], capture_output=True, timeout=30, check=False).returncode
 
 
 def _first_error(output: str) -> str:

@@ -112,39 +112,61 @@ void quantize_row(const T* x, long size, long group, const ByteRows& to) {
                        to.sums[index]);
 }
 
+// Four inputs of LANES outputs from the words at `w`: `index` counts fours.
+template <int BITS>
+WordVec four_inputs(const uint32_t* w, long index) {
+    if (BITS == 8) return (WordVec)load(w + index * PANEL);
+    return (WordVec)load(w + index / 2 * PANEL) >> unsigned(4 * (index % 2)) & 0x0f0f0f0fu;
+}
+
+// acc += ROWS rows of bytes, `stride` apart, times so many words of COLUMNS vectors of outputs.
+template <int BITS, int ROWS, int COLUMNS>
+void dot_group(const int8_t* bytes, long stride, const uint32_t* w, long words, IntVec (&acc)[ROWS][COLUMNS]) {
+    if constexpr (ROWS > 1 && HAS_SQUARES<int8_t>) {
+        Squares<IntVec, ROWS, COLUMNS> squares(acc);
+        for (long i = 0; i < words * (8 / BITS); i += 2) {
+            WordVec first[COLUMNS], next[COLUMNS];
+            for (int c = 0; c < COLUMNS; c++) {
+                first[c] = four_inputs<BITS>(w + c * LANES, i);
+                next[c] = four_inputs<BITS>(w + c * LANES, i + 1);
+            }
+            squares.add(bytes + i * 4, stride, first, next);
+        }
+        squares.give(acc);
+        return;
+    }
+    for (long k = 0; k < words; k++, w += PANEL) {
+#pragma GCC unroll 4
+        for (int c = 0; c < COLUMNS; c++) __builtin_prefetch(w + c * LANES + PREFETCH_WORDS * PANEL);
+#pragma GCC unroll 2
+        for (int half = 0; half < 8 / BITS; half++) {
+            WordVec stored[COLUMNS];
+#pragma GCC unroll 4
+            for (int c = 0; c < COLUMNS; c++) stored[c] = four_inputs<BITS>(w + c * LANES, half);
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; r++) {
+                const WordVec input = (WordVec)broadcast(bytes + r * stride + (k * (8 / BITS) + half) * 4);
+#pragma GCC unroll 4
+                for (int c = 0; c < COLUMNS; c++) acc[r][c] = dot_bytes<BITS>(acc[r][c], stored[c], input);
+            }
+        }
+    }
+}
+
 // ROWS rows by one group of 64 outputs, added to `out` or to zero.
 template <int BITS, int ROWS>
 void multiply_group(const ByteRows& x, long index, const uint32_t* at, const Layout& layout, float* out, bool from_zero) {
-    constexpr int COLUMNS = LANES == 16 ? 4 : 2;
+    constexpr int COLUMNS = REGISTERS == 32 ? 4 : 2;
     const int8_t* bytes = x.bytes + index * layout.group;
     for (int column = 0; column < PANEL; column += COLUMNS * LANES) {
         IntVec acc[ROWS][COLUMNS];
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; r++) {
-            const IntVec offset = IntVec{} - x.sums[r * x.groups + index] * layout.format.zero;
+            const IntVec offset = IntVec{} - x.sums[r * x.groups + index] * (layout.format.zero - BYTE_OFFSET<BITS>);
 #pragma GCC unroll 4
             for (int c = 0; c < COLUMNS; c++) acc[r][c] = offset;
         }
-        const uint32_t* w = at + column;
-        for (long k = 0; k < layout.words; k++, w += PANEL) {
-#pragma GCC unroll 4
-            for (int c = 0; c < COLUMNS; c++) __builtin_prefetch(w + c * LANES + PREFETCH_WORDS * PANEL);
-#pragma GCC unroll 2
-            for (int half = 0; half < 8 / BITS; half++) {
-                WordVec stored[COLUMNS];
-#pragma GCC unroll 4
-                for (int c = 0; c < COLUMNS; c++) {
-                    stored[c] = (WordVec)load(w + c * LANES);
-                    if (BITS == 4) stored[c] = stored[c] >> unsigned(4 * half) & 0x0f0f0f0fu;
-                }
-#pragma GCC unroll 6
-                for (int r = 0; r < ROWS; r++) {
-                    const WordVec input = (WordVec)broadcast(bytes + r * x.stride + (k * (8 / BITS) + half) * 4);
-#pragma GCC unroll 4
-                    for (int c = 0; c < COLUMNS; c++) acc[r][c] = dot_bytes<BITS>(acc[r][c], stored[c], input);
-                }
-            }
-        }
+        dot_group<BITS>(bytes, x.stride, at + column, layout.words, acc);
 #pragma GCC unroll 4
         for (int c = 0; c < COLUMNS; c++) {
             const int output = column + c * LANES;

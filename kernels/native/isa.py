@@ -1,5 +1,6 @@
 """The instruction sets that the native step is built for, best first, and what this processor has of them."""
 
+import ctypes
 import os
 import platform
 from collections.abc import Mapping
@@ -10,6 +11,9 @@ from pathlib import Path
 VARIABLE = "TRIODE_NATIVE_ISA"
 """Environment variable that names the instruction set to build for, for tests and for comparing."""
 
+X86, ARM = "x86_64", "aarch64"
+_PR_SVE_GET_VL, _SVE_LENGTH_MASK = 51, 0xFFFF
+
 
 @dataclass(frozen=True, slots=True)
 class InstructionSet:
@@ -17,24 +21,46 @@ class InstructionSet:
 
     name: str
     features: frozenset[str]
-    """What the processor must have, as /proc/cpuinfo spells it."""
+    """What the processor must have, as /proc/cpuinfo spells it; `sve256` is SVE with registers of 256 bits."""
     flags: tuple[str, ...]
     """What tells the compiler."""
+    machine: str | None = None
+    """Whose it is, as `platform.machine` spells it; None for every processor."""
 
 
-_AVX2 = InstructionSet("avx2", frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c"))
-_AVX2_VNNI = InstructionSet("avx2_vnni", _AVX2.features | {"avx_vnni"}, (*_AVX2.flags, "-mavxvnni"))
+_AVX2 = InstructionSet("avx2", frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c"), X86)
+_AVX2_VNNI = InstructionSet("avx2_vnni", _AVX2.features | {"avx_vnni"}, (*_AVX2.flags, "-mavxvnni"), X86)
 _AVX512 = InstructionSet(
     "avx512",
     _AVX2.features | {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     (*_AVX2.flags, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+    X86,
 )
-_AVX512_VNNI = InstructionSet("avx512_vnni", _AVX512.features | {"avx512_vnni"}, (*_AVX512.flags, "-mavx512vnni"))
+_AVX512_VNNI = InstructionSet("avx512_vnni", _AVX512.features | {"avx512_vnni"}, (*_AVX512.flags, "-mavx512vnni"), X86)
 _AVX512_BF16 = InstructionSet(
-    "avx512_bf16", _AVX512_VNNI.features | {"avx512_bf16"}, (*_AVX512_VNNI.flags, "-mavx512bf16")
+    "avx512_bf16", _AVX512_VNNI.features | {"avx512_bf16"}, (*_AVX512_VNNI.flags, "-mavx512bf16"), X86
 )
+_NEON = InstructionSet("neon", frozenset({"asimd"}), ("-march=armv8-a",), ARM)
+_NEON_DOT = InstructionSet("neon_dotprod", _NEON.features | {"asimddp"}, ("-march=armv8.2-a+dotprod",), ARM)
+_NEON_I8MM = InstructionSet("neon_i8mm", _NEON_DOT.features | {"i8mm"}, ("-march=armv8.2-a+dotprod+i8mm",), ARM)
+_NEON_BF16 = InstructionSet("neon_bf16", _NEON_I8MM.features | {"bf16"}, ("-march=armv8.2-a+dotprod+i8mm+bf16",), ARM)
+# Where SVE's registers have the size of NEON's, it has nothing for us that NEON has not.
+_SVE256 = InstructionSet(
+    "sve256_bf16",
+    _NEON_BF16.features | {"sve256"},
+    ("-march=armv8.2-a+dotprod+i8mm+bf16+sve", "-msve-vector-bits=256"),
+    ARM,
+)
+_SVE512 = InstructionSet("sve512", _NEON.features | {"sve512"}, ("-march=armv8.2-a+sve", "-msve-vector-bits=512"), ARM)
 _PORTABLE = InstructionSet("portable", frozenset(), ())
-INSTRUCTION_SETS = {isa.name: isa for isa in (_AVX512_BF16, _AVX512_VNNI, _AVX512, _AVX2_VNNI, _AVX2, _PORTABLE)}
+INSTRUCTION_SETS = {
+    isa.name: isa
+    for isa in (
+        *(_AVX512_BF16, _AVX512_VNNI, _AVX512, _AVX2_VNNI, _AVX2),
+        *(_SVE512, _SVE256, _NEON_BF16, _NEON_I8MM, _NEON_DOT, _NEON),
+        _PORTABLE,
+    )
+}
 
 
 @cache
@@ -48,14 +74,34 @@ def processor_info() -> Mapping[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
+def features(info: Mapping[str, str], sve_bits: int) -> frozenset[str]:
+    """What an entry of /proc/cpuinfo says that a processor has, where SVE's registers have so many bits (0: it has none)."""
+    words = info.get("flags", info.get("Features", "")).split()
+    return frozenset(words) | ({f"sve{sve_bits}"} if sve_bits else frozenset())
+
+
+def _sve_bits() -> int:
+    """Of the registers that the system gives this process."""
+    if platform.machine() != ARM or platform.system() != "Linux":
+        return 0
+    length: int = ctypes.CDLL(None).prctl(_PR_SVE_GET_VL)
+    # Without SVE it is -1.
+    return 0 if length < 0 else (length & _SVE_LENGTH_MASK) * 8
+
+
+def fitting(machine: str, has: frozenset[str]) -> tuple[InstructionSet, ...]:
+    """Those that a processor of this machine, with these features, can run, best first."""
+    return tuple(isa for isa in INSTRUCTION_SETS.values() if isa.machine in (None, machine) and isa.features <= has)
+
+
 def supported() -> tuple[InstructionSet, ...]:
     """Those that this processor can run, best first."""
-    features = set(processor_info().get("flags", "").split())
-    return tuple(isa for isa in INSTRUCTION_SETS.values() if isa.features <= features)
+    machine = X86 if platform.machine() == "AMD64" else platform.machine()
+    return fitting(machine, features(processor_info(), _sve_bits()))
 
 
-def chosen() -> InstructionSet:
-    """The best one, or the one that the environment names.
+def candidates() -> tuple[InstructionSet, ...]:
+    """Those to build, best first: the one that the environment names, or all that this processor can run.
 
     Raises:
         ValueError: the environment names one that does not exist or that this processor lacks.
@@ -63,12 +109,20 @@ def chosen() -> InstructionSet:
     possible = {isa.name: isa for isa in supported()}
     name = os.environ.get(VARIABLE)
     if name is None:
-        return next(iter(possible.values()))
+        return tuple(possible.values())
     if name not in possible:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(possible)} on this processor, got {name!r}")
-    return possible[name]
+    return (possible[name],)
+
+
+def chosen() -> InstructionSet:
+    """The first of the candidates."""
+    return candidates()[0]
 
 
 def processor_name() -> str:
     """What the compiler tunes for."""
-    return processor_info().get("model name", platform.machine())
+    info = processor_info()
+    # ARM's have numbers.
+    numbers = " ".join(info[key] for key in ("CPU implementer", "CPU part", "CPU variant") if key in info)
+    return info.get("model name") or numbers or platform.machine()

@@ -11,9 +11,9 @@ from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int
 from functools import cache
 from pathlib import Path
 
-from triode.kernels.native.build import NativeUnavailable, build
+from triode.kernels.native.build import NativeUnavailable, UnknownInstructions, build
 from triode.kernels.native.formats import Packing
-from triode.kernels.native.isa import InstructionSet, chosen
+from triode.kernels.native.isa import InstructionSet, candidates
 
 
 class MatrixStruct(Structure):
@@ -194,14 +194,20 @@ class NativeLibrary:
 
 
 def load_library(announce: Callable[[str], None]) -> NativeLibrary:
-    """The library for this processor, compiled if need be (`build.build`).
+    """The library for the best instruction set that processor and compiler know, compiled if need be (`build.build`).
 
     Raises:
         NativeUnavailable: it cannot be had here.
         ValueError: the environment asks for an instruction set that this processor lacks.
     """
-    isa = chosen()
-    return _open(str(build(isa, announce)), isa)
+    unknown: UnknownInstructions | None = None
+    for isa in candidates():
+        try:
+            return _open(str(build(isa, announce)), isa)
+        except UnknownInstructions as reason:
+            unknown = unknown or reason
+    assert unknown is not None, "every processor has the portable set"
+    raise unknown
 
 
 @cache

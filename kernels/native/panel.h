@@ -11,7 +11,7 @@
 
 #include <algorithm>
 
-#include "vector.h"
+#include "squares.h"
 
 namespace triode {
 
@@ -32,14 +32,27 @@ constexpr long rounded_up(long n, long multiple) { return (n + multiple - 1) / m
 // ROWS rows by 64 outputs, from `out` or from zero. Registers hold ROWS x GROUP vectors.
 template <class T, int ROWS>
 void multiply_rows(const char* x, long x_bytes, const uint32_t* panel, long words, float* out, bool from_zero) {
-    constexpr int GROUP = LANES == 16 ? 4 : 2;
+    constexpr int GROUP = REGISTERS == 32 ? 4 : 2;
     for (int column = 0; column < PANEL; column += GROUP * LANES) {
         Vec acc[ROWS][GROUP];
         for (int r = 0; r < ROWS; r++)
             for (int g = 0; g < GROUP; g++)
                 acc[r][g] = from_zero ? Vec{} : load(out + r * PANEL + column + g * LANES);
         const uint32_t* w = panel + column;
-        for (long k = 0; k < words; k++, w += PANEL) {
+        long k = 0;
+        if constexpr (ROWS > 1 && HAS_SQUARES<T>) {
+            Squares<Vec, ROWS, GROUP> squares(acc);
+            for (; k + 2 <= words; k += 2, w += 2 * PANEL) {
+                WordVec first[GROUP], next[GROUP];
+                for (int g = 0; g < GROUP; g++) {
+                    first[g] = (WordVec)load(w + g * LANES);
+                    next[g] = (WordVec)load(w + PANEL + g * LANES);
+                }
+                squares.add(x + k * 4, x_bytes, first, next);
+            }
+            squares.give(acc);
+        }
+        for (; k < words; k++, w += PANEL) {
             Vec weights[GROUP];
 #pragma GCC unroll 4
             for (int g = 0; g < GROUP; g++) {

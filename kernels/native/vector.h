@@ -11,8 +11,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
+#elif defined(__aarch64__)
+#include "arm.h"
 #endif
 
 namespace triode {
@@ -21,8 +21,17 @@ namespace triode {
 constexpr int LANES = 16;
 #elif defined(__AVX2__)
 constexpr int LANES = 8;
+#elif defined(__ARM_FEATURE_SVE)
+constexpr int LANES = __ARM_FEATURE_SVE_BITS / 32;
 #else
 constexpr int LANES = 4;
+#endif
+
+// How many vectors the processor holds at a time.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
 #endif
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
@@ -81,8 +90,8 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
     return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
     return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__ARM_NEON)
-    return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#elif defined(__aarch64__)
+    return (Vec)arm_multiply_add((ArmFloats)a, (ArmFloats)b, (ArmFloats)c);
 #else
     return a * b + c;
 #endif
@@ -95,6 +104,8 @@ inline Vec accumulate(float, Vec acc, Vec w, Vec x) { return multiply_add(w, x, 
 inline Vec accumulate(bf16, Vec acc, Vec w, Vec x) {
 #if defined(__AVX512BF16__)
     return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return (Vec)arm_dot_halves((ArmFloats)acc, (ArmHalves)w, (ArmHalves)x);
 #else
     WordVec high = WordVec{} + 0xffff0000u;
     Vec low = multiply_add((Vec)((WordVec)w << 16), (Vec)((WordVec)x << 16), acc);
@@ -102,7 +113,17 @@ inline Vec accumulate(bf16, Vec acc, Vec w, Vec x) {
 #endif
 }
 
-// acc + the sums of four products, in integers: each word of `w` is four bytes from 0 to 2^BITS - 1, of `x` four signed ones.
+// What `dot_bytes` takes from bytes of so many bits: where only signed ones can be multiplied, half of 256.
+#if defined(__aarch64__) && !defined(__ARM_FEATURE_MATMUL_INT8)
+template <int BITS>
+constexpr int BYTE_OFFSET = BITS == 8 ? 128 : 0;
+#else
+template <int BITS>
+constexpr int BYTE_OFFSET = 0;
+#endif
+
+// acc + the sums of four products, in integers: each word of `w` is four bytes from 0 to 2^BITS - 1, less BYTE_OFFSET, of `x`
+// four signed ones.
 template <int BITS>
 inline IntVec dot_bytes(IntVec acc, WordVec w, WordVec x) {
 #if defined(__AVX512VNNI__)
@@ -122,6 +143,12 @@ inline IntVec dot_bytes(IntVec acc, WordVec w, WordVec x) {
     __m256i even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)x, 8), 8), odd = _mm256_srai_epi16((__m256i)x, 8);
     return acc + (IntVec)_mm256_madd_epi16((__m256i)(w & 0x00ff00ffu), even) +
            (IntVec)_mm256_madd_epi16(_mm256_srli_epi16((__m256i)w, 8), odd);
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return (IntVec)arm_dot_mixed((ArmWords)acc, (ArmUnsigned)w, (ArmSigned)x);
+#elif defined(__aarch64__)
+    // Flipping the highest bit takes 128 away.
+    const WordVec less = BITS == 8 ? w ^ 0x80808080u : w;
+    return (IntVec)arm_dot_signed((ArmWords)acc, (ArmSigned)less, (ArmSigned)x);
 #else
     for (int byte = 0; byte < 4; byte++)
         acc += (IntVec)(w >> (8 * byte) & 0xff) * ((IntVec)(x << (24 - 8 * byte)) >> 24);
