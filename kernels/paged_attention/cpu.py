@@ -15,10 +15,11 @@ Where the check finds otherwise, and for sliding windows, whose first tiles may 
 layer is always served by one of them.
 
     T packed query tokens   N query heads   K KV heads   G = N / K   H head dim   P blocks   B block size
-    R rows of a group   Q queries a row   X = R Q queries   M rows of a product   L positions
+    R rows   Q queries a row   M rows of a product   L positions
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,16 +38,81 @@ _MAX_GATHERED = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """R rows whose keys and values are gathered together."""
+class _Product:
+    """Queries that the fused kernel serves in one call."""
 
-    num_rows: int
-    token_X: torch.Tensor
-    """int64 [R Q]: where the queries are packed."""
+    num_query: int
+    mask_R1ML: torch.Tensor
+    """[R, 1, M, L]: 0 where a query sees a position, -inf elsewhere. M is Q G, padded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeRows:
+    """R rows of one query, whose keys and values are gathered together."""
+
+    token_R: torch.Tensor
+    """int64: where the queries are packed."""
     slot_L: torch.Tensor
     """int64 [R L]: the positions' entries in the cache."""
-    masks_RML: tuple[torch.Tensor, ...]
-    """[R, 1, M, L] each, for one product after the other: 0 where a query sees a position, -inf elsewhere."""
+    product: _Product
+
+    def attend(
+        self,
+        q_TNH: torch.Tensor,
+        out_TNH: torch.Tensor,
+        key_PBKH: torch.Tensor,
+        value_PBKH: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """Write the outputs of these rows' tokens."""
+        R, K = len(self.token_R), key_PBKH.shape[2]
+        key_RKLH, value_RKLH = (_gather(cache, self.slot_L, R) for cache in (key_PBKH, value_PBKH))
+        q_RKGH = q_TNH.index_select(0, self.token_R).unflatten(1, (K, -1))
+        G, mask_R1ML = q_RKGH.shape[2], self.product.mask_R1ML
+        q_RKMH = torch.nn.functional.pad(q_RKGH.float(), (0, 0, 0, mask_R1ML.shape[2] - G))
+        out_RKMH = _fused(q_RKMH, key_RKLH, value_RKLH, mask_R1ML, scale)
+        out_TNH.index_copy_(0, self.token_R, out_RKMH[:, :, :G].flatten(1, 2).to(out_TNH.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """One row of several queries, in products that see about the same positions."""
+
+    first_token: int
+    slot_L: torch.Tensor
+    """As in `_DecodeRows`."""
+    products: tuple[_Product, ...]
+
+    def attend(
+        self,
+        q_TNH: torch.Tensor,
+        out_TNH: torch.Tensor,
+        key_PBKH: torch.Tensor,
+        value_PBKH: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """Write the outputs of this row's tokens."""
+        K = key_PBKH.shape[2]
+        key_1KLH, value_1KLH = (_gather(cache, self.slot_L, 1) for cache in (key_PBKH, value_PBKH))
+        num_queries = [product.num_query for product in self.products]
+        tokens = slice(self.first_token, self.first_token + sum(num_queries))
+        q_KQGH, out_KQGH = (_by_kv_head(x_TNH[tokens], K) for x_TNH in (q_TNH, out_TNH))
+        q_1KMH = self._packed(q_KQGH)
+        parts_KMH = q_1KMH.split([product.mask_R1ML.shape[2] for product in self.products], dim=2)
+        outs_KQGH = out_KQGH.split(num_queries, dim=1)
+        for product, part_1KMH, part_KQGH in zip(self.products, parts_KMH, outs_KQGH, strict=True):
+            L, num_rows = product.mask_R1ML.shape[3], product.num_query * q_KQGH.shape[2]
+            result_1KMH = _fused(part_1KMH, key_1KLH[:, :, :L], value_1KLH[:, :, :L], product.mask_R1ML, scale)
+            part_KQGH.copy_(result_1KMH[0, :, :num_rows].view(part_KQGH.shape))
+
+    def _packed(self, q_KQGH: torch.Tensor) -> torch.Tensor:
+        """float32 [1, K, M, H] of all products, one after the other; only the last one is padded."""
+        K, Q, G, H = q_KQGH.shape
+        num_rows = sum(product.mask_R1ML.shape[2] for product in self.products)
+        q_1KMH = torch.empty(1, K, num_rows, H)
+        q_1KMH[0, :, : Q * G].view(q_KQGH.shape).copy_(q_KQGH)
+        q_1KMH[0, :, Q * G :] = 0
+        return q_1KMH
 
 
 class CpuAttention:
@@ -84,7 +150,7 @@ class CpuAttention:
                 device=device,
             )
         planner = _Planner(rows, num_heads // num_kv_heads, num_kv_heads * head_dim, lengths)
-        return partial(_attend, planner.decode_groups() + planner.chunk_groups())
+        return partial(_attend, [*planner.decode_rows(), *planner.chunks()], rows.num_tokens)
 
     def exceptions(self) -> list[str]:
         """The head sizes that the fused kernel does not serve."""
@@ -101,25 +167,28 @@ class _Planner:
         self.elements_a_token = elements_a_token
         self.lengths = lengths
 
-    def decode_groups(self) -> list[_Group]:
-        """Rows of one query share a group with those that are padded to the same length."""
+    def decode_rows(self) -> list[_DecodeRows]:
+        """Rows of one query go with those that are padded to the same length."""
         by_length: dict[int, list[int]] = defaultdict(list)
         for row in np.flatnonzero(self.num_query_R == 1).tolist():
             by_length[self._padded(int(self.rows.start_R[row]) + 1)].append(row)
-        groups = []
+        planned = []
         for length, members in sorted(by_length.items()):
             at_once = max(1, _MAX_GATHERED // (length * self.elements_a_token))
-            starts = range(0, len(members), at_once)
-            groups += [self._group(np.array(members[at : at + at_once]), [(0, 1)]) for at in starts]
-        return groups
+            for first in range(0, len(members), at_once):
+                row_R = np.array(members[first : first + at_once])
+                token_R = torch.from_numpy(self.rows.query_start_R1[row_R])
+                planned.append(_DecodeRows(token_R, self._slots(row_R, 1), self._product(row_R, 0, 1)))
+        return planned
 
-    def chunk_groups(self) -> list[_Group]:
-        """Each row of several queries, in products that see about the same positions."""
-        rows = np.flatnonzero(self.num_query_R > 1).tolist()
-        return [
-            self._group(np.array([row]), self._cuts(int(self.rows.start_R[row]), int(self.num_query_R[row])))
-            for row in rows
-        ]
+    def chunks(self) -> list[_Chunk]:
+        """Each row of several queries."""
+        planned = []
+        for row in np.flatnonzero(self.num_query_R > 1).tolist():
+            row_R, num_query = np.array([row]), int(self.num_query_R[row])
+            products = tuple(self._product(row_R, *cut) for cut in self._cuts(int(self.rows.start_R[row]), num_query))
+            planned.append(_Chunk(int(self.rows.query_start_R1[row]), self._slots(row_R, num_query), products))
+        return planned
 
     def _cuts(self, start: int, num_query: int) -> list[tuple[int, int]]:
         """A product ends where the next one has to walk a longer tile. Only the last one is not a multiple of 4 queries."""
@@ -137,73 +206,59 @@ class _Planner:
         whole = (num_positions - 1) // TILE_TOKENS * TILE_TOKENS
         return whole + next(length for length in self.lengths if length >= num_positions - whole)
 
-    def _group(self, row_R: npt.NDArray[np.int64], cuts: list[tuple[int, int]]) -> _Group:
-        """`cuts` are the queries of each product, counted within each row."""
+    def _slots(self, row_R: npt.NDArray[np.int64], num_query: int) -> torch.Tensor:
+        """Where the positions that so many queries of each row walk are stored."""
         rows = self.rows
-        num_query = cuts[-1][1]
         last_R1 = rows.start_R[row_R][:, None] + (num_query - 1)
         # Positions past the row's end read its last key, which exists.
         key_RL = np.minimum(np.arange(self._padded(int(last_R1.max()) + 1)), last_R1)
         block_RL = rows.block_table_RC[row_R[:, None], key_RL // rows.block_size_tokens]
-        slot_RL = block_RL * rows.block_size_tokens + key_RL % rows.block_size_tokens
-        token_RQ = rows.query_start_R1[row_R][:, None] + np.arange(num_query)
-        return _Group(
-            num_rows=len(row_R),
-            token_X=torch.from_numpy(token_RQ.reshape(-1)),
-            slot_L=torch.from_numpy(slot_RL.reshape(-1)),
-            masks_RML=tuple(self._mask(row_R, np.arange(first, last)) for first, last in cuts),
-        )
+        return torch.from_numpy((block_RL * rows.block_size_tokens + key_RL % rows.block_size_tokens).reshape(-1))
 
-    def _mask(self, row_R: npt.NDArray[np.int64], query_Q: npt.NDArray[np.int64]) -> torch.Tensor:
-        position_RQ = self.rows.start_R[row_R][:, None] + query_Q
+    def _product(self, row_R: npt.NDArray[np.int64], first: int, last: int) -> _Product:
+        """The queries `first : last`, counted within each row."""
+        position_RQ = self.rows.start_R[row_R][:, None] + np.arange(first, last)
         position_L = np.arange(self._padded(int(position_RQ.max()) + 1))
         hidden_RML = (position_L > position_RQ[:, :, None]).repeat(self.heads_a_group, 1)
         missing = -hidden_RML.shape[1] % ROW_MULTIPLE
         hidden_RML = np.pad(hidden_RML, ((0, 0), (0, missing), (0, 0)))
-        return torch.zeros(hidden_RML.shape).masked_fill_(torch.from_numpy(hidden_RML), -torch.inf)[:, None]
+        mask_RML = torch.zeros(hidden_RML.shape).masked_fill_(torch.from_numpy(hidden_RML), -torch.inf)
+        return _Product(last - first, mask_RML[:, None])
 
 
 def _attend(
-    groups: list[_Group], q_TNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, scale: float
+    parts: Sequence[_DecodeRows | _Chunk],
+    num_tokens: int,
+    q_TNH: torch.Tensor,
+    key_PBKH: torch.Tensor,
+    value_PBKH: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
-    out_TNH = torch.zeros_like(q_TNH, memory_format=torch.contiguous_format)
-    for group in groups:
-        q_XNH = q_TNH.index_select(0, group.token_X)
-        out_TNH.index_copy_(0, group.token_X, _attend_group(group, q_XNH, key_PBKH, value_PBKH, scale))
+    out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
+    out_TNH[num_tokens:] = 0
+    for part in parts:
+        part.attend(q_TNH, out_TNH, key_PBKH, value_PBKH, scale)
     return out_TNH
 
 
-def _attend_group(
-    group: _Group, q_XNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """The outputs [X, N, H] of X = R Q queries."""
-    (X, N, H), K, R = q_XNH.shape, key_PBKH.shape[2], group.num_rows
-    key_RKLH, value_RKLH = (
-        cache.view(-1, K * H).index_select(0, group.slot_L).float().view(R, -1, K, H).transpose(1, 2)
-        for cache in (key_PBKH, value_PBKH)
-    )
-    # Queries and, in their place, outputs.
-    x_RKMH = key_RKLH.new_empty(R, K, sum(mask.shape[2] for mask in group.masks_RML), H)
-    Q, G = X // R, N // K
-    x_RKMH[:, :, Q * G :] = 0
-    x_RKQGH = x_RKMH[:, :, : Q * G].view(R, K, Q, G, H)
-    x_RKQGH.copy_(q_XNH.view(R, Q, K, G, H).transpose(1, 2))
-    first = 0
-    for mask_RML in group.masks_RML:
-        M, L = mask_RML.shape[2:]
-        rows = x_RKMH[:, :, first : first + M]
-        rows.copy_(_fused(rows, key_RKLH[:, :, :L], value_RKLH[:, :, :L], mask_RML.expand(R, K, M, L), scale))
-        first += M
-    out_XNH = torch.empty_like(q_XNH)
-    out_XNH.view(R, Q, K, G, H).copy_(x_RKQGH.transpose(1, 2))
-    return out_XNH
+def _gather(cache_PBKH: torch.Tensor, slot_L: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """float32 [R, K, L, H]."""
+    found = cache_PBKH.view(-1, cache_PBKH.shape[2] * cache_PBKH.shape[3]).index_select(0, slot_L).float()
+    return found.view(num_rows, -1, *cache_PBKH.shape[2:]).transpose(1, 2)
+
+
+def _by_kv_head(x_QNH: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """The same memory as [K, Q, G, H]."""
+    x_KQGH: torch.Tensor = x_QNH.unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
+    return x_KQGH
 
 
 def _fused(
-    q_RKMH: torch.Tensor, key_RKLH: torch.Tensor, value_RKLH: torch.Tensor, mask_RKML: torch.Tensor, scale: float
+    q_RKMH: torch.Tensor, key_RKLH: torch.Tensor, value_RKLH: torch.Tensor, mask_R1ML: torch.Tensor, scale: float
 ) -> torch.Tensor:
     # Called by name, so that no rule of torch's picks another kernel for some shape.
+    R, K, M, _ = q_RKMH.shape
     out_RKMH: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_RKMH, key_RKLH, value_RKLH, 0.0, False, attn_mask=mask_RKML, scale=scale
+        q_RKMH, key_RKLH, value_RKLH, 0.0, False, attn_mask=mask_R1ML.expand(R, K, M, -1), scale=scale
     )[0]
     return out_RKMH
