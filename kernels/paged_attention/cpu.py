@@ -98,9 +98,9 @@ class _Chunk:
         tokens = slice(self.first_token, self.first_token + sum(num_queries))
         q_KQGH, out_KQGH = (_by_kv_head(x_TNH[tokens], K) for x_TNH in (q_TNH, out_TNH))
         q_1KMH = self._packed(q_KQGH)
-        parts_KMH = q_1KMH.split([product.mask_R1ML.shape[2] for product in self.products], dim=2)
+        parts_1KMH = q_1KMH.split([product.mask_R1ML.shape[2] for product in self.products], dim=2)
         outs_KQGH = out_KQGH.split(num_queries, dim=1)
-        for product, part_1KMH, part_KQGH in zip(self.products, parts_KMH, outs_KQGH, strict=True):
+        for product, part_1KMH, part_KQGH in zip(self.products, parts_1KMH, outs_KQGH, strict=True):
             L, num_rows = product.mask_R1ML.shape[3], product.num_query * q_KQGH.shape[2]
             result_1KMH = _fused(part_1KMH, key_1KLH[:, :, :L], value_1KLH[:, :, :L], product.mask_R1ML, scale)
             part_KQGH.copy_(result_1KMH[0, :, :num_rows].view(part_KQGH.shape))
