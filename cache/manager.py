@@ -33,6 +33,7 @@ from triode.cache.messages import (
     Unpin,
 )
 from triode.cache.pins import Pins
+from triode.cache.recorder import Recorder
 from triode.cache.sequence import CachedSequence
 from triode.cache.statistics import CacheStatistics
 from triode.ids import BlockId, SequenceId, TokenId
@@ -62,13 +63,11 @@ class CacheManager:
     def __init__(self, num_blocks: int, config: CacheConfig) -> None:
         """`num_blocks` counts block 0, which nobody gets."""
         self._block_size = config.block_size_tokens
-        self._remembers = config.prefix_cache
         self._store = BlockStore(num_blocks, config.prefix_cache_ttl_s)
+        self._recorder = Recorder(self._store, self._block_size, is_on=config.prefix_cache)
         self._pins = Pins(self._store)
         self._sequences: dict[SequenceId, CachedSequence] = {}
         self._held: dict[SequenceId, CachedSequence] = {}
-        # Admitted sequences whose prompt blocks are not all in the tree.
-        self._filling: dict[SequenceId, CachedSequence] = {}
         self._num_query_tokens = 0
         self._num_hit_tokens = 0
         self._num_copied_blocks = 0
@@ -91,8 +90,7 @@ class CacheManager:
         self._store.advance(reserve.now_s)
         if self._held:
             self._drop_unnamed_holds(reserve.rows)
-        if self._filling:
-            self._remember_launched(reserve.rows)
+        self._recorder.remember_launched(reserve.rows)
         step = _Step(reserve)
         sequences, references, block_size = self._sequences, self._store.num_references, self._block_size
         for index, row in enumerate(reserve.rows):
@@ -123,8 +121,7 @@ class CacheManager:
             if row.token_ids and sequence.is_admitted:
                 sequence.chain.extend(row.token_ids)
                 # After a preemption the blocks may hold less than was once computed.
-                num_tokens = min(len(row.token_ids), sequence.num_tokens)
-                self._remember(sequence, num_tokens // self._block_size)
+                self._recorder.remember(sequence, min(len(row.token_ids), sequence.num_tokens))
             self._drop_table(sequence)
 
     def pin(self, pin: Pin) -> Pinned:
@@ -176,8 +173,7 @@ class CacheManager:
             assert sequence.num_tokens <= len(sequence.table) * self._block_size, f"sequence {sequence_id} overflows"
         held = {sequence_id for sequence_id, sequence in self._sequences.items() if sequence.is_held}
         assert set(self._held) == held, "the held sequences are not those that say so"
-        assert all(sequence.is_admitted for sequence in self._filling.values()), "only admitted sequences fill up"
-        assert set(self._filling) <= set(self._sequences), "a released sequence would enter the tree"
+        self._recorder.check_integrity(self._sequences)
 
     def _chain(self, namespace: bytes, token_ids: Sequence[TokenId]) -> TokenChain:
         chain = TokenChain(namespace, self._block_size)
@@ -238,28 +234,6 @@ class CacheManager:
         for sequence in [sequence for sequence_id, sequence in self._held.items() if sequence_id not in named]:
             self._drop_table(sequence)
 
-    def _remember_launched(self, rows: Iterable[ReserveRow]) -> None:
-        for row in rows:
-            sequence = self._filling.get(row.sequence_id)
-            if sequence is None:
-                continue
-            num_tokens = min(row.num_computed_tokens, sequence.num_prompt_tokens, sequence.num_tokens)
-            self._remember(sequence, num_tokens // self._block_size)
-            if sequence.num_inserted >= sequence.num_prompt_tokens // self._block_size:
-                del self._filling[row.sequence_id]
-
-    def _remember(self, sequence: CachedSequence, num_blocks: int) -> None:
-        """Put the first `num_blocks` blocks into the tree. Where it has an equal one, ours stays private."""
-        if not self._remembers:
-            return
-        if sequence.tip is not None and not sequence.tip.is_cached:
-            sequence.tip, sequence.num_inserted = None, 0
-        for index in range(sequence.num_inserted, num_blocks):
-            node = self._store.remember(sequence.chain, index, sequence.tip, sequence.table[index])
-            if node is None:
-                return
-            sequence.tip, sequence.num_inserted = node, index + 1
-
     def _serve(self, sequence: CachedSequence, row: ReserveRow, index: int, step: _Step) -> bool:
         """Grant a row that needs blocks, copies or its first table; False when there is no room."""
         if sequence in step.robbed:
@@ -295,8 +269,7 @@ class CacheManager:
         self._num_hit_tokens += sequence.num_tokens
         self._held.pop(sequence.sequence_id, None)
         sequence.is_held, sequence.is_admitted = False, True
-        if self._remembers and sequence.num_inserted < sequence.num_prompt_tokens // self._block_size:
-            self._filling[sequence.sequence_id] = sequence
+        self._recorder.follow(sequence)
 
     def _replace(self, table: list[BlockId], place: int) -> BlockCopy:
         source, target = table[place], self._store.take()
@@ -351,7 +324,7 @@ class CacheManager:
         sequence.room_tokens = sequence.num_tokens = sequence.num_inserted = 0
         sequence.tip = None
         self._held.pop(sequence.sequence_id, None)
-        self._filling.pop(sequence.sequence_id, None)
+        self._recorder.drop(sequence)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
