@@ -3,11 +3,11 @@
 Every inbox is unbounded on purpose, so that sending never waits, cannot fail for want of room, and may happen in a
 `finally` or a `__del__`. What bounds each of them is the admission at `submit`:
 
-    tokenizer      one Submit per unfinished request                          <= max_queued
+    tokenizer      one Submit and one Cancel per unfinished request           <= 2 * max_queued
     scheduler      one answer per Submit, a Cancel per request, one StepResult
                    per launched step, one cache reply, a Stopped per sample   <= ~(3 + n) * max_queued
     cache          one question and one Release at a time, pins               <= 2 + pins in flight
-    executor       the steps planned ahead                                    <= max_in_flight
+    executor       the steps planned ahead, a ReleaseGuide per request        <= max_in_flight + max_queued
     detokenizer    per step one Sampled, one StatusChanged, prompt scores     <= 3 * steps not yet read + max_queued
 
 A step is launched only after an earlier one has retired, so none of these grows with time. `InboxStatistics` reports the
@@ -24,6 +24,9 @@ import trio
 from triode.actors.statistics import InboxStatistics
 
 T = TypeVar("T")
+
+MAX_COMPILING = 2
+"""Guides that are compiled at a time, in threads: each takes a core for milliseconds, at worst for a tenth of a second."""
 
 Put = Callable[[T], None]
 """The sending side of an inbox: synchronous, never waits."""

@@ -18,6 +18,7 @@ import msgspec
 from triode.cache.messages import Clear, Match, Matched, Pin, Pinned, Release, Reserve, Reserved, Unpin
 from triode.ids import RequestId, SequenceId, StepId, TokenId
 from triode.models.conversation import Conversation
+from triode.models.guide import Guide
 from triode.models.sampling import SamplingParams
 from triode.models.step import Pooling, StepPlan, StepResult, TokenLogprobs
 
@@ -103,9 +104,11 @@ class Rejected(Message, frozen=True):
     request_id: RequestId
     arrival: int
     reason: str
+    is_busy: bool = False
+    """Not as it stands, but now: `submit` raises EngineBusy(reason)."""
 
 
-# ─ caller → scheduler
+# ─ caller → scheduler, and tokenizer
 
 
 class Cancel(Message, frozen=True):
@@ -204,6 +207,15 @@ class Delta(Message, frozen=True, gc=False):
     """The stop string or stop token that ended the sample."""
 
 
+# ─ scheduler → executor, beside StepPlan
+
+
+class ReleaseGuide(Message, frozen=True):
+    """A request whose guide was checked has ended, and every step with it: no plan will admit it again."""
+
+    guide: Guide
+
+
 # ─ detokenizer → scheduler
 
 
@@ -221,10 +233,10 @@ class Stopped(Message, frozen=True):
 
 # ─ inboxes: one per actor
 
-TokenizerInbox: TypeAlias = Submit
+TokenizerInbox: TypeAlias = Submit | Cancel
 SchedulerInbox: TypeAlias = Tokenized | Rejected | Cancel | SetPriority | Matched | Reserved | StepResult | Stopped
 CacheInbox: TypeAlias = Match | Reserve | Release | Pin | Unpin | Clear
-ExecutorInbox: TypeAlias = StepPlan
+ExecutorInbox: TypeAlias = StepPlan | ReleaseGuide
 DetokenizerInbox: TypeAlias = Opened | Rejected | Sampled | PromptScored | Embedded | StatusChanged | Ended
 
 Mail: TypeAlias = Opened | Rejected | Delta | PromptScored | Embedded | Ended
@@ -250,6 +262,7 @@ __all__ = [
     "PromptScored",
     "Rejected",
     "Release",
+    "ReleaseGuide",
     "RequestId",
     "RequestStatus",
     "Reserve",

@@ -94,11 +94,11 @@ def time_masks(guides: GuideCompiler, tokenizer: Tokenizer, batch: int, num_toke
     """Masks of a batch, as one step asks for them, with random tokens in between."""
     draw = random.Random(batch)
     matchers = [guides.matcher(endless(), []) for _ in range(batch)]
-    mask_GW = np.zeros((batch, guides.num_words), np.int32)
+    mask_GW = np.zeros((batch, guides.masks.num_words), np.int32)
     times_us = []
     for _ in range(num_tokens):
         start_s = time.perf_counter()
-        guides.fill(matchers, mask_GW)
+        guides.masks.fill(matchers, mask_GW)
         times_us.append((time.perf_counter() - start_s) * 1e6)
         for matcher, mask_W in zip(matchers, mask_GW, strict=True):
             bits = np.unpackbits(mask_W.view(np.uint8), bitorder="little")[: tokenizer.vocab_size].nonzero()[0]
@@ -110,13 +110,13 @@ def time_masks(guides: GuideCompiler, tokenizer: Tokenizer, batch: int, num_toke
 
 def time_new_schemas(guides: GuideCompiler) -> None:
     """From a schema that nobody has seen to the mask of its first token."""
-    mask_GW = np.zeros((1, guides.num_words), np.int32)
+    mask_GW = np.zeros((1, guides.masks.num_words), np.int32)
     times_ms = []
     for number in range(NUM_SCHEMAS):
         guide = triode.JsonSchema(person(str(number)))
         start_s = time.perf_counter()
         guides.check(guide)
-        guides.fill([guides.matcher(guide, [])], mask_GW)
+        guides.masks.fill([guides.matcher(guide, [])], mask_GW)
         times_ms.append((time.perf_counter() - start_s) * 1e3)
     p50, p99 = median(times_ms), quantiles(times_ms, n=100)[98]
     print(f"first mask of a new schema: median {p50:.2f} ms, p99 {p99:.2f} ms", flush=True)

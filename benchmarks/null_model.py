@@ -48,6 +48,9 @@ class NullRunner:
     def check_guide(self, guide: Guide) -> None:
         raise ValueError("guide must be None: there is no model")
 
+    def release_guide(self, guide: Guide) -> None:
+        raise AssertionError("no guide was checked")
+
     def is_ready(self) -> bool:
         """Whether an answer waits."""
         return bool(self._results)

@@ -15,7 +15,7 @@ from triode.actors.messages import (
     Rejected,
     RequestStatus,
 )
-from triode.errors import RequestFailed
+from triode.errors import EngineBusy, RequestFailed
 from triode.ids import RequestId, TokenId
 from triode.models.step import TokenLogprobs
 
@@ -136,7 +136,7 @@ class Reply:
                     self._num_unfinished = 0
                 case Rejected():
                     self._num_unfinished = 0
-                    self.failure = ValueError(item.reason)
+                    self.failure = (EngineBusy if item.is_busy else ValueError)(item.reason)
                 case Ended():
                     self._end(item)
         return deltas

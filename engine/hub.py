@@ -25,13 +25,14 @@ from triode.actors.messages import (
     Cancel,
     Clear,
     DetokenizerInbox,
+    ExecutorInbox,
     Pin,
     Pinned,
     RequestStatus,
     SchedulerInbox,
     SetPriority,
-    StepPlan,
     Submit,
+    TokenizerInbox,
     Unpin,
 )
 from triode.actors.scheduler.actor import run_scheduler
@@ -59,10 +60,10 @@ class Hub:
         self._scope = trio.CancelScope()
         self._scheduler = Scheduler(parts.config.scheduler, max_in_flight=parts.executor.max_in_flight)
         self._detokenizer = Detokenizer(DecoderFactory(parts.tokenizer.backend))
-        self._to_tokenizer: Inbox[Submit] = Inbox()
+        self._to_tokenizer: Inbox[TokenizerInbox] = Inbox()
         self._to_scheduler: Inbox[SchedulerInbox] = Inbox()
         self._to_cache: Inbox[CacheInbox] = Inbox()
-        self._to_executor: Inbox[StepPlan | BaseException] = Inbox()
+        self._to_executor: Inbox[ExecutorInbox | BaseException] = Inbox()
         self._to_detokenizer: Inbox[DetokenizerInbox] = Inbox()
         self._answers: dict[RequestId, Callable[[int | Exception], None]] = {}
         self._ids = itertools.count()
@@ -115,7 +116,10 @@ class Hub:
     def cancel(self, mailbox: Mailbox) -> None:
         """End a request. Idempotent; neither waits nor raises, before, during and after the engine's life."""
         if not self._is_closed and not mailbox.status.is_final and mailbox.arrival >= 0:
-            self._to_scheduler.put(Cancel(mailbox.request_id, mailbox.arrival))
+            cancel = Cancel(mailbox.request_id, mailbox.arrival)
+            self._to_scheduler.put(cancel)
+            if mailbox.status is RequestStatus.QUEUED:
+                self._to_tokenizer.put(cancel)
 
     def cancel_soon(self, mailbox: Mailbox) -> None:
         """`cancel` from any thread, or from within a garbage collection."""

@@ -114,6 +114,7 @@ class RequestStream:
 
         Raises:
             ValueError: if it can not run as asked.
+            EngineBusy: if there is no room for it now.
             RequestFailed: if it was cancelled, or the engine was closed, before it was queued.
         """
         try:

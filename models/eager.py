@@ -21,7 +21,7 @@ from triode.cache.pool import KVPool
 from triode.ids import SlotId, TokenId
 from triode.kernels.threads import cpu_threads
 from triode.models.batch import StepBatch, build_batch
-from triode.models.grammar import GuideCompiler, check_guide
+from triode.models.grammar import GuideCompiler, check_guide, release_guide
 from triode.models.guide import Guide
 from triode.models.logprobs import score_positions
 from triode.models.pooling import PooledHidden
@@ -79,8 +79,12 @@ class EagerRunner:
         self._statistics = RunnerStatistics()
 
     def check_guide(self, guide: Guide) -> None:
-        """Compile a guide."""
+        """Compile a guide, and keep it."""
         check_guide(self._slots.guides, guide)
+
+    def release_guide(self, guide: Guide) -> None:
+        """A request that had the guide has ended."""
+        release_guide(self._slots.guides, guide)
 
     def launch(self, plan: StepPlan) -> None:
         """Compute the step."""

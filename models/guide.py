@@ -96,6 +96,14 @@ class Grammar(_Guide, frozen=True):
         _check_text("lark", self.lark)
 
 
+class Refusal(msgspec.Struct, frozen=True):
+    """Why a guide cannot be followed."""
+
+    reason: str
+    is_busy: bool = False
+    """Not now: the guides of other requests leave no room for it."""
+
+
 Guide: TypeAlias = JsonSchema | JsonObject | Regex | Choices | Grammar
 
 

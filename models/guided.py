@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from triode.models.grammar import MaskWords
+from triode.models.matcher import MaskWords
 from triode.models.slots import SlotState
 
 
@@ -20,8 +20,8 @@ class GuidedRows:
     def __init__(self, states: Sequence[SlotState]) -> None:
         guided = [(row, state.matcher) for row, state in enumerate(states) if state.matcher is not None]
         self._matchers = [matcher for _, matcher in guided]
-        self._compiler = guided[0][1].compiler
-        num_guided, num_words = len(guided), self._compiler.num_words
+        self._masks = guided[0][1].masks
+        num_guided, num_words = len(guided), self._masks.num_words
         self.words: MaskWords = np.zeros(num_guided * (1 + num_words), np.int32)
         """`row_G`, then `mask_GW`: one after the other, so that both are sent at once."""
         self.row_G = self.words[:num_guided]
@@ -38,11 +38,11 @@ class GuidedRows:
 
     def fill(self) -> None:
         """Make the masks of the next tokens."""
-        self._compiler.fill(self._matchers, self.mask_GW)
+        self._masks.fill(self._matchers, self.mask_GW)
 
     def begin(self) -> None:
         """The same in another thread."""
-        self._filling = self._compiler.in_thread(self.fill)
+        self._filling = self._masks.in_thread(self.fill)
 
     def wait(self) -> None:
         """Until what has begun is there."""

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from triode.ids import SlotId, TokenId
 from triode.models.counts import TokenCounts
-from triode.models.grammar import GuideCompiler, Matcher
+from triode.models.grammar import GuideCompiler
+from triode.models.matcher import Matcher
 from triode.models.sampling import SamplingParams
 from triode.models.step import Admission, TableChange
 

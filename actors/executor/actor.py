@@ -1,11 +1,11 @@
-"""Consumes StepPlan. Produces StepResult, sent to the scheduler by the executor itself."""
+"""Consumes StepPlan and ReleaseGuide. Produces StepResult, sent to the scheduler by the executor itself."""
 
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
 from triode.actors.channels import Inbox, Put
-from triode.actors.messages import StepPlan, StepResult
-from triode.models.guide import Guide
+from triode.actors.messages import ExecutorInbox, ReleaseGuide, StepPlan, StepResult
+from triode.models.guide import Guide, Refusal
 from triode.models.runner import RunnerStatistics
 
 
@@ -19,8 +19,12 @@ class Executor(Protocol):
     def start(self, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
         """Get ready. Results and faults are handed over in the event loop."""
 
-    async def check_guide(self, guide: Guide) -> str | None:
-        """Have a guide compiled beside the runner, before any plan has it. The reason why it cannot be, or None."""
+    async def check_guide(self, guide: Guide) -> Refusal | None:
+        """Have a guide compiled beside the runner, before any plan has it, and kept. The reason why it cannot be, or
+        None. Called at most MAX_COMPILING times at once."""
+
+    def release_guide(self, guide: Guide) -> None:
+        """A request whose guide was checked has ended."""
 
     def launch(self, plan: StepPlan) -> None:
         """Take a step; its result follows through `results`, in launch order."""
@@ -32,7 +36,7 @@ class Executor(Protocol):
         """End the running step and free the runner's memory."""
 
 
-async def run_executor(executor: Executor, inbox: Inbox[StepPlan | BaseException]) -> NoReturn:
+async def run_executor(executor: Executor, inbox: Inbox[ExecutorInbox | BaseException]) -> NoReturn:
     """Hand on plans for ever.
 
     Raises:
@@ -42,4 +46,7 @@ async def run_executor(executor: Executor, inbox: Inbox[StepPlan | BaseException
         for message in await inbox.take():
             if isinstance(message, BaseException):
                 raise message
-            executor.launch(message)
+            if isinstance(message, ReleaseGuide):
+                executor.release_guide(message.guide)
+            else:
+                executor.launch(message)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from triode.actors.channels import Put
 from triode.actors.executor.guides import refusal
-from triode.models.guide import Guide
+from triode.models.guide import Guide, Refusal
 from triode.models.runner import Runner, RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
@@ -21,9 +21,13 @@ class InlineExecutor:
         """Where results go. A fault needs no way of its own: it leaves `launch`."""
         self._results = results
 
-    async def check_guide(self, guide: Guide) -> str | None:
+    async def check_guide(self, guide: Guide) -> Refusal | None:
         """Compile it at once."""
         return refusal(self._runner, guide)
+
+    def release_guide(self, guide: Guide) -> None:
+        """Let go of a guide."""
+        self._runner.release_guide(guide)
 
     def launch(self, plan: StepPlan) -> None:
         """Run the step and send its result."""

@@ -25,8 +25,9 @@ from triode.actors.executor.protocol import (
     StageDone,
     Stepped,
 )
+from triode.actors.messages import ReleaseGuide
 from triode.errors import EngineFault
-from triode.models.guide import Guide
+from triode.models.guide import Guide, Refusal
 from triode.models.progress import Progress
 from triode.models.runner import RunnerStatistics
 from triode.models.step import StepPlan, StepResult
@@ -45,7 +46,7 @@ class ProcessExecutor:
         self._statistics = RunnerStatistics()
         self._is_closing = False
         self._guide_numbers = itertools.count()
-        self._answers: dict[int, Callable[[str | None], None]] = {}
+        self._answers: dict[int, Callable[[Refusal | None], None]] = {}
 
     @property
     def pid(self) -> int:
@@ -82,15 +83,15 @@ class ProcessExecutor:
         # No task of the engine: closing waits for the running step, whose result must find a reader.
         trio.lowlevel.spawn_system_task(self._read, results, fault, name="triode worker's results")
 
-    async def check_guide(self, guide: Guide) -> str | None:
+    async def check_guide(self, guide: Guide) -> Refusal | None:
         """Have the worker compile it. If the worker dies, the engine does, and this is cancelled."""
         number = next(self._guide_numbers)
         answered = trio.Event()
-        refusal: str | None = None
+        refusal: Refusal | None = None
 
-        def answer(reason: str | None) -> None:
+        def answer(said: Refusal | None) -> None:
             nonlocal refusal
-            refusal = reason
+            refusal = said
             answered.set()
 
         self._answers[number] = answer
@@ -100,6 +101,10 @@ class ProcessExecutor:
         finally:
             self._answers.pop(number, None)
         return refusal
+
+    def release_guide(self, guide: Guide) -> None:
+        """Have the worker let go of a guide."""
+        self._child.post(ReleaseGuide(guide))
 
     def launch(self, plan: StepPlan) -> None:
         """Send a step."""

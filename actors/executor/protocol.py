@@ -1,6 +1,6 @@
 """What an engine and its worker process say to each other, and how that becomes bytes.
 
-    engine → worker      Open, then a StepPlan for every step, then Close; a CheckGuide now and then
+    engine → worker      Open, then a StepPlan for every step, then Close; a CheckGuide and a ReleaseGuide now and then
     worker → engine      stages of progress, Built, then a Stepped for every plan, in order; a GuideChecked for every
                          CheckGuide, in any order; Failed is the last word
 
@@ -17,9 +17,10 @@ from typing import TypeAlias
 import msgspec
 
 from triode import errors
+from triode.actors.messages import ReleaseGuide
 from triode.cache.config import CacheConfig
 from triode.models.config import ModelConfig, ModelOptions
-from triode.models.guide import Guide
+from triode.models.guide import Guide, Refusal
 from triode.models.runner import RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
@@ -96,8 +97,7 @@ class GuideChecked(msgspec.Struct, frozen=True, tag=True):
     """The answer to the CheckGuide of this number."""
 
     number: int
-    refusal: str | None
-    """Why the guide cannot be followed."""
+    refusal: Refusal | None
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -121,7 +121,7 @@ _KINDS: dict[str, type[Exception]] = {
     **{name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)},
 }
 
-FromEngine: TypeAlias = Open | StepPlan | CheckGuide | Close
+FromEngine: TypeAlias = Open | StepPlan | CheckGuide | ReleaseGuide | Close
 FromWorker: TypeAlias = StageBegan | StageAdvanced | StageDone | Built | Stepped | GuideChecked | Failed
 
 from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)

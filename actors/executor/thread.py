@@ -11,10 +11,10 @@ from queue import SimpleQueue
 
 import trio
 
-from triode.actors.channels import Put
-from triode.actors.executor.guides import MAX_COMPILING, refusal
+from triode.actors.channels import MAX_COMPILING, Put
+from triode.actors.executor.guides import refusal
 from triode.errors import EngineFault
-from triode.models.guide import Guide
+from triode.models.guide import Guide, Refusal
 from triode.models.runner import Runner, RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
@@ -43,11 +43,15 @@ class ThreadExecutor:
         self._thread.start()
         self._collector.start()
 
-    async def check_guide(self, guide: Guide) -> str | None:
+    async def check_guide(self, guide: Guide) -> Refusal | None:
         """Compile it in a thread of its own."""
         return await trio.to_thread.run_sync(
             refusal, self._runner, guide, limiter=self._compiling, abandon_on_cancel=True
         )
+
+    def release_guide(self, guide: Guide) -> None:
+        """Let go of a guide."""
+        self._runner.release_guide(guide)
 
     def launch(self, plan: StepPlan) -> None:
         """Queue a step."""

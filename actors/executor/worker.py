@@ -25,7 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import NoReturn
 
-from triode.actors.executor.guides import MAX_COMPILING, refusal
+from triode.actors.channels import MAX_COMPILING
+from triode.actors.executor.guides import refusal
 from triode.actors.executor.protocol import (
     Built,
     CheckGuide,
@@ -43,6 +44,7 @@ from triode.actors.executor.protocol import (
     encode,
     from_engine,
 )
+from triode.actors.messages import ReleaseGuide
 from triode.models.guide import Guide
 from triode.models.progress import Progress
 from triode.models.runner import Runner
@@ -138,6 +140,8 @@ def run_steps(connection: Connection, runner: Runner) -> None:
                 num_in_flight += 1
             case CheckGuide(number, guide):
                 compiling.submit(_answer, connection, runner, number, guide)
+            case ReleaseGuide(guide):
+                runner.release_guide(guide)
             case Close():
                 return
 

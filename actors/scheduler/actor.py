@@ -1,6 +1,6 @@
 """Consumes Tokenized, Rejected, Cancel, SetPriority, Matched, Reserved, StepResult, Stopped.
 
-Produces Match, Reserve, Release for the cache, StepPlan for the executor, and what the detokenizer must know.
+Produces Match, Reserve, Release for the cache, StepPlan and ReleaseGuide for the executor, and what the detokenizer must know.
 
 A step's tokens are passed on when its successor is on its way: text is made, and its readers run, while the device
 computes, not before it may begin.
@@ -19,6 +19,7 @@ from triode.actors.messages import (
     ExecutorInbox,
     Matched,
     Rejected,
+    ReleaseGuide,
     Reserved,
     SchedulerInbox,
     SetPriority,
@@ -49,6 +50,8 @@ async def run_scheduler(
             has_planned |= _handle(message, core, cache, executor, now_s)
         if released := core.outbox.take_releases(now_s):
             cache(released)
+        for guide in core.outbox.take_guides():
+            executor(ReleaseGuide(guide))
         if question := core.wants(now_s):
             cache(question)
         if core.outbox.holds_tokens:

@@ -1,9 +1,10 @@
 """What the scheduler has to say, collected while it decides; the shell takes it and sends it."""
 
-from triode.actors.messages import DetokenizerInbox, Release, Sampled, StatusChanged
+from triode.actors.messages import DetokenizerInbox, Release, Sampled, StatusChanged, Tokenized
 from triode.actors.scheduler.request import Request
 from triode.cache.messages import ReleaseRow
 from triode.ids import RequestId
+from triode.models.guide import Guide
 
 
 class Outbox:
@@ -12,6 +13,7 @@ class Outbox:
     def __init__(self) -> None:
         self._detokenizer: list[DetokenizerInbox] = []
         self._released: list[ReleaseRow] = []
+        self._guides: list[Guide] = []
         self._changed: dict[RequestId, Request] = {}
 
     def to_detokenizer(self, message: DetokenizerInbox) -> None:
@@ -27,6 +29,11 @@ class Outbox:
         """Queue a sequence's blocks for return."""
         self._released.append(row)
 
+    def release_guide(self, tokenized: Tokenized) -> None:
+        """Queue the guide of a request that has ended, if it has one."""
+        if tokenized.params.guide is not None:
+            self._guides.append(tokenized.params.guide)
+
     def status_of(self, request: Request) -> None:
         """Note that the request's status may have changed."""
         self._changed[request.request_id] = request
@@ -37,6 +44,11 @@ class Outbox:
             return None
         rows, self._released = tuple(self._released), []
         return Release(rows, now_s)
+
+    def take_guides(self) -> list[Guide]:
+        """Those of the requests that have ended since the last call."""
+        guides, self._guides = self._guides, []
+        return guides
 
     def take_for_detokenizer(self) -> list[DetokenizerInbox]:
         """Everything said since the last call."""

@@ -91,6 +91,7 @@ class Scheduler:
         """Queue a request, unless it was cancelled while its prompt was being tokenized."""
         priority = self._early_priorities.pop(tokenized.arrival, tokenized.priority)
         if self._arrivals.answer(tokenized.arrival):
+            self.outbox.release_guide(tokenized)
             return
         request = self._new_request(tokenized, priority)
         insort(self._waiting, request.sequences[0], key=_BY_RANK)
@@ -336,6 +337,7 @@ class Scheduler:
         if any(sequence.sequence_id in self._sequences for sequence in request.sequences):
             return
         self._deadlines.discard(request)
+        self.outbox.release_guide(request.tokenized)
         # Its id may belong to a new request already: the old one had ended, only its last steps had not.
         if self._requests.get(request.request_id) is request:
             del self._requests[request.request_id]

@@ -1,4 +1,8 @@
-"""Consumes Submit. Produces Tokenized | Rejected, exactly one for each."""
+"""Consumes Submit and Cancel. Produces Tokenized | Rejected, exactly one for each Submit.
+
+What a prompt or a guide may wait for ends with its request: a cancelled one leaves the queue at once, so that these are
+never longer than there are unfinished requests.
+"""
 
 from collections.abc import Awaitable, Callable
 from typing import NoReturn
@@ -6,58 +10,86 @@ from typing import NoReturn
 import msgspec
 import trio
 
-from triode.actors.channels import Inbox, Put
-from triode.actors.messages import Rejected, Submit, Tokenized
+from triode.actors.channels import MAX_COMPILING, Inbox, Put
+from triode.actors.messages import Rejected, Submit, Tokenized, TokenizerInbox
 from triode.models.conversation import Conversation
-from triode.models.guide import Guide
+from triode.models.guide import Guide, Refusal
 
 LONG_PROMPT_BYTES = 16_000
 """Longer prompts are encoded in a worker thread: the loop must not stand still for more than a millisecond or two."""
 
 Prepare = Callable[[Submit], Tokenized | Rejected]
-CheckGuide = Callable[[Guide], Awaitable[str | None]]
+CheckGuide = Callable[[Guide], Awaitable[Refusal | None]]
 """`Executor.check_guide`: a guide must be compiled before its request can be queued."""
 
 
 async def run_tokenizer(
-    prepare: Prepare, check_guide: CheckGuide, inbox: Inbox[Submit], scheduler: Put[Tokenized | Rejected]
+    prepare: Prepare, check_guide: CheckGuide, inbox: Inbox[TokenizerInbox], scheduler: Put[Tokenized | Rejected]
 ) -> NoReturn:
     """Encode prompts for ever. Long and guided ones may be overtaken here; the scheduler queues by arrival."""
-    # One at a time: a thread that encodes uses every core it can get.
-    limiter = trio.CapacityLimiter(1)
     async with trio.open_nursery() as nursery:
+        slow = _Slow(prepare, check_guide, scheduler)
         while True:
-            for submit in await inbox.take():
-                is_long = _size_bytes(submit) > LONG_PROMPT_BYTES
-                if is_long:
-                    nursery.start_soon(_prepare_in_thread, prepare, check_guide, submit, scheduler, limiter)
-                elif submit.params.guide is not None:
-                    nursery.start_soon(_queue, prepare(submit), check_guide, scheduler)
+            for message in await inbox.take():
+                if not isinstance(message, Submit):
+                    slow.cancel(message.arrival)
+                elif message.params.guide is not None or _size_bytes(message) > LONG_PROMPT_BYTES:
+                    nursery.start_soon(slow.answer, message, slow.begin(message))
                 else:
-                    scheduler(prepare(submit))
+                    scheduler(prepare(message))
     raise AssertionError("the tokenizer never stops by itself")
 
 
-@trio.lowlevel.enable_ki_protection
-async def _prepare_in_thread(
-    prepare: Prepare,
-    check_guide: CheckGuide,
-    submit: Submit,
-    scheduler: Put[Tokenized | Rejected],
-    limiter: trio.CapacityLimiter,
-) -> None:
-    prepared = await trio.to_thread.run_sync(prepare, submit, limiter=limiter, abandon_on_cancel=True)
-    await _queue(prepared, check_guide, scheduler)
+class _Slow:
+    """Requests that take more than a moment."""
 
+    def __init__(self, prepare: Prepare, check_guide: CheckGuide, scheduler: Put[Tokenized | Rejected]) -> None:
+        self._prepare = prepare
+        self._check_guide = check_guide
+        self._scheduler = scheduler
+        # One at a time: a thread that encodes uses every core it can get.
+        self._encoding = trio.CapacityLimiter(1)
+        self._compiling = trio.CapacityLimiter(MAX_COMPILING)
+        self._waiting: dict[int, trio.CancelScope] = {}
 
-@trio.lowlevel.enable_ki_protection
-async def _queue(prepared: Tokenized | Rejected, check_guide: CheckGuide, scheduler: Put[Tokenized | Rejected]) -> None:
-    """Send it on, once its guide is compiled; a prompt that is refused costs no compiling."""
-    if isinstance(prepared, Tokenized) and (guide := prepared.params.guide) is not None:
-        refusal = await check_guide(guide)
-        if refusal is not None:
-            prepared = Rejected(prepared.request_id, prepared.arrival, refusal)
-    scheduler(prepared)
+    def begin(self, submit: Submit) -> trio.CancelScope:
+        """From here on the request can be cancelled."""
+        scope = self._waiting[submit.arrival] = trio.CancelScope()
+        return scope
+
+    def cancel(self, arrival: int) -> None:
+        """What the request waits for is not wanted any more. One that waits for nothing is left alone."""
+        if scope := self._waiting.get(arrival):
+            scope.cancel()
+
+    @trio.lowlevel.enable_ki_protection
+    async def answer(self, submit: Submit, waiting: trio.CancelScope) -> None:
+        """Encode, and have the guide compiled; a prompt that is refused costs no compiling."""
+        prepared: Tokenized | Rejected | None = None
+        guide: Guide | None = None
+        with waiting:
+            try:
+                prepared = await self._encoded(submit)
+                guide = prepared.params.guide if isinstance(prepared, Tokenized) else None
+                if guide is not None:
+                    await self._compiling.acquire()
+            finally:
+                del self._waiting[submit.arrival]
+        if waiting.cancelled_caught or prepared is None:
+            prepared = Rejected(submit.request_id, submit.arrival, "it was cancelled")
+        elif guide is not None:
+            try:
+                refusal = await self._check_guide(guide)
+            finally:
+                self._compiling.release()
+            if refusal is not None:
+                prepared = Rejected(submit.request_id, submit.arrival, refusal.reason, refusal.is_busy)
+        self._scheduler(prepared)
+
+    async def _encoded(self, submit: Submit) -> Tokenized | Rejected:
+        if _size_bytes(submit) <= LONG_PROMPT_BYTES:
+            return self._prepare(submit)
+        return await trio.to_thread.run_sync(self._prepare, submit, limiter=self._encoding, abandon_on_cancel=True)
 
 
 def _size_bytes(submit: Submit) -> int:

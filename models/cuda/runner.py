@@ -32,7 +32,7 @@ from triode.models.cuda.hidden import READING_HIDDEN, Embeddings, score_prompts
 from triode.models.cuda.programs import bucket_for, prefill_shape
 from triode.models.cuda.sampling import SampledSet, append
 from triode.models.cuda.steps import DeviceSteps
-from triode.models.grammar import GuideCompiler, check_guide
+from triode.models.grammar import GuideCompiler, check_guide, release_guide
 from triode.models.guide import Guide
 from triode.models.guided import GuidedRows
 from triode.models.runner import RunnerStatistics
@@ -70,8 +70,12 @@ class CudaRunner:
         self._collected = RunnerStatistics()
 
     def check_guide(self, guide: Guide) -> None:
-        """Compile a guide."""
+        """Compile a guide, and keep it."""
         check_guide(self._guides, guide)
+
+    def release_guide(self, guide: Guide) -> None:
+        """A request that had the guide has ended."""
+        release_guide(self._guides, guide)
 
     def launch(self, plan: StepPlan) -> None:
         """Send the step on its way."""

@@ -14,6 +14,7 @@ from triode.actors.executor import thread as thread_module
 from triode.actors.executor.actor import Executor, run_executor
 from triode.actors.executor.inline import InlineExecutor
 from triode.actors.executor.thread import ThreadExecutor
+from triode.actors.messages import ExecutorInbox
 from triode.errors import EngineFault
 from triode.ids import StepId
 from triode.models.guide import Guide
@@ -47,6 +48,9 @@ class NumberingRunner:
 
     def check_guide(self, guide: Guide) -> None:
         raise ValueError("guide must be None: there is no model")
+
+    def release_guide(self, guide: Guide) -> None:
+        raise AssertionError("no guide was checked")
 
     def is_ready(self) -> bool:
         return bool(self._launched)
@@ -200,7 +204,7 @@ async def test_the_actor_hands_on_plans_and_raises_faults() -> None:
     executor = InlineExecutor(NumberingRunner())
     heard = Heard()
     executor.start(heard.result, heard.fault)
-    inbox: Inbox[StepPlan | BaseException] = Inbox()
+    inbox: Inbox[ExecutorInbox | BaseException] = Inbox()
     for number in range(3):
         inbox.put(plan(number))
     inbox.put(ZeroDivisionError("from another thread"))

@@ -21,7 +21,7 @@ from triode.actors.executor.process import ProcessExecutor
 from triode.actors.executor.protocol import Failed, Frames, Stepped, encode, from_engine, from_worker
 from triode.cache.messages import BlockCopy
 from triode.ids import BlockId, SlotId, StepId, TokenId
-from triode.models.guide import Regex
+from triode.models.guide import Refusal, Regex
 from triode.models.progress import NullProgress
 from triode.models.runner import RunnerStatistics
 from triode.models.sampling import MAX_SEED, SamplingParams
@@ -163,7 +163,7 @@ def test_an_error_that_a_caller_may_expect_keeps_its_class(kind: type[Exception]
 
 async def test_guides_are_checked_beside_the_runner_while_it_runs() -> None:
     async with started("open_echo") as (executor, inboxes):
-        refusals: list[str | None] = []
+        refusals: list[Refusal | None] = []
 
         async def check(number: int) -> None:
             refusals.append(await executor.check_guide(Regex("a" * number)))
@@ -173,10 +173,10 @@ async def test_guides_are_checked_beside_the_runner_while_it_runs() -> None:
                 nursery.start_soon(check, number)
             executor.launch(plan(0, 3, 4))
             assert await inboxes.token() == 7
-        assert refusals == ["guide must be None: there is no model"] * 5
+        assert refusals == [Refusal("guide must be None: there is no model")] * 5
         with trio.move_on_after(0):
             await executor.check_guide(Regex("given up"))
-        assert await executor.check_guide(Regex("b")) == "guide must be None: there is no model"
+        assert await executor.check_guide(Regex("b")) == Refusal("guide must be None: there is no model")
 
 
 async def test_results_come_back_in_order_with_the_runners_figures() -> None:

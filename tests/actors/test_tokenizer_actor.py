@@ -8,15 +8,16 @@ from typing import Any, cast
 import pytest
 import trio
 import trio.testing
+from msgspec import structs
 
 from trained_tokenizers import byte_level_bpe
-from triode.actors.channels import Inbox
-from triode.actors.messages import Rejected, Submit, Tokenized
+from triode.actors.channels import MAX_COMPILING, Inbox
+from triode.actors.messages import Cancel, Rejected, Submit, Tokenized, TokenizerInbox
 from triode.actors.tokenizer.actor import LONG_PROMPT_BYTES, run_tokenizer
 from triode.actors.tokenizer.prepare import Limits, prepare
 from triode.ids import RequestId, TokenId
 from triode.models.conversation import Conversation
-from triode.models.guide import Guide, Regex
+from triode.models.guide import Guide, Refusal, Regex
 from triode.models.sampling import SamplingParams
 from triode.models.tokenizer import Tokenizer
 
@@ -129,16 +130,16 @@ def test_bad_words_are_encoded_bare_and_after_a_space() -> None:
 # How answers travel
 
 
-async def check_guide(guide: Guide) -> str | None:
+async def check_guide(guide: Guide) -> Refusal | None:
     await trio.lowlevel.checkpoint()
-    return "it is refused" if guide == Regex("(") else None
+    return Refusal("it is refused") if guide == Regex("(") else None
 
 
 @asynccontextmanager
 async def running(
     answer: Callable[[Submit], Tokenized | Rejected],
-) -> AsyncIterator[tuple[Inbox[Submit], list[Tokenized | Rejected]]]:
-    inbox: Inbox[Submit] = Inbox()
+) -> AsyncIterator[tuple[Inbox[TokenizerInbox], list[Tokenized | Rejected]]]:
+    inbox: Inbox[TokenizerInbox] = Inbox()
     answers: list[Tokenized | Rejected] = []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run_tokenizer, answer, check_guide, inbox, answers.append)
@@ -194,8 +195,90 @@ async def test_a_bug_ends_the_actor(length: int) -> None:
     def answer(_: Submit) -> Rejected:
         raise ZeroDivisionError("a bug")
 
-    inbox: Inbox[Submit] = Inbox()
+    inbox: Inbox[TokenizerInbox] = Inbox()
     inbox.put(submit("x" * length))
     answers: list[Tokenized | Rejected] = []
     with pytest.RaisesGroup(ZeroDivisionError):
         await run_tokenizer(answer, check_guide, inbox, answers.append)
+
+
+class Compiler:
+    """Compiles until it is told that a guide is done."""
+
+    def __init__(self) -> None:
+        self.begun: list[Guide] = []
+        self.may_end = trio.Event()
+
+    async def check(self, guide: Guide) -> Refusal | None:
+        self.begun.append(guide)
+        await self.may_end.wait()
+        return Refusal("no room", is_busy=True) if guide == Regex("big") else None
+
+
+def guided(arrival: int, pattern: str, prompt: str = "x") -> Submit:
+    return submit(prompt, arrival, guide=Regex(pattern))
+
+
+def as_asked(submitted: Submit) -> Tokenized:
+    return accepted(prepare(structs.replace(submitted, prompt="x"), tokenizer(), limits()))
+
+
+@asynccontextmanager
+async def compiling() -> AsyncIterator[tuple[Compiler, Inbox[TokenizerInbox], list[Tokenized | Rejected]]]:
+    compiler, inbox, answers = Compiler(), Inbox[TokenizerInbox](), list[Tokenized | Rejected]()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run_tokenizer, as_asked, compiler.check, inbox, answers.append)
+        yield compiler, inbox, answers
+        nursery.cancel_scope.cancel()
+
+
+async def test_so_many_guides_are_compiled_at_a_time_and_those_of_cancelled_requests_never() -> None:
+    async with compiling() as (compiler, inbox, answers):
+        for arrival in range(6):
+            inbox.put(guided(arrival, f"{arrival}"))
+        await trio.testing.wait_all_tasks_blocked()
+        begun = [arrival for arrival in range(6) if Regex(f"{arrival}") in compiler.begun]
+        assert len(begun) == MAX_COMPILING
+        cancelled = [arrival for arrival in range(6) if arrival not in begun][:3]
+        for arrival in (begun[0], *cancelled):
+            inbox.put(Cancel(RequestId(f"r{arrival}"), arrival))
+        await trio.testing.wait_all_tasks_blocked()
+        assert sorted(answer.arrival for answer in answers) == cancelled
+        assert all(isinstance(answer, Rejected) for answer in answers)
+        compiler.may_end.set()
+        await trio.testing.wait_all_tasks_blocked()
+    # What is being compiled when its request is cancelled is the scheduler's to release.
+    compiled = sorted(answer.arrival for answer in answers if isinstance(answer, Tokenized))
+    assert compiled == [arrival for arrival in range(6) if arrival not in cancelled]
+    assert sorted(compiler.begun, key=str) == [Regex(f"{arrival}") for arrival in compiled]
+
+
+async def test_no_room_for_a_guide_is_told_from_a_guide_that_is_wrong() -> None:
+    async with compiling() as (compiler, inbox, answers):
+        compiler.may_end.set()
+        inbox.put(guided(0, "big"))
+        await trio.testing.wait_all_tasks_blocked()
+    assert answers == [Rejected(RequestId("r0"), 0, "no room", is_busy=True)]
+
+
+async def test_a_cancelled_request_leaves_the_queue_of_long_prompts() -> None:
+    may_go_on, encoded = threading.Event(), list[int]()
+
+    def answer(submitted: Submit) -> Rejected:
+        encoded.append(submitted.arrival)
+        may_go_on.wait(10)
+        return Rejected(submitted.request_id, submitted.arrival, "")
+
+    async with running(answer) as (inbox, answers):
+        for arrival in range(3):
+            inbox.put(submit("x" * (LONG_PROMPT_BYTES + 1), arrival))
+        inbox.put(Cancel(RequestId("r1"), 1))
+        with trio.fail_after(10):
+            while not answers:
+                await trio.lowlevel.checkpoint()
+        assert [answer.arrival for answer in answers] == [1]
+        may_go_on.set()
+        with trio.fail_after(10):
+            while len(answers) < 3:
+                await trio.lowlevel.checkpoint()
+    assert encoded == [0, 2]

@@ -15,6 +15,7 @@ from engines import SMALL, check_nothing_is_left, complete, drawn, open_gated, o
 from triode.engine.completion import Completion, Result
 from triode.engine.engine import Engine
 from triode.models import grammar
+from triode.models.vocabulary import vocabulary_for
 
 SCHEMA = {
     "type": "object",
@@ -41,7 +42,7 @@ NEIGHBOUR = list(range(900, 920))
 @pytest.fixture(scope="module", autouse=True)
 def _vocabularies_are_made_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar, "vocabulary_for", cache(grammar.vocabulary_for))
+        patch.setattr(grammar, "vocabulary_for", cache(vocabulary_for))
         yield
 
 
@@ -220,11 +221,10 @@ async def test_a_preempted_output_goes_on_where_it_was() -> None:
 
 async def test_a_warm_engine_is_ready_for_its_first_guide(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    make = grammar.vocabulary_for
 
     def counted(*arguments: Any) -> Any:
         made.append(1)
-        return make(*arguments)
+        return vocabulary_for(*arguments)
 
     monkeypatch.setattr(grammar, "vocabulary_for", counted)
     async with open_tiny(executor="thread", warm_guides=True) as engine:

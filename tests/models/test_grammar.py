@@ -14,20 +14,22 @@ from typing import Any
 
 import hypothesis.strategies as st
 import jsonschema
-import numpy as np
 import pytest
 from hypothesis import example, given, settings
+from llguidance import LLTokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers.normalizers import NFC
 
-from guides import EOS, PERSON, tiny_guides, tiny_tokenizer
+from guides import EOS, tiny_guides, tiny_tokenizer
 from trained_tokenizers import byte_fallback_bpe, byte_fallback_from_gguf, byte_level_bpe
+from triode.errors import EngineBusy
 from triode.ids import TokenId
 from triode.models import grammar
 from triode.models.grammar import GuideCompiler, check_guide
 from triode.models.guide import Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
 from triode.models.tokenizer import Tokenizer
-from walks import accepts, allowed, mask_of, walk
+from triode.models.vocabulary import Vocabulary
+from walks import accepts, allowed, walk
 
 SUITE = json.loads((Path(__file__).parents[1] / "data/json_schema_suite.json").read_text(encoding="utf-8"))
 
@@ -62,6 +64,12 @@ def _compiles(guide: Guide) -> bool:
     except ValueError:
         return False
     return True
+
+
+def fresh_guides() -> GuideCompiler:
+    guides = GuideCompiler(tiny_tokenizer(), 499, [EOS])
+    guides._vocabulary = tiny_guides()._vocabulary
+    return guides
 
 
 def drawn(guide: Guide, seed: int, max_tokens: int = 60) -> str | None:
@@ -209,86 +217,54 @@ def test_past_its_end_a_sequence_may_only_end() -> None:
     assert matcher.error is None
 
 
-def test_a_mask_does_not_depend_on_how_tokens_arrived() -> None:
-    token_ids = [TokenId(token_id) for token_id in tiny_tokenizer().encode('{"name":"Ada","a')]
-    one_by_one = tiny_guides().matcher(PERSON, [])
-    for token_id in token_ids:
-        one_by_one.append(token_id)
-        mask = mask_of(tiny_guides(), one_by_one).copy()
-    assert np.array_equal(mask, mask_of(tiny_guides(), tiny_guides().matcher(PERSON, token_ids)))
-    together = [tiny_guides().matcher(PERSON, token_ids[:number]) for number in range(len(token_ids) + 1)]
-    mask_GW = np.zeros((len(together), tiny_guides().num_words), np.int32)
-    tiny_guides().fill(together, mask_GW)
-    assert np.array_equal(mask_GW[-1], mask)
-
-
-def test_a_forbidden_token_ends_its_own_sequence_alone() -> None:
-    bad, good = tiny_guides().matcher(PERSON, [TokenId(77)]), tiny_guides().matcher(PERSON, [])
-    mask_GW = np.full((2, tiny_guides().num_words), -1, np.int32)
-    tiny_guides().fill([bad, good], mask_GW)
-    assert bad.error is not None
-    assert bad.error.startswith("the guide cannot be followed any further: ")
-    assert not mask_GW[0].any()
-    assert mask_GW[1].any()
-    assert good.error is None
-
-
-EXPLODING: list[Guide] = [
-    Regex("((a{1,1000}){1,1000}){1,1000}"),
-    Regex("(.*a.{0,20}){20}"),
-    Regex("(?:a?){2000}a{2000}"),
-    JsonSchema(
-        {"anyOf": [{"properties": {f"p{i}_{j}": {"pattern": f"a{i}.*b"} for j in range(9)}} for i in range(99)]}
-    ),
-]
-
-
-@pytest.mark.parametrize("guide", EXPLODING, ids=lambda guide: str(guide)[:30])
-def test_a_guide_that_explodes_is_refused_or_ends_its_own_sequence(guide: Guide) -> None:
-    guides = tiny_guides()
-    if not _compiles(guide):
-        return
-    matcher, neighbour = guides.matcher(guide, []), guides.matcher(PERSON, [])
-    mask_GW = np.zeros((2, guides.num_words), np.int32)
-    for _ in range(30):
-        guides.fill([matcher, neighbour], mask_GW)
-        assert mask_GW[1].any()
-        if matcher.error is not None:
-            assert not mask_GW[0].any()
-            return
-        token_ids = [token for token in allowed(guides, matcher) if token != EOS]
-        matcher.append(token_ids[0])
-
-
-def test_a_sequence_whose_masks_take_long_fails_once_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    guides = tiny_guides()
-    slow, neighbour = guides.matcher(Grammar('start: s\ns: s s | "x"'), []), guides.matcher(PERSON, [])
-    mask_GW = np.zeros((2, guides.num_words), np.int32)
-    monkeypatch.setattr(grammar, "MAX_MASK_S", 0.0)
-    guides.fill([slow, neighbour], mask_GW)
-    assert (slow.error, neighbour.error) == (None, None)
-    assert mask_GW.any(axis=1).all()
-    monkeypatch.setattr(grammar, "MAX_MASK_S", 1000.0)
-    guides.fill([slow], mask_GW)
-    assert mask_GW[0].any()
-    monkeypatch.setattr(grammar, "MAX_MASK_S", 0.0)
-    guides.fill([slow], mask_GW)
-    assert "too ambiguous" in (slow.error or "")
-    assert not mask_GW[0].any()
-
-
 def test_compiled_guides_are_kept_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_CACHED_BYTES", 1000)
-    guides = GuideCompiler(tiny_tokenizer(), 499, [EOS])
-    guides._vocabulary = tiny_guides()._vocabulary
-    first = guides._prototype(Regex("first"))
-    assert guides._prototype(Regex("first")) is first
+    monkeypatch.setattr(grammar, "MAX_KEPT_BYTES", 1000)
+    guides = fresh_guides()
+    first = guides._find(Regex("first"))
+    assert guides._find(Regex("first")) is first
+    for number in range(30):
+        guides._find(Regex(f"number {number}"))
+        guides._find(Regex("first"))
+    assert guides._find(Regex("first")) is first
+    assert guides._kept_bytes == sum(compiled.num_bytes for compiled in guides._compiled.values()) <= 1000
+    assert len(guides._compiled) < 20
+
+
+def test_a_guide_stays_compiled_while_a_request_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_KEPT_BYTES", 1000)
+    guides = fresh_guides()
+    compiled: list[Guide] = []
+    make = grammar._compile
+
+    def counted(guide: Guide, vocabulary: LLTokenizer) -> grammar._Compiled:
+        compiled.append(guide)
+        return make(guide, vocabulary)
+
+    monkeypatch.setattr(grammar, "_compile", counted)
+    for _ in range(2):
+        guides.check(Regex("held"))
     for number in range(30):
         guides.check(Regex(f"number {number}"))
-        guides.check(Regex("first"))
-    assert guides._prototype(Regex("first")) is first
-    assert guides._cached_bytes == sum(compiled.num_bytes for compiled in guides._compiled.values()) <= 1000
-    assert len(guides._compiled) < 20
+        guides.release(Regex(f"number {number}"))
+    guides.release(Regex("held"))
+    guides.check(Regex("number 0"))
+    guides.matcher(Regex("held"), [])
+    assert compiled.count(Regex("held")) == 1
+    assert compiled.count(Regex("number 0")) == 2
+
+
+def test_guides_of_unfinished_requests_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_KEPT_BYTES", 400)
+    guides = fresh_guides()
+    big = [Regex(f"{letter}" * 100) for letter in "abc"]
+    guides.check(big[0])
+    guides.check(big[1])
+    with pytest.raises(EngineBusy, match=r"guides of unfinished requests must have <= 400 bytes together; try again"):
+        guides.check(big[2])
+    guides.check(big[1])
+    guides.release(big[0])
+    guides.check(big[2])
+    assert guides._held_bytes == sum(compiled.num_bytes for compiled in guides._compiled.values()) <= 400
 
 
 def test_a_model_without_an_end_refuses_guides() -> None:
@@ -306,8 +282,8 @@ def composing_byte_level() -> Backend:
 
 
 @cache
-def vocabulary_of(family: Callable[[], Backend]) -> grammar.Vocabulary:
-    return grammar.Vocabulary(Tokenizer(family(), None, {}), EOS)
+def vocabulary_of(family: Callable[[], Backend]) -> Vocabulary:
+    return Vocabulary(Tokenizer(family(), None, {}), EOS)
 
 
 FAMILIES = [byte_level_bpe, byte_fallback_bpe, byte_fallback_from_gguf]

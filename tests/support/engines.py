@@ -18,7 +18,7 @@ from triode.engine.config import EngineConfig
 from triode.engine.engine import Engine, serve
 from triode.engine.loading import load
 from triode.engine.request import Prompt
-from triode.models.guide import Guide
+from triode.models.guide import Guide, Refusal
 from triode.models.runner import RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
@@ -87,8 +87,11 @@ class Gate:
     def start(self, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
         self._executor.start(results, fault)
 
-    async def check_guide(self, guide: Guide) -> str | None:
+    async def check_guide(self, guide: Guide) -> Refusal | None:
         return await self._executor.check_guide(guide)
+
+    def release_guide(self, guide: Guide) -> None:
+        self._executor.release_guide(guide)
 
     def launch(self, plan: StepPlan) -> None:
         self.plans.append(plan)

@@ -7,14 +7,15 @@ import numpy as np
 
 from guides import EOS
 from triode.ids import TokenId
-from triode.models.grammar import GuideCompiler, MaskWords, Matcher
+from triode.models.grammar import GuideCompiler
 from triode.models.guide import Guide
+from triode.models.matcher import MaskWords, Matcher
 from triode.models.tokenizer import Tokenizer
 
 
 def mask_of(guides: GuideCompiler, matcher: Matcher) -> MaskWords:
-    mask_W: MaskWords = np.zeros(guides.num_words, np.int32)
-    guides.fill([matcher], mask_W[None])
+    mask_W: MaskWords = np.zeros(guides.masks.num_words, np.int32)
+    guides.masks.fill([matcher], mask_W[None])
     return mask_W
 
 

@@ -13,11 +13,13 @@ from triode.actors.cache.actor import run_cache
 from triode.actors.channels import Inbox
 from triode.actors.messages import (
     CacheInbox,
+    Cancel,
     DetokenizerInbox,
+    ExecutorInbox,
     Opened,
+    ReleaseGuide,
     Sampled,
     SchedulerInbox,
-    StepPlan,
     StepResult,
     Tokenized,
 )
@@ -27,6 +29,7 @@ from triode.actors.scheduler.policy import Scheduler
 from triode.cache.config import CacheConfig
 from triode.cache.manager import CacheManager
 from triode.ids import RequestId, TokenId
+from triode.models.guide import Guide, Regex
 from triode.models.sampling import SamplingParams
 
 
@@ -40,7 +43,7 @@ class Actors:
         self._inbox: Inbox[SchedulerInbox] = Inbox()
         self._results: deque[StepResult] = deque()
         self._runner = CheckingRunner(16, max_running=4)
-        self._plans: Inbox[StepPlan] = Inbox()
+        self._plans: Inbox[ExecutorInbox] = Inbox()
         self._news: Inbox[DetokenizerInbox] = Inbox()
         to_cache: Inbox[CacheInbox] = Inbox()
         cache = CacheManager(64, CacheConfig())
@@ -59,10 +62,13 @@ class Actors:
             self._read,
         ]
 
-    def submit(self, arrival: int, max_tokens: int) -> None:
-        params = SamplingParams(max_tokens=max_tokens)
+    def submit(self, arrival: int, max_tokens: int, guide: Guide | None = None) -> None:
+        params = SamplingParams(max_tokens=max_tokens, guide=guide)
         tokens = tuple(map(TokenId, range(1, 6)))
         self._inbox.put(Tokenized(RequestId(f"r{arrival}"), arrival, tokens, params, seed=arrival, stop_token_ids=()))
+
+    def cancel(self, arrival: int) -> None:
+        self._inbox.put(Cancel(RequestId(f"r{arrival}"), arrival))
 
     async def run_to_the_end(self) -> None:
         """Retire the oldest step whenever nobody has anything to do."""
@@ -74,6 +80,9 @@ class Actors:
     async def _launch(self) -> None:
         while True:
             for plan in await self._plans.take():
+                if isinstance(plan, ReleaseGuide):
+                    self.log.append(("released", len(self._results)))
+                    continue
                 self.log.append(("launched", plan.step_id))
                 result = self._runner.run(plan)
                 if self._is_instant:
@@ -131,3 +140,21 @@ async def test_a_request_is_opened_before_its_first_step_ends() -> None:
         await actors.run_to_the_end()
         nursery.cancel_scope.cancel()
     assert actors.log.index(("opened", 0)) < actors.log.index(("read", 0))
+
+
+@pytest.mark.parametrize("is_cancelled_first", [False, True])
+async def test_a_guide_is_released_once_when_no_step_of_its_request_is_left(is_cancelled_first: bool) -> None:
+    actors = Actors(2)
+    async with trio.open_nursery() as nursery:
+        for task in actors.tasks:
+            nursery.start_soon(task)
+        if is_cancelled_first:
+            actors.cancel(0)
+        actors.submit(0, max_tokens=3, guide=Regex("a"))
+        actors.submit(1, max_tokens=9)
+        await actors.run_to_the_end()
+        nursery.cancel_scope.cancel()
+    assert [what for what, _ in actors.log].count("released") == 1
+    num_before = actors.log.index(next(entry for entry in actors.log if entry[0] == "released"))
+    assert not is_cancelled_first or num_before == 0
+    assert is_cancelled_first or num_before >= 3

@@ -135,7 +135,7 @@ def test_a_step_without_guides_sends_no_mask() -> None:
     world.prefill(drawn)
     world.prefill(guided)
     world.decode(drawn, guided, num_tokens=1)
-    assert world.gpu.uploads[-1] == 1 + tiny_guides().num_words
+    assert world.gpu.uploads[-1] == 1 + tiny_guides().masks.num_words
     world.decode(drawn, num_tokens=1)
     world.gpu.uploads.clear()
     world.decode(drawn, num_tokens=2)

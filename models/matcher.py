@@ -1,0 +1,237 @@
+"""Matchers and the masks of what may come next, within a budget of work.
+
+A mask costs 20 to 300 microseconds where the guide is well meant. What its author wants to be costly is bounded three
+times, because neighbours in the batch wait for it:
+
+* Each mask has its fuel: steps of the lexer, states of its automaton, items of the parser (`LIMITS`). Fuel is counted,
+  so a guide that runs out does so at the same token on every machine.
+* What the fuel does not measure well is measured by the clock. Where a step's masks together took too long, the next
+  step times its matchers one by one; one that is over `MAX_MASK_S` fails, and of those that are together over
+  `MAX_FILL_S` the costliest fail, until the others are within it.
+* Tokens without a choice are followed so many at a time (`MAX_FORCED_TOKENS`).
+
+A sequence that fails says why; the others get their masks in the same step.
+
+    G matchers        W 32-bit words of a mask, one bit a token
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLExecutor, LLMatcher, LLParserLimits
+
+from triode.ids import TokenId
+
+MaskWords = npt.NDArray[np.int32]
+
+
+def _limits(max_items_in_row: int) -> LLParserLimits:
+    return LLParserLimits(
+        initial_lexer_fuel=500_000,
+        step_lexer_fuel=50_000,
+        max_items_in_row=max_items_in_row,
+        step_max_items=5_000,
+        max_lexer_states=10_000,
+        verbose_errors=False,
+    )
+
+
+LIMITS = _limits(1_000)
+"""About 10 ms to build the lexer, 3 ms for the costliest mask known, and 20 MB a guide. An object with 200 optional
+properties takes 800 items in a row, a list of 2,000 words half of the lexer's fuel."""
+GRAMMAR_LIMITS = _limits(300)
+"""Of a grammar in the caller's own words: nothing else can be so ambiguous that items combine with items. Of schemas within
+it, those of tools, objects have up to 70 optional properties."""
+
+MAX_MASK_S = 0.02
+"""Processor time of one matcher in one step, after which its sequence fails."""
+MAX_TOKEN_S = 2e-5
+"""Added for each token that is read beyond the first, as after a preemption: these take a microsecond or two."""
+MAX_FILL_S = 0.01
+"""What a step's masks may take together, spread over the machine's cores."""
+CHEAP_MASK_S = 0.002
+"""Whose mask takes no longer is not to blame, however many they are."""
+
+MAX_FORCED_TOKENS = 64
+"""Forced tokens of one step; those behind them follow the next token that is sampled."""
+MAX_FORCED_BYTES = 4096
+"""Of a longer text without a choice the tokens come one by one: all of it is encoded to find the first of them."""
+
+_MAX_READ_TOKENS = 256
+"""Read at once where time is taken; the clock is looked at in between."""
+
+
+class Matcher:
+    """How far one sequence has come in its guide."""
+
+    def __init__(self, inner: LLMatcher, masks: "MaskMaker") -> None:
+        self.inner = inner
+        self.masks = masks
+        """Who makes its masks."""
+        self.error: str | None = None
+        """Why the guide cannot be followed any more; the sequence fails with it."""
+        self.is_suspect = False
+        """Whether its masks may be what others have waited for: the next one is timed."""
+        self._unread: list[TokenId] = []
+
+    def append(self, token_id: TokenId) -> None:
+        """The sequence goes on with a token that the mask allowed. It is read when the next mask is asked for."""
+        self._unread.append(token_id)
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens appended since the last mask."""
+        return len(self._unread)
+
+    def take_unread(self) -> list[TokenId]:
+        """Tokens appended since the last call. Past the end of the output nothing is read."""
+        unread, self._unread = self._unread, []
+        return [] if self.error is not None or self.inner.is_stopped() else unread
+
+    def force(self, max_tokens: int) -> list[TokenId]:
+        """The next tokens, where the guide leaves no choice: as many as are certain, at most `max_tokens`. They are read.
+
+        At the end of the output that is the end-of-sequence token.
+        """
+        start_s = time.thread_time()
+        forced = self._force(min(max_tokens, MAX_FORCED_TOKENS))
+        self.charge(time.thread_time() - start_s, MAX_MASK_S)
+        return [] if self.error is not None else forced
+
+    def _force(self, max_tokens: int) -> list[TokenId]:
+        unread = self.take_unread()
+        if unread and not self.inner.consume_tokens([*unread]):
+            self.check()
+        if self.error is not None:
+            return []
+        if self.inner.is_stopped():
+            return [self.masks.eos_token_id][:max_tokens]
+        if len(self.inner.compute_ff_bytes()) > MAX_FORCED_BYTES:
+            return []
+        forced = self.inner.compute_ff_tokens()[:max_tokens]
+        if forced and not self.inner.consume_tokens(forced):
+            self.check()
+        return [TokenId(token_id) for token_id in forced]
+
+    def check(self) -> None:
+        """Notice that llguidance has given up."""
+        if self.error is None and self.inner.is_error():
+            self.error = f"the guide cannot be followed any further: {reason_of(self.inner)}"
+
+    def charge(self, took_s: float, allowed_s: float) -> None:
+        """Fail if finding what may come next took too much processor time."""
+        if self.error is None and took_s > allowed_s:
+            self.error = f"the guide is too ambiguous: finding what may come next took {took_s * 1e3:.0f} ms"
+
+
+class MaskMaker:
+    """Makes masks, in parallel and without the interpreter's lock."""
+
+    def __init__(self, num_words: int, eos_token_id: TokenId) -> None:
+        self.num_words = num_words
+        """W."""
+        self.eos_token_id = eos_token_id
+        """What an output ends with."""
+        self._num_cores = os.cpu_count() or 1
+
+    def fill(self, matchers: Sequence[Matcher], mask_GW: MaskWords) -> None:
+        """Each matcher's mask of what may come next. Nothing may where a matcher has an error, which this may bring."""
+        assert mask_GW.flags.c_contiguous, "llguidance writes to the array's memory"
+        trusted: list[int] = []
+        suspects: list[int] = []
+        for row, matcher in enumerate(matchers):
+            if matcher.error is None:
+                (suspects if matcher.is_suspect or matcher.num_unread > _MAX_READ_TOKENS else trusted).append(row)
+        if trusted:
+            start_s = time.perf_counter()
+            self._fill_together(matchers, trusted, mask_GW)
+            if time.perf_counter() - start_s > MAX_FILL_S:
+                for row in trusted:
+                    matchers[row].is_suspect = True
+        if suspects:
+            self._fill_suspects([matchers[row] for row in suspects], [mask_GW[row] for row in suspects])
+        for row, matcher in enumerate(matchers):
+            if matcher.error is not None:
+                mask_GW[row] = 0
+
+    def in_thread(self, fill: Callable[[], None]) -> "Future[None]":
+        """Have it done in the thread that makes masks."""
+        return self._thread.submit(fill)
+
+    def close(self) -> None:
+        """End the threads. Idempotent; others begin when masks are asked for again."""
+        for name in ("_thread", "_timed_threads"):
+            threads: ThreadPoolExecutor | None = self.__dict__.pop(name, None)
+            if threads is not None:
+                threads.shutdown()
+
+    def _fill_together(self, matchers: Sequence[Matcher], rows: list[int], mask_GW: MaskWords) -> None:
+        unread = [(matchers[row], token_ids) for row in rows if (token_ids := matchers[row].take_unread())]
+        if unread:
+            self._executor.consume_token_par([(matcher.inner, token_ids[0]) for matcher, token_ids in unread])
+        for matcher, token_ids in unread:
+            if len(token_ids) > 1:
+                matcher.inner.consume_tokens([*token_ids[1:]])
+        inner = [(matchers[row].inner, row) for row in rows]
+        self._executor.unsafe_compute_mask_ptr(inner, mask_GW.ctypes.data, mask_GW[0].nbytes, len(mask_GW))
+        for row in rows:
+            matchers[row].check()
+
+    def _fill_suspects(self, matchers: Sequence[Matcher], masks: Sequence[MaskWords]) -> None:
+        took_s = list(self._timed_threads.map(_fill_timed, matchers, masks))
+        for matcher, each_s in zip(matchers, took_s, strict=True):
+            matcher.is_suspect = each_s > CHEAP_MASK_S
+        for row in costliest(took_s, MAX_FILL_S * self._num_cores):
+            matchers[row].charge(took_s[row], CHEAP_MASK_S)
+
+    @cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="triode-masks")
+
+    @cached_property
+    def _timed_threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._num_cores, thread_name_prefix="triode-suspects")
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        return LLExecutor()
+
+
+def costliest(took_s: Sequence[float], budget_s: float) -> list[int]:
+    """The fewest rows without which the others are within a budget together."""
+    over_s = sum(took_s) - budget_s
+    rows: list[int] = []
+    for row in sorted(range(len(took_s)), key=lambda row: -took_s[row]):
+        if over_s <= 0:
+            break
+        rows.append(row)
+        over_s -= took_s[row]
+    return rows
+
+
+def _fill_timed(matcher: Matcher, mask_W: MaskWords) -> float:
+    """One mask. Returns this thread's own time in it, which does not depend on how busy the machine is."""
+    start_s = time.thread_time()
+    token_ids = matcher.take_unread()
+    allowed_s = MAX_MASK_S + MAX_TOKEN_S * len(token_ids)
+    for start in range(0, len(token_ids), _MAX_READ_TOKENS):
+        matcher.inner.consume_tokens([*token_ids[start : start + _MAX_READ_TOKENS]])
+        if time.thread_time() - start_s > allowed_s:
+            break
+    else:
+        matcher.inner.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
+    matcher.check()
+    took_s = time.thread_time() - start_s
+    matcher.charge(took_s, allowed_s)
+    # What reading takes is not what the next masks will.
+    return took_s if len(token_ids) <= 1 else 0.0
+
+
+def reason_of(matcher: LLMatcher) -> str:
+    """The first lines of what llguidance says; a picture of its state follows."""
+    return matcher.get_error().partition("<non-verbose/>")[0].strip()

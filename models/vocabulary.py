@@ -1,0 +1,69 @@
+"""A tokenizer as llguidance wants one: the bytes of every token, and the tokens that spell a text."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from llguidance import LLTokenizer, TokenizerWrapper
+
+from triode.models.tokenizer import Tokenizer
+
+_MARK = "\x02"
+
+
+def vocabulary_for(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
+    """The trie of all tokens, with what masks have in common."""
+    return LLTokenizer(
+        TokenizerWrapper(Vocabulary(tokenizer, eos_token_ids[0])),
+        n_vocab=max(vocab_size, tokenizer.vocab_size),
+        eos_token=list(eos_token_ids),
+    )
+
+
+class Vocabulary:
+    """A tokenizer as llguidance wants one."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_id: int) -> None:
+        self.eos_token_id = eos_token_id
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        """The bytes that each token stands for."""
+        self.special_token_ids = sorted(tokenizer.special_ids)
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str) -> list[int]:
+        """Tokens that spell `text` and nothing else, as the model would have seen them in the middle of a text."""
+        data = text.encode()
+        token_ids = self._encode(text, add_special_tokens=False)
+        if self._spelled(token_ids) == data:
+            return token_ids
+        # Some put a space before each text: this one then goes to the mark, which is taken off again.
+        token_ids = self._encode(_MARK + text, add_special_tokens=False)
+        for start in range(1, len(token_ids) + 1):
+            if self._spelled(token_ids[:start]).endswith(_MARK.encode()):
+                return token_ids[start:] if self._spelled(token_ids[start:]) == data else self._longest(data)
+        return self._longest(data)
+
+    def _spelled(self, token_ids: Sequence[int]) -> bytes:
+        return b"".join([self.tokens[token_id] for token_id in token_ids])
+
+    def _longest(self, data: bytes) -> list[int]:
+        """The longest token that fits, again and again: for texts that the tokenizer would change."""
+        token_ids = []
+        while data:
+            ends = range(min(len(data), self._max_bytes), 0, -1)
+            token_id = next((self._id_of[data[:end]] for end in ends if data[:end] in self._id_of), None)
+            if token_id is None:
+                break
+            token_ids.append(token_id)
+            data = data[len(self.tokens[token_id]) :]
+        return token_ids
+
+    @cached_property
+    def _id_of(self) -> dict[bytes, int]:
+        special = set(self.special_token_ids)
+        return {spelling: token_id for token_id, spelling in enumerate(self.tokens) if token_id not in special}
+
+    @cached_property
+    def _max_bytes(self) -> int:
+        return max(map(len, self._id_of))
