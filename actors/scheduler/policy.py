@@ -21,9 +21,7 @@ awaits, reads a clock or touches a device: time comes in as an argument, and wha
 `outbox` for the shell to send.
 """
 
-from bisect import insort
 from collections import deque
-from operator import attrgetter
 
 from triode.actors.messages import (
     Cancel,
@@ -42,20 +40,19 @@ from triode.actors.messages import (
     Stopped,
     Tokenized,
 )
-from triode.actors.scheduler.admission import ArrivalLog, match_row, namespace_of, pick_candidates
+from triode.actors.scheduler.admission import ArrivalLog, match_row, pick_candidates
 from triode.actors.scheduler.config import SchedulerConfig
 from triode.actors.scheduler.deadlines import Deadlines
 from triode.actors.scheduler.launch import Launch, build_plan
+from triode.actors.scheduler.lines import Lines
 from triode.actors.scheduler.outbox import Outbox
+from triode.actors.scheduler.registry import Registry
 from triode.actors.scheduler.request import Request, Sequence
 from triode.actors.scheduler.results import read_step
-from triode.actors.scheduler.slots import SlotPool
 from triode.actors.scheduler.statistics import SchedulerStatistics
 from triode.actors.scheduler.wants import Ready, Want, build_reserve, count_ready, prompt_budget, share_budget
 from triode.cache.messages import ReleaseRow
-from triode.ids import RequestId, SequenceId, StepId
-
-_BY_RANK = attrgetter("rank")
+from triode.ids import SequenceId, StepId
 
 
 class Scheduler:
@@ -65,11 +62,8 @@ class Scheduler:
         self.outbox = Outbox()
         self._config = config
         self._max_in_flight = max_in_flight
-        self._requests: dict[RequestId, Request] = {}
-        self._sequences: dict[SequenceId, Sequence] = {}
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
-        self._slots = SlotPool(config.max_running)
+        self._registry = Registry()
+        self._lines = Lines(config.max_running)
         self._arrivals = ArrivalLog()
         # Set while the tokenizer still has the request, by arrival.
         self._early_priorities: dict[int, int] = {}
@@ -82,7 +76,6 @@ class Scheduler:
         self._is_stalled = False
         self._launched: deque[Launch] = deque()
         self._next_step = 0
-        self._next_sequence = 0
         self._num_preemptions = 0
 
     # What may happen at any time
@@ -93,8 +86,8 @@ class Scheduler:
         if self._arrivals.answer(tokenized.arrival):
             self.outbox.release_guide(tokenized)
             return
-        request = self._new_request(tokenized, priority)
-        insort(self._waiting, request.sequences[0], key=_BY_RANK)
+        request = self._registry.file(tokenized, priority)
+        self._lines.enqueue(request.sequences[0])
         self._unblock()
         if tokenized.deadline_at_s is not None:
             self._deadlines.add(tokenized.deadline_at_s, request)
@@ -116,27 +109,26 @@ class Scheduler:
 
     def abort(self, cancel: Cancel) -> None:
         """No later plan includes the request. A request that has ended is left alone."""
-        request = self._requests.get(cancel.request_id)
-        if request is not None and request.arrival == cancel.arrival:
+        request = self._registry.find_arrival(cancel.request_id, cancel.arrival)
+        if request is not None:
             self._end(request, RequestStatus.CANCELLED, "cancelled by the caller")
         elif self._arrivals.bury(cancel.arrival):
             self.outbox.to_detokenizer(Ended(cancel.request_id, RequestStatus.CANCELLED, "cancelled by the caller"))
 
     def set_priority(self, message: SetPriority) -> None:
         """Move a request in the order of service."""
-        request = self._requests.get(message.request_id)
-        if request is None or request.arrival != message.arrival:
+        request = self._registry.find_arrival(message.request_id, message.arrival)
+        if request is None:
             if not self._arrivals.is_answered(message.arrival):
                 self._early_priorities[message.arrival] = message.priority
             return
         request.priority = message.priority
-        self._waiting.sort(key=_BY_RANK)
-        self._running.sort(key=_BY_RANK)
+        self._lines.reorder()
         self._unblock()
 
     def stop(self, stopped: Stopped) -> None:
         """The text of a sequence is settled; if it is still running, it ends here."""
-        request = self._requests.get(stopped.request_id)
+        request = self._registry.find(stopped.request_id)
         if request is None:
             return
         sequence = request.sequences[stopped.sample_index]
@@ -167,7 +159,7 @@ class Scheduler:
         """The next question to the cache manager; None while an answer is awaited or nothing can be launched."""
         if self._is_asking or self._is_stalled or len(self._launched) >= self._max_in_flight:
             return None
-        ready = count_ready(self._running)
+        ready = count_ready(self._lines.running)
         self._candidates = [] if self._is_blocked else self._pick(ready)
         if not self._candidates:
             return self._reserve(ready, (), now_s)
@@ -177,7 +169,7 @@ class Scheduler:
     def matched(self, matched: Matched, now_s: float) -> Reserve | None:
         """Candidates know their cached prefix: ask for the blocks of the whole step."""
         self._is_asking = False
-        return self._reserve(count_ready(self._running), matched.num_cached_tokens, now_s)
+        return self._reserve(count_ready(self._lines.running), matched.num_cached_tokens, now_s)
 
     def plan(self, reserved: Reserved) -> StepPlan | None:
         """The step that the granted rows make; None when nothing is left to compute."""
@@ -211,9 +203,9 @@ class Scheduler:
     def statistics(self) -> SchedulerStatistics:
         """Counts of the moment."""
         return SchedulerStatistics(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_requests=len(self._requests),
+            num_running=len(self._lines.running),
+            num_waiting=len(self._lines.waiting),
+            num_requests=len(self._registry),
             num_steps=self._next_step,
             num_steps_in_flight=len(self._launched),
             num_preemptions=self._num_preemptions,
@@ -221,26 +213,9 @@ class Scheduler:
 
     # Details
 
-    def _new_request(self, tokenized: Tokenized, priority: int) -> Request:
-        request = Request(
-            request_id=tokenized.request_id,
-            arrival=tokenized.arrival,
-            priority=priority,
-            tokenized=tokenized,
-            stop_token_ids=frozenset(tokenized.stop_token_ids),
-            namespace=namespace_of(tokenized.cache_salt),
-        )
-        for index in range(tokenized.params.n):
-            sequence = Sequence(SequenceId(self._next_sequence), request, index, list(tokenized.token_ids))
-            self._next_sequence += 1
-            self._sequences[sequence.sequence_id] = sequence
-            request.sequences.append(sequence)
-        self._requests[request.request_id] = request
-        return request
-
     def _pick(self, running: list[Ready]) -> list[Sequence]:
         budget = prompt_budget(running, self._config.max_step_tokens)
-        return pick_candidates(self._waiting, self._slots.num_free, budget)
+        return pick_candidates(self._lines.waiting, self._lines.num_free_slots, budget)
 
     def _reserve(self, running: list[Ready], num_cached_tokens: tuple[int, ...], now_s: float) -> Reserve | None:
         candidates = [
@@ -268,12 +243,9 @@ class Scheduler:
 
     def _admit(self, want: Want) -> None:
         sequence = want.sequence
-        self._waiting.remove(sequence)
-        insort(self._running, sequence, key=_BY_RANK)
-        sequence.slot, sequence.epoch = self._slots.take()
         if sequence.status is RequestStatus.QUEUED and sequence.sample_index == 0:
             sequence.request.num_cached_tokens = want.num_computed
-        sequence.advance(RequestStatus.PREFILL)
+        self._lines.admit(sequence)
         self.outbox.status_of(sequence.request)
 
     def _fork(self, request: Request) -> None:
@@ -281,29 +253,19 @@ class Scheduler:
         if not request.is_forked and request.sequences[0].num_computed >= request.num_prompt_tokens:
             request.is_forked = True
             for sequence in request.sequences[1:]:
-                insort(self._waiting, sequence, key=_BY_RANK)
+                self._lines.enqueue(sequence)
                 self._unblock()
 
     def _preempt(self, sequence_id: SequenceId) -> None:
-        sequence = self._sequences.get(sequence_id)
+        sequence = self._registry.sequences.get(sequence_id)
         if sequence is None or not sequence.is_active:
             return
         self._num_preemptions += 1
         self._leave(sequence, RequestStatus.PREEMPTED)
-        insort(self._waiting, sequence, key=_BY_RANK)
+        self._lines.enqueue(sequence)
 
     def _leave(self, sequence: Sequence, status: RequestStatus) -> None:
-        """Out of the batch or the queue. What launched steps still return for the sequence is stale."""
-        if sequence.slot is not None:
-            self._running.remove(sequence)
-            self._slots.give_back(sequence.slot)
-            sequence.slot = None
-        elif sequence in self._waiting:
-            self._waiting.remove(sequence)
-        if status is RequestStatus.PREEMPTED:
-            sequence.num_computed = 0
-        sequence.num_pending = 0
-        sequence.advance(status)
+        self._lines.leave(sequence, status)
         self.outbox.status_of(sequence.request)
         self._unblock()
 
@@ -324,28 +286,20 @@ class Scheduler:
     def _retire(self, sequences: list[Sequence]) -> None:
         """Return the blocks of ended sequences that no launched step includes and whose text is settled."""
         for sequence in sequences:
-            if sequence.is_active or sequence.num_in_flight or sequence.sequence_id not in self._sequences:
+            if sequence.is_active or sequence.num_in_flight or sequence.sequence_id not in self._registry.sequences:
                 continue
             if sequence.num_valid_tokens is None and sequence.request.has_stop_strings:
                 continue
             self.outbox.release(ReleaseRow(sequence.sequence_id, sequence.cacheable_tokens()))
-            del self._sequences[sequence.sequence_id]
-            self._forget(sequence.request)
+            if self._registry.forget(sequence):
+                self._deadlines.discard(sequence.request)
+                self.outbox.release_guide(sequence.request.tokenized)
             self._unblock()
-
-    def _forget(self, request: Request) -> None:
-        if any(sequence.sequence_id in self._sequences for sequence in request.sequences):
-            return
-        self._deadlines.discard(request)
-        self.outbox.release_guide(request.tokenized)
-        # Its id may belong to a new request already: the old one had ended, only its last steps had not.
-        if self._requests.get(request.request_id) is request:
-            del self._requests[request.request_id]
 
     def _stall(self, refused: list[Want]) -> None:
         """No row found memory. Whatever is launched or about to be released will free some, else the first row fails."""
         self._is_stalled = True
-        if self._launched or any(not sequence.is_active for sequence in self._sequences.values()):
+        if self._launched or any(not sequence.is_active for sequence in self._registry.sequences.values()):
             return
         request = refused[0].sequence.request
         reason = (
