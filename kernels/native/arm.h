@@ -34,6 +34,14 @@ typedef bfloat16x8_t ArmHalves;
 #endif
 #endif
 
+inline ArmFloats arm_splat(float x) {
+#if defined(__ARM_FEATURE_SVE)
+    return svdup_f32(x);
+#else
+    return vdupq_n_f32(x);
+#endif
+}
+
 inline ArmFloats arm_multiply_add(ArmFloats a, ArmFloats b, ArmFloats c) {
 #if defined(__ARM_FEATURE_SVE)
     return svmla_x(svptrue_b32(), c, a, b);

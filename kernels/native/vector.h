@@ -78,6 +78,8 @@ inline Vec broadcast(const void* from) {
     return (Vec)_mm512_set1_ps(x);
 #elif defined(__AVX2__)
     return (Vec)_mm256_set1_ps(x);
+#elif defined(__aarch64__)
+    return (Vec)arm_splat(x);
 #else
     return Vec{x, x, x, x};
 #endif

@@ -7,17 +7,15 @@ import torch
 
 from exact_decoder import logits_float64
 from model_files import write_tiny_gguf
-from native_steps import native_library
+from native_steps import ISAS, native_library
 from paged_decoding import PagedDecoding, PagedSequence
 from quantized_weights import rounded_inputs
-from triode.kernels.native.isa import supported
 from triode.models.config import ModelOptions
 from triode.models.loader import open_checkpoint
 from triode.models.native import NativeDecoder
 from triode.models.quantization import plan_weights
 
 CPU = torch.device("cpu")
-ISAS = [isa.name for isa in supported()]
 BLOCKS = ("Q4_0", "Q4_1", "Q8_0")
 TOKENS = [(7 * i) % 200 for i in range(80)]
 

@@ -7,16 +7,14 @@ import pytest
 import torch
 
 from exact_decoder import Stored, logits_float64
-from native_steps import native_decoder
+from native_steps import ISAS, native_decoder
 from paged_decoding import BLOCK_SIZE_TOKENS, PagedDecoding, PagedSequence
 from tiny_decoders import tiny_config, tiny_weights
 from triode.cache.config import CacheConfig
-from triode.kernels.native.isa import supported
 from triode.models.build import build_runner
 from triode.models.config import ModelConfig
 from triode.models.program import StepProgram
 
-ISAS = [isa.name for isa in supported()]
 CONFIGS = {
     "llama": tiny_config(),
     "window and norms": tiny_config(sliding_window_tokens=40, sliding_layers=(True, False), qk_norm=True),

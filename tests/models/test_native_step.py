@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from exact_decoder import logits_float64
-from native_steps import native_decoder, native_library
+from native_steps import ISAS, native_decoder, native_library
 from paged_decoding import PagedDecoding, PagedSequence
 from tiny_decoders import tiny_config, tiny_decoder, tiny_weights
-from triode.kernels.native.isa import supported
 from triode.models.batch import build_batch
 from triode.models.config import ModelConfig
 from triode.models.decoder import Decoder
@@ -21,7 +20,7 @@ from triode.models.quantization import Quantization
 from triode.models.weights import DecoderWeights, LayerWeights
 
 # Those with VNNI differ in products of bytes alone (tests/kernels/native/test_native_formats.py).
-ISAS = [isa.name for isa in supported() if not isa.name.endswith("_vnni")]
+STEP_ISAS = [isa for isa in ISAS if not isa.endswith("_vnni")]
 CONFIGS = {
     "llama": tiny_config(),
     "window and norms": tiny_config(sliding_window_tokens=40, sliding_layers=(True, False), qk_norm=True),
@@ -68,7 +67,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", STEP_ISAS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_float32_logits_are_those_of_float64(name: str, isa: str) -> None:
     config = CONFIGS[name]
@@ -78,7 +77,7 @@ def test_float32_logits_are_those_of_float64(name: str, isa: str) -> None:
     assert relative_error(got, logits_float64(config, weights, token_ids)) < 2e-6
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", STEP_ISAS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16_logits_are_as_near_to_float64_as_those_of_torch(name: str, isa: str) -> None:
     config = CONFIGS[name]
@@ -95,7 +94,7 @@ def rounded_to_int8(weight: torch.Tensor) -> torch.Tensor:
     return (weight.double() / scale).round() * scale
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", STEP_ISAS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_int8_weights_are_the_nearest_and_computed_with_exactly(name: str, isa: str) -> None:
     config = CONFIGS[name]
@@ -121,7 +120,7 @@ def test_int8_weights_are_the_nearest_and_computed_with_exactly(name: str, isa: 
     assert torch.equal(weights.layers[0].qkv_ED, before)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", STEP_ISAS)
 @pytest.mark.parametrize("quantization", ["none", "a16w8", "a8w8", "a8w4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["window and norms", "ragged"])
@@ -173,7 +172,7 @@ def test_a_row_of_nan_stays_alone() -> None:
     assert torch.equal(again.step([(PagedSequence(ours), len(ours))])[0], expected)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", STEP_ISAS)
 def test_huge_numbers_are_computed_with(isa: str) -> None:
     """A residual stream near 1e17, scores in the hundreds and gates beyond what exp can hold."""
     config = tiny_config()

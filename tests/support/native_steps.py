@@ -1,21 +1,36 @@
-"""The compiled step in tests: for one instruction set or the best, or skipped where there is no compiler."""
+"""The compiled step in tests: for one instruction set or the best, or skipped where there is no compiler.
 
+With TRIODE_EMULATE=aarch64 in the environment, all of them are ARM's, and run under an emulator (`make test-aarch64`).
+"""
+
+import os
 from collections.abc import Mapping
 
 import pytest
 import torch
 
 from triode.kernels.native.build import NativeUnavailable
-from triode.kernels.native.isa import VARIABLE
+from triode.kernels.native.isa import VARIABLE, supported
 from triode.kernels.native.library import NativeLibrary, load_library
 from triode.models.config import ModelConfig
 from triode.models.native import NativeDecoder
 from triode.models.quantization import Quantization, plan_weights
 from triode.models.weights import DecoderWeights
 
+EMULATES = os.environ.get("TRIODE_EMULATE") == "aarch64"
+if EMULATES:
+    from emulated_arm import PROCESSORS, emulated
+
+    ISAS = list(PROCESSORS)
+else:
+    ISAS = [isa.name for isa in supported()]
+"""Names of the instruction sets that tests meet, best first."""
+
 
 def native_library(isa: str | None = None) -> NativeLibrary:
     """The library, compiled if this machine has not compiled it yet."""
+    if EMULATES:
+        return emulated(isa or "neon_bf16")
     with pytest.MonkeyPatch.context() as patch:
         if isa is not None:
             patch.setenv(VARIABLE, isa)

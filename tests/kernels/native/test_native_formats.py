@@ -6,15 +6,13 @@ A model of one layer is a product: zero matrices but the head leave the embeddin
 import pytest
 import torch
 
-from native_steps import native_decoder
+from native_steps import ISAS, native_decoder
 from quantized_weights import rounded_inputs, rounded_weight
 from tiny_decoders import tiny_config, tiny_weights
-from triode.kernels.native.isa import supported
 from triode.models.native import NativeDecoder
 from triode.models.quantization import Quantization
 from triode.models.weights import DecoderWeights
 
-ISAS = [isa.name for isa in supported()]
 FORMATS: list[tuple[Quantization, int | None]] = [
     ("a16w8", None),
     ("a16w8", 64),
