@@ -16,7 +16,7 @@ import torch
 
 from triode.cache.pool import elements_per_head
 from triode.kernels.native.isa import InstructionSet
-from triode.kernels.native.library import BatchStruct, NativeLibrary
+from triode.kernels.native.library import BatchStruct, NativeLibrary, RanksStruct
 from triode.kernels.native.team import Team
 from triode.models.batch import StepBatch
 from triode.models.config import ModelConfig
@@ -53,6 +53,7 @@ class NativeDecoder:
         library: what computes with them.
         layers: taken instead of `weights.layers`, one at a time, so that each can be freed before the next is packed.
         plan: how each matrix is kept.
+        ranks: the processes that compute the model together; `config` and `weights` are then this one's part.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class NativeDecoder:
         library: NativeLibrary,
         layers: Iterable[LayerWeights] | None = None,
         plan: WeightPlan = NOT_QUANTIZED,
+        ranks: RanksStruct | None = None,
     ) -> None:
         if weights.embed_VD.dtype not in DTYPES:
             raise ValueError(f"dtype must be float32 or bfloat16 for native kernels, got {weights.embed_VD.dtype}")
@@ -71,7 +73,7 @@ class NativeDecoder:
         self.dtype = weights.embed_VD.dtype
         self._library = library
         layers = weights.layers if layers is None else layers
-        self._memory = PackedModel(library, config, weights, layers, plan)
+        self._memory = PackedModel(library, config, weights, layers, plan, ranks)
         self._model = self._memory.model
         library.check(self._model)
         self._team: Team | None = None
@@ -136,13 +138,13 @@ class NativeDecoder:
         return hidden_TD
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """float32 logits [R, V] of the rows that need them."""
+        """float32 logits [R, V] of the rows that need them; V is the head's part of the vocabulary."""
         hidden_RD = hidden_RD.contiguous()
         num_rows, team = len(hidden_RD), self._current_team()
-        out = torch.empty(num_rows, rounded_up(self.config.vocab_size, PANEL))
+        out = torch.empty(num_rows, rounded_up(self._memory.num_outputs, PANEL))
         scratch = self._working_memory(num_rows, team.num_threads)
         self._library.logits(self._model, hidden_RD.data_ptr(), num_rows, out.data_ptr(), scratch, team.handle)
-        return out[:, : self.config.vocab_size]
+        return out[:, : self._memory.num_outputs]
 
     def _current_team(self) -> Team:
         """As many threads as torch would use; others are started when their number changes."""

@@ -1,11 +1,12 @@
 """The weights of a model as the compiled step reads them: packed matrices, padded vectors, and the table of addresses."""
 
+import ctypes
 from collections.abc import Iterable
 
 import torch
 
 from triode.kernels.native.formats import CHANNEL8, PLAIN, Packing
-from triode.kernels.native.library import LayerStruct, MatrixStruct, ModelStruct, NativeLibrary
+from triode.kernels.native.library import LayerStruct, MatrixStruct, ModelStruct, NativeLibrary, RanksStruct
 from triode.models.config import ModelConfig
 from triode.models.quantization import WeightPlan
 from triode.models.rope import rope_table
@@ -31,6 +32,7 @@ class PackedModel:
         weights: DecoderWeights,
         layers: Iterable[LayerWeights],
         plan: WeightPlan,
+        ranks: RanksStruct | None = None,
     ) -> None:
         plan.check(config.num_layers)
         self._saved = saved = weights.packed
@@ -40,6 +42,7 @@ class PackedModel:
         self._number_bytes = weights.embed_VD.dtype.itemsize
         self._kept: list[torch.Tensor] = []
         self._packings: dict[str, Packing] = {}
+        self.num_outputs = len(weights.head_VD)
         num_bytes = self._num_bytes(config)
         self.matrices_bytes = num_bytes
         self._panels = torch.empty(num_bytes + ALIGNMENT_BYTES, dtype=torch.uint8)
@@ -74,6 +77,8 @@ class PackedModel:
             sin=self._keep(rope.sin_XU),
             layers=self.layers,
             head=self._matrix(HEAD, weights.head_VD, None),
+            num_outputs=self.num_outputs,
+            ranks=None if ranks is None else ctypes.pointer(ranks),
         )
         self._saved = None
         if weights.pack_to is not None:
@@ -93,7 +98,7 @@ class PackedModel:
             for index in range(config.num_layers)
             for matrix, (rows, columns, halves) in shapes.items()
         )
-        return sum(layers) + self._packed_bytes(HEAD, config.vocab_size, D)
+        return sum(layers) + self._packed_bytes(HEAD, self.num_outputs, D)
 
     def _layer(self, index: int, layer: LayerWeights, window_tokens: int | None) -> LayerStruct:
         prefix = f"layers.{index}"

@@ -41,6 +41,14 @@ inline const char* layer_error(const TriodeModel& model, const TriodeLayer& laye
     return nullptr;
 }
 
+inline const char* ranks_error(const TriodeModel& model) {
+    if (!model.ranks) return model.num_outputs == model.vocab_size ? nullptr : "the head has other sizes than its model";
+    const TriodeRanks& ranks = *model.ranks;
+    if (ranks.num_ranks < 1 || ranks.rank < 0 || ranks.rank >= ranks.num_ranks) return "there is no such rank";
+    if (model.num_outputs < 1 || model.num_outputs > model.vocab_size) return "the head has more than the vocabulary";
+    return ranks.max_tokens < 1 || !ranks.arrivals || !ranks.sums ? "ranks share no memory" : nullptr;
+}
+
 inline const char* model_error(const TriodeModel& model) {
     const int64_t sizes[] = {model.vocab_size, model.hidden_size,  model.intermediate_size, model.num_layers,
                              model.num_heads,  model.num_kv_heads, model.head_dim};
@@ -53,7 +61,8 @@ inline const char* model_error(const TriodeModel& model) {
     if (!model.embedding || !model.final_norm || !model.cos || !model.sin || !model.layers) return "a tensor is missing";
     for (int64_t i = 0; i < model.num_layers; i++)
         if (const char* error = layer_error(model, model.layers[i])) return error;
-    return matrix_error(model.head, model.vocab_size, model.hidden_size);
+    if (const char* error = ranks_error(model)) return error;
+    return matrix_error(model.head, model.num_outputs, model.hidden_size);
 }
 
 inline bool rows_fit(const TriodeBatch& batch) {
@@ -73,6 +82,7 @@ inline bool rows_fit(const TriodeBatch& batch) {
 }
 
 inline bool tokens_fit(const TriodeModel& model, const TriodeBatch& batch) {
+    if (model.ranks && batch.num_tokens > model.ranks->max_tokens) return false;
     const int64_t num_slots = batch.num_blocks * batch.block_size_tokens;
     for (long t = 0; t < batch.num_tokens; t++) {
         if (batch.token_ids[t] < 0 || batch.token_ids[t] >= model.vocab_size) return false;

@@ -47,6 +47,18 @@ class LayerStruct(Structure):
     )
 
 
+class RanksStruct(Structure):
+    """The processes that share a model, and their shared memory."""
+
+    _fields_ = (
+        ("rank", c_int64),
+        ("num_ranks", c_int64),
+        ("max_tokens", c_int64),
+        ("arrivals", c_void_p),
+        ("sums", c_void_p),
+    )
+
+
 class ModelStruct(Structure):
     """A decoder."""
 
@@ -67,6 +79,8 @@ class ModelStruct(Structure):
         ("sin", c_void_p),
         ("layers", POINTER(LayerStruct)),
         ("head", MatrixStruct),
+        ("num_outputs", c_int64),
+        ("ranks", POINTER(RanksStruct)),
     )
 
 
@@ -91,6 +105,8 @@ class BatchStruct(Structure):
         ("hidden", c_void_p),
     )
 
+
+STRUCTS = (MatrixStruct, LayerStruct, ModelStruct, BatchStruct, RanksStruct)
 
 _SIGNATURES: dict[str, tuple[type | None, tuple[object, ...]]] = {
     "triode_sizes": (None, (POINTER(c_int64),)),
@@ -119,9 +135,9 @@ class NativeLibrary:
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self._library, name)
             function.restype, function.argtypes = result, arguments
-        sizes = (c_int64 * 4)()
+        sizes = (c_int64 * len(STRUCTS))()
         self._library.triode_sizes(sizes)
-        mirrored = [sizeof(struct) for struct in (MatrixStruct, LayerStruct, ModelStruct, BatchStruct)]
+        mirrored = [sizeof(struct) for struct in STRUCTS]
         assert list(sizes) == mirrored, f"structs of {mirrored} bytes mirror structs of {list(sizes)} bytes"
 
     def packed_bytes(self, rows: int, columns: int, packing: Packing, *, number_bytes: int, halves: bool) -> int:
@@ -189,7 +205,7 @@ class NativeLibrary:
             raise ValueError("batch must hold tokens, positions, slots and blocks that exist, got one that does not")
 
     def logits(self, model: ModelStruct, hidden: int, rows: int, out: int, scratch: int, team: int) -> None:
-        """The head over contiguous hidden states; `out` is [rows, vocabulary rounded up to 64] floats."""
+        """The head over contiguous hidden states; `out` is [rows, outputs of the head rounded up to 64] floats."""
         self._library.triode_logits(byref(model), hidden, rows, out, scratch, team)
 
 

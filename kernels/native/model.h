@@ -32,6 +32,15 @@ struct TriodeLayer {
     int64_t window_tokens;  // 0: a query sees all positions
 };
 
+// The processes that share a model, and their shared memory (`ranks.h`).
+struct TriodeRanks {
+    int64_t rank;
+    int64_t num_ranks;
+    int64_t max_tokens;  // of a step
+    void* arrivals;      // [num_ranks][64 bytes], zero at first
+    void* sums;          // [2][num_ranks][max_tokens][padded hidden] floats
+};
+
 struct TriodeModel {
     int64_t is_bf16;  // weights, cache and hidden states; otherwise float32
     int64_t vocab_size;
@@ -49,6 +58,8 @@ struct TriodeModel {
     const float* sin;
     const TriodeLayer* layers;
     TriodeMatrix head;
+    int64_t num_outputs;       // of the head: the vocabulary, or this rank's part of it
+    const TriodeRanks* ranks;  // null if nobody shares the model, whose heads and inner features are all here then
 };
 
 // T query tokens packed row after row, R rows, C blocks in the longest table.

@@ -66,7 +66,7 @@ void logits(const TriodeModel& model, const T* hidden, long rows, float* out, vo
         std::copy_n(hidden + row * model.hidden_size, model.hidden_size, to);
         std::fill(to + model.hidden_size, to + buffers.stride, T{});
     }
-    const long out_stride = rounded_up(model.vocab_size, PANEL);
+    const long out_stride = rounded_up(model.num_outputs, PANEL);
     team.run(buffers.phases, HeadBuffers<T>::PHASES, [&](Worker& worker) {
         auto write = [&](long row, long output, const float* sums) {
             memcpy(out + row * out_stride + output, sums, PANEL * sizeof(float));
@@ -104,11 +104,12 @@ uint32_t read_all(const char* memory, long bytes, Team& team) {
 extern "C" {
 
 // The sizes of the structs, for whoever mirrors them.
-void triode_sizes(int64_t sizes[4]) {
+void triode_sizes(int64_t sizes[5]) {
     sizes[0] = sizeof(TriodeMatrix);
     sizes[1] = sizeof(TriodeLayer);
     sizes[2] = sizeof(TriodeModel);
     sizes[3] = sizeof(TriodeBatch);
+    sizes[4] = sizeof(TriodeRanks);
 }
 
 // `number_bytes` is 2 for bfloat16, 4 for float: what the format PLAIN keeps. `group` is for formats that have groups.
@@ -188,7 +189,7 @@ int32_t triode_forward(const TriodeModel* model, const TriodeBatch* batch, void*
     return 1;
 }
 
-// out[rows][vocabulary rounded up to 64] from contiguous hidden states.
+// out[rows][outputs of the head rounded up to 64] from contiguous hidden states.
 void triode_logits(const TriodeModel* model, const void* hidden, int64_t rows, float* out, void* scratch,
                    void* team) {
     if (model->is_bf16)

@@ -6,10 +6,11 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "ranks.h"
 
 namespace triode {
 
-constexpr long PHASES_A_LAYER = 13;
+constexpr long PHASES_A_LAYER = 17;
 constexpr long PHASES_BESIDE = 4;
 
 // What one thread has to itself.
@@ -86,6 +87,7 @@ class Step {
         : model_(model),
           batch_(batch),
           buffers_(buffers),
+          ranks_(model),
           shape_{model.num_heads / model.num_kv_heads, model.head_dim},
           scale_(1.f / std::sqrt(float(model.head_dim))),
           is_decode_(batch.num_rows == batch.num_tokens),
@@ -172,7 +174,7 @@ class Step {
             share_segments(worker, mine, index);
         else
             share_attention(worker, mine, index);
-        add_product(worker, mine, layer.o, buffers_.attended, buffers_.attended_stride);
+        add_product(worker, mine, layer.o, buffers_.attended, buffers_.attended_stride, Ranks::ATTENTION);
     }
 
     void feed_forward(Worker& worker, const Private<T>& mine, const TriodeLayer& layer) const {
@@ -181,7 +183,7 @@ class Step {
             for (int i = 0; i < PANEL; i += 32) gate(layer.gate_up, output + i, sums + i, to + i / 2);
         };
         linear_of_norm(worker, mine, layer.post_norm, layer.gate_up, write_inner);
-        add_product(worker, mine, layer.down, buffers_.inner, buffers_.inner_stride);
+        add_product(worker, mine, layer.down, buffers_.inner, buffers_.inner_stride, Ranks::FEED_FORWARD);
     }
 
     // 16 outputs silu(gate) * up, from 16 sums of the gate and the 16 of up that follow them.
@@ -194,14 +196,25 @@ class Step {
         }
     }
 
-    // residual += x W^T + bias
-    void add_product(Worker& worker, const Private<T>& mine, const TriodeMatrix& matrix, const T* x, long stride) const {
+    // residual += x W^T + bias, where x may be one of several ranks' parts of the inputs.
+    void add_product(Worker& worker, const Private<T>& mine, const TriodeMatrix& matrix, const T* x, long stride,
+                     Ranks::Place place) const {
         auto add = [&](long token, long output, const float* sums) {
             float* to = residual(token) + output;
             for (int i = 0; i < PANEL; i += LANES)
                 store(to + i, load(to + i) + with_bias(matrix, output + i, sums + i));
         };
-        linear<T>(worker, mine.linear, matrix, [x] { return x; }, stride, batch_.num_tokens, add);
+        auto contribute = [&](long token, long output, const float* sums) {
+            memcpy(ranks_.mine(place, token) + output, sums, PANEL * sizeof(float));
+        };
+        auto inputs = [x] { return x; };
+        if (!ranks_.are_many()) {
+            linear<T>(worker, mine.linear, matrix, inputs, stride, batch_.num_tokens, add);
+            return;
+        }
+        linear<T>(worker, mine.linear, matrix, inputs, stride, batch_.num_tokens, contribute);
+        worker.share(1, [&](long) { ranks_.meet(); });
+        share_tokens(worker, [&](long token) { ranks_.add(place, token, matrix, residual(token)); });
     }
 
     // Normalises and rotates, in place, the queries of a KV head's group and its key; stores key and value.
@@ -354,6 +367,7 @@ class Step {
     const TriodeModel& model_;
     const TriodeBatch& batch_;
     const Buffers<T>& buffers_;
+    const Ranks ranks_;
     const HeadShape shape_;
     const float scale_;
     const bool is_decode_;

@@ -123,7 +123,18 @@ def test_arrays_of_different_lengths_are_refused(field: str) -> None:
 
 def numbers(struct: ctypes.Structure) -> Iterator[tuple[ctypes.Structure, str]]:
     """Every field of a table of layers whose meaning the step can check, with the struct that holds it."""
-    unchecked = {"is_bf16", "num_positions", "norm_eps", "bias", "scales", "group", "byte_inputs", "q_norm", "k_norm"}
+    unchecked = {
+        "is_bf16",
+        "num_positions",
+        "norm_eps",
+        "bias",
+        "scales",
+        "group",
+        "byte_inputs",
+        "q_norm",
+        "k_norm",
+        "ranks",
+    }
     for name, kind, *_ in struct._fields_:
         if name == "layers":
             assert isinstance(struct, ModelStruct)

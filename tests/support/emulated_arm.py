@@ -20,7 +20,7 @@ import pytest
 from triode.kernels.native.build import build
 from triode.kernels.native.formats import Packing
 from triode.kernels.native.isa import INSTRUCTION_SETS
-from triode.kernels.native.library import BatchStruct, LayerStruct, MatrixStruct, ModelStruct, NativeLibrary
+from triode.kernels.native.library import STRUCTS, BatchStruct, LayerStruct, MatrixStruct, ModelStruct, NativeLibrary
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 SYSROOT = "/usr/aarch64-linux-gnu"
@@ -149,11 +149,11 @@ class EmulatedLibrary(NativeLibrary):
         self._machine = Machine(isa)
         self.build = self._machine.build
         self._sizes: dict[tuple[int, ...], int] = {}
-        sizes = (ctypes.c_int64 * 4)()
+        sizes = (ctypes.c_int64 * len(STRUCTS))()
         image = Image(self._machine)
         self._machine.call("triode_sizes", image.place_back(ctypes.addressof(sizes), ctypes.sizeof(sizes)))
         image.fetch()
-        mirrored = [ctypes.sizeof(kind) for kind in (MatrixStruct, LayerStruct, ModelStruct, BatchStruct)]
+        mirrored = [ctypes.sizeof(kind) for kind in STRUCTS]
         assert list(sizes) == mirrored, "structs are the same there"
 
     def packed_bytes(self, rows: int, columns: int, packing: Packing, *, number_bytes: int, halves: bool) -> int:
@@ -245,7 +245,7 @@ class EmulatedLibrary(NativeLibrary):
         image = Image(self._machine)
         model_there = self._place_model(image, model)
         from_there = image.place(hidden, rows * model.hidden_size * (2 if model.is_bf16 else 4))
-        to = image.place_back(out, rows * _rounded_up(model.vocab_size, _PANEL) * 4)
+        to = image.place_back(out, rows * _rounded_up(model.num_outputs, _PANEL) * 4)
         assert from_there is not None
         self._machine.call("triode_logits", model_there, from_there, rows, to, self._machine.scratch, team)
         image.fetch()
