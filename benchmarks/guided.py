@@ -1,6 +1,7 @@
 """What guides cost: a step with and without them, in one engine, in turns; the masks alone; a new schema's first mask.
 
     PYTHONPATH=src python benchmarks/guided.py [--model smollm2-135m] [--batch 1 16 64] [--device cuda] [--rounds 3]
+    PYTHONPATH=src python benchmarks/guided.py --hostile          # what guides cost that are made to cost much, nothing else
 
 The guide is an array of objects of five nested fields that never ends, so that every request runs its full length. Strings
 are short, because models of random weights would not end them.
@@ -108,6 +109,48 @@ def time_masks(guides: GuideCompiler, tokenizer: Tokenizer, batch: int, num_toke
     )
 
 
+HOSTILE: dict[str, Guide] = {
+    "an ambiguous grammar": triode.Grammar('start: s\ns: s s | "x"'),
+    "an expression of many states": triode.Regex(".*a.{12}b.*c.{9}d.*"),
+    "an expression that explodes": triode.Regex("(.*a.{0,20}){20}"),
+    "a grammar of many words": triode.Grammar("start: s\ns: s s | /[a-z ]/"),
+}
+
+
+def time_hostile(guides: GuideCompiler, name: str, batch: int, num_tokens: int) -> None:
+    """Masks of a batch that is hostile but for one row: how long that one waits for each of its own."""
+    draw = random.Random(batch)
+    neighbour = guides.matcher(endless(), [])
+    guides.check(HOSTILE[name])
+    matchers = [*(guides.matcher(HOSTILE[name], []) for _ in range(batch - 1)), neighbour]
+    mask_GW = np.zeros((batch, guides.masks.num_words), np.int32)
+    times_ms, num_failed, max_forced_ms = [], 0, 0.0
+    for _ in range(num_tokens):
+        start_s = time.perf_counter()
+        guides.masks.fill(matchers, mask_GW)
+        times_ms.append((time.perf_counter() - start_s) * 1e3)
+        num_failed += sum(matcher.error is not None for matcher in matchers)
+        assert neighbour.error is None, neighbour.error
+        going = [row for row, matcher in enumerate(matchers) if matcher.error is None]
+        mask_GW[: len(going)] = mask_GW[going]
+        matchers = [matchers[row] for row in going]
+        for matcher, mask_W in zip(matchers, mask_GW, strict=False):
+            bits = np.unpackbits(mask_W.view(np.uint8), bitorder="little").nonzero()[0]
+            # An author of such guides has no wish to end.
+            matcher.append(TokenId(int(draw.choice(bits[bits != guides.masks.eos_token_id]))))
+        start_s = time.perf_counter()
+        for matcher in matchers[:-1]:
+            matcher.force(1000)
+        max_forced_ms = max(max_forced_ms, (time.perf_counter() - start_s) * 1e3)
+        if len(matchers) == 1:
+            break
+    print(
+        f"{name}, {batch - 1} of {batch}: masks median {median(times_ms):.2f} ms, longest {max(times_ms):.1f} ms of "
+        f"{len(times_ms)}; forced tokens at most {max_forced_ms:.1f} ms a step; {num_failed} failed",
+        flush=True,
+    )
+
+
 def time_new_schemas(guides: GuideCompiler) -> None:
     """From a schema that nobody has seen to the mask of its first token."""
     mask_GW = np.zeros((1, guides.masks.num_words), np.int32)
@@ -129,6 +172,11 @@ async def run(arguments: argparse.Namespace) -> None:
     guides = GuideCompiler(tokenizer, vocab_size, sorted(tokenizer.special_ids)[:1])
     guides.check(endless())
     print(f"first guide of a tokenizer of {tokenizer.vocab_size}: {time.perf_counter() - start_s:.2f} s", flush=True)
+    if arguments.hostile:
+        for name in HOSTILE:
+            for batch in arguments.batch:
+                time_hostile(guides, name, batch, 300)
+        return
     time_new_schemas(guides)
     for batch in arguments.batch:
         time_masks(guides, tokenizer, batch, 100)
@@ -151,6 +199,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--executor", default="thread")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--hostile", action="store_true")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, help="of masks made apart from the engine [the tokenizer's]")

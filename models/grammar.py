@@ -7,6 +7,10 @@ What a caller may send is hostile. The text is bounded (`triode.models.guide`), 
 has a budget of work and of automaton states, beyond which a guide is refused. Prototypes are kept by the length of their
 text, because memory follows it: those of unfinished requests in any case, so that a step never waits for a compiler,
 and of the others the last used.
+
+All copies of a prototype share one lexer, whose states are made as outputs need them; where it has made as many as it may,
+or one copy's fuel ran out within it, it is of no more use to any of them. So a prototype is shared by a few requests only
+(`MAX_SHARERS`), after which the next ones get a new one, as they do when the old one fails.
 """
 
 import json
@@ -32,6 +36,9 @@ if TYPE_CHECKING:
 MAX_KEPT_BYTES = 2**21
 """Text of the guides that stay compiled: a compiled one takes up to about 200 times as much."""
 
+MAX_SHARERS = 16
+"""Requests that share a prototype. Making another takes a millisecond or two, in the thread that checks guides."""
+
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between tokens of JSON; without a bound, a model at a loss for words would fill its output with it."""
 
@@ -43,6 +50,8 @@ class _Compiled:
     """Of the grammar's text."""
     num_holders: int = 0
     """Unfinished requests that have the guide."""
+    num_sharers: int = 0
+    """Requests that were given this prototype."""
 
 
 class GuideCompiler:
@@ -77,8 +86,14 @@ class GuideCompiler:
             EngineBusy: if those of other requests leave no room for it.
         """
         compiled = self._find(guide)
+        fresh = None
+        if compiled.num_sharers >= MAX_SHARERS or _is_spent(compiled.prototype):
+            fresh = _compile(guide, self._vocabulary)
         with self._lock:
             compiled = self._keep(guide, compiled)
+            if fresh is not None:
+                compiled.prototype, compiled.num_sharers = fresh.prototype, 0
+            compiled.num_sharers += 1
             if compiled.num_holders == 0:
                 if self._held_bytes + compiled.num_bytes > MAX_KEPT_BYTES:
                     raise EngineBusy(
@@ -146,13 +161,22 @@ def _compile(guide: Guide, vocabulary: LLTokenizer) -> _Compiled:
         grammar = _grammar(guide)
     except ValueError as error:
         raise ValueError(f"guide cannot be compiled: {error}") from error
-    prototype = LLMatcher(vocabulary, grammar, log_level=0, limits=GRAMMAR_LIMITS if isinstance(guide, Grammar) else LIMITS)
+    prototype = LLMatcher(
+        vocabulary, grammar, log_level=0, limits=GRAMMAR_LIMITS if isinstance(guide, Grammar) else LIMITS
+    )
     # The first mask builds most of what later ones need, and shows a guide that is too complex from the start.
     if not prototype.is_error():
         prototype.compute_bitmask()
     if prototype.is_error():
         raise ValueError(f"guide cannot be compiled: {reason_of(prototype)}")
     return _Compiled(prototype, len(grammar.encode()))
+
+
+def _is_spent(prototype: LLMatcher) -> bool:
+    """Whether the lexer, which all copies share, has given up."""
+    copy = prototype.deep_copy()
+    copy.compute_bitmask()
+    return copy.is_error()
 
 
 def check_guide(guides: GuideCompiler | None, guide: Guide) -> None:

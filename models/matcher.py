@@ -4,7 +4,7 @@ A mask costs 20 to 300 microseconds where the guide is well meant. What its auth
 times, because neighbours in the batch wait for it:
 
 * Each mask has its fuel: steps of the lexer, states of its automaton, items of the parser (`LIMITS`). Fuel is counted,
-  so a guide that runs out does so at the same token on every machine.
+  not timed: how busy the machine is does not matter.
 * What the fuel does not measure well is measured by the clock. Where a step's masks together took too long, the next
   step times its matchers one by one; one that is over `MAX_MASK_S` fails, and of those that are together over
   `MAX_FILL_S` the costliest fail, until the others are within it.
@@ -36,13 +36,13 @@ def _limits(max_items_in_row: int) -> LLParserLimits:
         step_lexer_fuel=50_000,
         max_items_in_row=max_items_in_row,
         step_max_items=5_000,
-        max_lexer_states=10_000,
+        max_lexer_states=20_000,
         verbose_errors=False,
     )
 
 
 LIMITS = _limits(1_000)
-"""About 10 ms to build the lexer, 3 ms for the costliest mask known, and 20 MB a guide. An object with 200 optional
+"""About 10 ms to build the lexer, 3 ms for the costliest mask known, and 40 MB a lexer. An object with 200 optional
 properties takes 800 items in a row, a list of 2,000 words half of the lexer's fuel."""
 GRAMMAR_LIMITS = _limits(300)
 """Of a grammar in the caller's own words: nothing else can be so ambiguous that items combine with items. Of schemas within

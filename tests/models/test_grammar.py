@@ -20,16 +20,16 @@ from llguidance import LLTokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers.normalizers import NFC
 
-from guides import EOS, tiny_guides, tiny_tokenizer
+from guides import DIGITS, EOS, tiny_guides, tiny_tokenizer
 from trained_tokenizers import byte_fallback_bpe, byte_fallback_from_gguf, byte_level_bpe
 from triode.errors import EngineBusy
 from triode.ids import TokenId
 from triode.models import grammar
-from triode.models.grammar import GuideCompiler, check_guide
+from triode.models.grammar import MAX_SHARERS, GuideCompiler, check_guide
 from triode.models.guide import Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
 from triode.models.tokenizer import Tokenizer
 from triode.models.vocabulary import Vocabulary
-from walks import accepts, allowed, walk
+from walks import accepts, allowed, mask_of, walk
 
 SUITE = json.loads((Path(__file__).parents[1] / "data/json_schema_suite.json").read_text(encoding="utf-8"))
 
@@ -251,6 +251,37 @@ def test_a_guide_stays_compiled_while_a_request_has_it(monkeypatch: pytest.Monke
     guides.matcher(Regex("held"), [])
     assert compiled.count(Regex("held")) == 1
     assert compiled.count(Regex("number 0")) == 2
+
+
+SPENDING = Regex("(.*a.{0,20}){20}")
+"""Its lexer has more to do for each token, and soon too much."""
+
+
+def spend(guides: GuideCompiler) -> None:
+    matcher = guides.matcher(SPENDING, [])
+    for token_id in 20 * tiny_tokenizer().encode("ab a"):
+        matcher.append(TokenId(token_id))
+        mask_of(guides, matcher)
+    assert "lexer error" in (matcher.error or "")
+
+
+def test_a_lexer_that_has_given_up_is_not_given_to_the_next_request() -> None:
+    guides = fresh_guides()
+    guides.check(SPENDING)
+    assert allowed(guides, guides.matcher(SPENDING, []))
+    spend(guides)
+    assert not allowed(guides, guides.matcher(SPENDING, []))
+    guides.check(SPENDING)
+    assert allowed(guides, guides.matcher(SPENDING, []))
+
+
+def test_a_few_requests_share_a_lexer() -> None:
+    guides, prototypes = fresh_guides(), []
+    for _ in range(2 * MAX_SHARERS):
+        guides.check(DIGITS)
+        prototypes.append(guides._compiled[DIGITS].prototype)
+        guides.release(DIGITS)
+    assert [prototypes.count(prototype) for prototype in dict.fromkeys(prototypes)] == [MAX_SHARERS, MAX_SHARERS]
 
 
 def test_guides_of_unfinished_requests_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
