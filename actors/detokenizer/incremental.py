@@ -15,7 +15,8 @@ Three families of decoders cover the supported models; another is refused by nam
 
 There is one deliberate difference from `decode`. Where a run of byte tokens is not valid UTF-8, ByteFallback turns every
 byte of the run into U+FFFD, also the complete characters before the fault. They have been released by then, and stay
-(or were stripped, if a space begins the text): to hold every line break of a Llama 2 until the next token would delay all text for the sake of text that is broken.
+(or were stripped, if a space begins the text): to hold every line break of a Llama 2 until the next token would delay
+all text for the sake of text that is broken.
 """
 
 import codecs
