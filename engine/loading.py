@@ -19,6 +19,7 @@ from triode.cache.manager import CacheManager
 from triode.engine.config import EngineConfig
 from triode.engine.parts import EngineParts, Report
 from triode.ids import TokenId
+from triode.kernels.native.numa import choose_places
 from triode.models.progress import NullProgress, Progress
 from triode.models.source import RANDOM_PREFIX, locate
 from triode.models.tokenizer import Tokenizer
@@ -53,8 +54,8 @@ async def load(config: EngineConfig, progress: Progress | None) -> EngineParts:
         num_threads=config.num_threads,
         warm_guides=config.warm_guides,
     )
-    if config.executor == "process":
-        loaded = await _load_in_worker(order, progress)
+    if config.runs_in_workers:
+        loaded = await _load_in_worker(config, order, progress)
     else:
         is_inline = config.executor == "inline"
         loaded = await trio.to_thread.run_sync(partial(_load_here, order, _Cancellable(progress), is_inline=is_inline))
@@ -79,9 +80,9 @@ def _load_here(order: Open, progress: Progress, *, is_inline: bool) -> _Loaded:
     return _Loaded(checkpoint.tokenizer, InlineExecutor(runner) if is_inline else ThreadExecutor(runner), built)
 
 
-async def _load_in_worker(order: Open, progress: Progress) -> _Loaded:
+async def _load_in_worker(config: EngineConfig, order: Open, progress: Progress) -> _Loaded:
     """The tokenizer is read in this process, which imports no torch, while the worker imports it."""
-    executor = ProcessExecutor()
+    executor = ProcessExecutor(places=choose_places(config.tensor_parallel, config.numa_nodes))
     try:
         # Before the worker opens the model, so that one process downloads it and the other one finds it.
         tokenizer = await trio.to_thread.run_sync(open_tokenizer, order.options.model, _Cancellable(progress))

@@ -12,11 +12,15 @@ from triode.kernels.native.cpus import usable_threads
 from triode.kernels.threads import cpu_threads
 from triode.models.config import KernelChoice, ModelConfig
 from triode.models.cpu import choose_native, cpu_program, describe_kernels
+from triode.models.decoder import Decoder
 from triode.models.eager import EagerRunner
 from triode.models.grammar import GuideCompiler
 from triode.models.native import NativeDecoder
+from triode.models.parallel import RankOrder
 from triode.models.progress import NullProgress, Progress
 from triode.models.quantization import NOT_QUANTIZED, WeightPlan
+from triode.models.ranked_build import build_lead
+from triode.models.ranks import LeadProgram
 from triode.models.runner import Runner
 from triode.models.weights import DecoderWeights, LayerWeights, places
 
@@ -50,10 +54,11 @@ def build_runner(
     plan: WeightPlan = NOT_QUANTIZED,
     guides: GuideCompiler | None = None,
     progress: Progress | None = None,
+    ranks: RankOrder | None = None,
 ) -> BuiltRunner:
     """A runner for `max_running` sequences, where the weights are. Keys and values are kept in the weights' dtype, or as int8.
 
-    On a GPU, buffers are made for steps of `max_step_tokens` tokens; on the CPU a step may have any number.
+    On a GPU, and for `ranks`, buffers are made for steps of `max_step_tokens` tokens; else a step may have any number on the CPU.
 
     The decoder lays matrices out anew. If the caller keeps no reference to `weights`, each layer is freed as soon as the
     decoder has its own, so that never more than one layer exists twice.
@@ -78,10 +83,15 @@ def build_runner(
         kv_dtype = _kv_dtype(cache_config, weights.embed_VD.dtype, native.missing, is_native=native.library is not None)
         layers = deque(weights.layers)
         weights = replace(weights, layers=())
-        decoder = cpu_program(config, weights, _freed_one_by_one(layers), native.library, plan)
+        rest = freed_one_by_one(layers)
+        decoder = (
+            cpu_program(config, weights, rest, native.library, plan)
+            if ranks is None
+            else build_lead(config, weights, rest, native, plan, ranks, max_step_tokens)
+        )
     del weights
     progress.done()
-    pool = _build_pool(config, cache_config, max_running, decoder.device, kv_dtype)
+    pool = _build_pool(config, cache_config, max_running, decoder, kv_dtype)
     runner = EagerRunner(
         decoder,
         pool,
@@ -96,9 +106,9 @@ def build_runner(
         num_blocks=pool.num_blocks,
         num_threads=num_threads_used,
         weights_bytes=weights_bytes,
-        kv_cache_bytes=pool.num_bytes,
+        kv_cache_bytes=pool.num_bytes * (1 if ranks is None else ranks.num_ranks),
         kv_dtype=kv_dtype,
-        step_bytes=decoder.matrices_bytes if isinstance(decoder, NativeDecoder) else None,
+        step_bytes=None if isinstance(decoder, Decoder) else decoder.matrices_bytes,
         kernels=describe_kernels(decoder.kernels.names, native.missing),
     )
 
@@ -143,7 +153,8 @@ def _num_bytes(config: ModelConfig, weights: DecoderWeights) -> int:
     return sum(view.nbytes for _, view in places(config, weights))
 
 
-def _freed_one_by_one(layers: deque[LayerWeights]) -> Iterator[LayerWeights]:
+def freed_one_by_one(layers: deque[LayerWeights]) -> Iterator[LayerWeights]:
+    """Each in its turn, kept by nobody but the caller from then on."""
     while layers:
         yield layers.popleft()
 
@@ -158,7 +169,11 @@ def _kv_dtype(cache_config: CacheConfig, dtype: torch.dtype, missing: str | None
 
 
 def _build_pool(
-    config: ModelConfig, cache_config: CacheConfig, max_running: int, device: torch.device, kv_dtype: torch.dtype
+    config: ModelConfig,
+    cache_config: CacheConfig,
+    max_running: int,
+    decoder: NativeDecoder | Decoder | LeadProgram,
+    kv_dtype: torch.dtype,
 ) -> KVPool:
     block_bytes = bytes_per_block(
         block_size_tokens=cache_config.block_size_tokens,
@@ -168,7 +183,11 @@ def _build_pool(
         dtype=kv_dtype,
     )
     blocks_a_sequence = -(-config.max_context_tokens // cache_config.block_size_tokens)
-    num_blocks = num_blocks_for(cache_config, block_bytes, free_memory_bytes(device), max_running * blocks_a_sequence)
+    num_blocks = num_blocks_for(
+        cache_config, block_bytes, free_memory_bytes(decoder.device), max_running * blocks_a_sequence
+    )
+    if isinstance(decoder, LeadProgram):
+        return decoder.make_pool(num_blocks, cache_config.block_size_tokens, kv_dtype)
     return KVPool(
         num_blocks,
         block_size_tokens=cache_config.block_size_tokens,
@@ -176,5 +195,5 @@ def _build_pool(
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         dtype=kv_dtype,
-        device=device,
+        device=decoder.device,
     )

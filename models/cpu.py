@@ -13,7 +13,6 @@ from triode.kernels.native.library import NativeLibrary, load_library
 from triode.models.config import KernelChoice, ModelConfig
 from triode.models.decoder import Decoder
 from triode.models.native import DTYPES, NativeDecoder, native_names
-from triode.models.program import StepProgram
 from triode.models.progress import Progress
 from triode.models.quantization import WeightPlan
 from triode.models.weights import DecoderWeights, LayerWeights
@@ -70,7 +69,7 @@ def cpu_program(
     layers: Iterable[LayerWeights],
     library: NativeLibrary | None,
     plan: WeightPlan,
-) -> StepProgram:
+) -> NativeDecoder | Decoder:
     """The program over `layers`, which are taken one at a time. Only the compiled step quantises."""
     if library is not None:
         return NativeDecoder(config, weights, library, layers, plan)

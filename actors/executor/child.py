@@ -12,10 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import trio
 
 from triode.actors.executor.protocol import Frames, FromEngine, FromWorker, encode, from_worker
 from triode.errors import EngineFault
+from triode.kernels.native.numa import Place
+from triode.models.parallel import RankOrder
 
 _LOG = logging.getLogger("triode.worker")
 _RECEIVE_BYTES = 2**16
@@ -30,8 +33,16 @@ _KILL_DEADLINE_S = 5.0
 class Child:
     """One worker process. Everything here belongs to the Trio thread that made it."""
 
-    def __init__(self, opener: str) -> None:
-        """Start the process. It gets ready by itself; the first message to send is `Open`."""
+    def __init__(self, opener: str, ranks: RankOrder | None = None, place: Place | None = None) -> None:
+        """Start the process. It gets ready by itself; the first message to send is `Open`.
+
+        Args:
+            opener: where it finds the function that makes its runner.
+            ranks: its place among the ranks of a model, whose file descriptors it gets.
+            place: where it runs.
+        """
+        self.ranks = ranks
+        """Its place among the ranks of a model."""
         self._frames = Frames()
         self._unsent = bytearray()
         self._is_sending = False
@@ -42,7 +53,7 @@ class Child:
         self._socket.setblocking(False)
         output_fd, their_output_fd = os.pipe()
         try:
-            self._process = _start(theirs.fileno(), their_output_fd, opener)
+            self._process = _start(theirs.fileno(), their_output_fd, opener, ranks, place)
         except BaseException:
             self._socket.close()
             os.close(output_fd)
@@ -89,7 +100,13 @@ class Child:
         has_ended = await self.end(_DEATH_DEADLINE_S)
         how = _describe(self._process.returncode) if has_ended else "hung up without an end, and was killed"
         output = f"; its last words were:\n{self._output.strip()}" if self._output.strip() else ""
-        return EngineFault(f"the worker process {self.pid} {how}{output}")
+        rank = f" (rank {self.ranks.rank} of {self.ranks.num_ranks})" if self.ranks else ""
+        return EngineFault(f"the worker process {self.pid}{rank} {how}{output}")
+
+    def kill(self) -> None:
+        """End the process, whatever it does, without waiting."""
+        if self._process.poll() is None:
+            self._process.kill()
 
     async def end(self, deadline_s: float) -> bool:
         """Wait for the process to end, and kill it at the deadline. Returns whether it ended by itself."""
@@ -146,7 +163,9 @@ class Child:
             self._output_ended.set()
 
 
-def _start(socket_fd: int, output_fd: int, opener: str) -> "subprocess.Popen[bytes]":
+def _start(
+    socket_fd: int, output_fd: int, opener: str, ranks: RankOrder | None, place: Place | None
+) -> "subprocess.Popen[bytes]":
     """Start the worker from this thread.
 
     Not from one of Trio's worker threads, as `trio.run_process` does: Linux takes the end of the thread that started a
@@ -154,12 +173,14 @@ def _start(socket_fd: int, output_fd: int, opener: str) -> "subprocess.Popen[byt
     """
     # The worker finds the packages that this process has found.
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+    ties = [ranks.memory_fd, *ranks.links] if ranks else []
+    arguments = [str(socket_fd), opener, msgspec.json.encode(place).decode()]
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "triode.actors.executor.worker", str(socket_fd), opener],
+        [sys.executable, "-P", "-m", "triode.actors.executor.worker", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=output_fd,
         stderr=output_fd,
-        pass_fds=[socket_fd],
+        pass_fds=[socket_fd, *ties],
         env={**os.environ, "PYTHONPATH": path},
     )
 

@@ -1,38 +1,42 @@
 """From a model on disk to a runner, in whichever process the runner lives."""
 
+import dataclasses
+from collections import deque
+
 import torch
 
 from triode.actors.executor.protocol import Built, Open
-from triode.models.build import build_runner
-from triode.models.config import ModelOptions
+from triode.models.build import build_runner, freed_one_by_one
+from triode.models.config import ModelConfig, ModelOptions
 from triode.models.grammar import GuideCompiler
 from triode.models.loader import Checkpoint, open_checkpoint, resolve_device, resolve_dtype
 from triode.models.packed_load import load_packed
+from triode.models.parallel import Follower, RankOrder, check_shares
 from triode.models.progress import Progress
-from triode.models.quantization import WeightPlan, plan_weights
+from triode.models.quantization import WeightPlan, matrix_names, plan_weights
+from triode.models.ranked_build import build_follower
 from triode.models.runner import Runner
 from triode.models.weights import DecoderWeights
 
 
-def open_runner(order: Open, progress: Progress) -> tuple[Runner, Built]:
-    """Open the model and load it.
+def open_runner(order: Open, progress: Progress) -> tuple[Runner | Follower, Built]:
+    """Open the model and load it; a rank that is not the first one follows.
 
     Raises:
         ModelError: if the model cannot be loaded.
         InsufficientMemory: if it does not fit.
         ValueError: if an option does not suit the model or the machine.
     """
-    return load_runner(open_checkpoint(order.options, progress), order, progress)
+    checkpoint = open_checkpoint(order.options, progress)
+    if order.ranks is not None and order.ranks.rank > 0:
+        return _load_follower(checkpoint, order, order.ranks, progress)
+    return load_runner(checkpoint, order, progress)
 
 
 def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tuple[Runner, Built]:
-    """The same for a model that has been opened."""
-    device = resolve_device(order.options.device)
-    dtype = resolve_dtype(order.options.dtype, checkpoint.config, device)
+    """The same for a model that has been opened, and a worker that has the runner."""
+    device, dtype, plan = _resolve(checkpoint, order)
     config = checkpoint.config
-    plan = plan_weights(
-        order.options.quantization, order.options.quantization_group, order.options.quantization_overrides
-    )
     guides = GuideCompiler(checkpoint.tokenizer, config.vocab_size, config.eos_token_ids)
     if order.warm_guides:
         progress.stage("Preparing guides", None, "")
@@ -50,6 +54,7 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
         plan=plan,
         guides=guides,
         progress=progress,
+        ranks=order.ranks,
     )
     return built.runner, Built(
         model=checkpoint.config,
@@ -62,6 +67,56 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
         kernels=built.kernels,
         step_bytes=built.step_bytes,
     )
+
+
+def _load_follower(checkpoint: Checkpoint, order: Open, ranks: RankOrder, progress: Progress) -> tuple[Follower, Built]:
+    device, dtype, plan = _resolve(checkpoint, order)
+    weights = _load_weights(checkpoint, order.options, device, dtype, plan, progress)
+    layers = deque(weights.layers)
+    follower = build_follower(
+        checkpoint.config,
+        dataclasses.replace(weights, layers=()),
+        freed_one_by_one(layers),
+        plan=plan,
+        order=ranks,
+        max_step_tokens=order.max_step_tokens,
+        num_threads=order.num_threads,
+        kernels=order.options.kernels,
+        progress=progress,
+    )
+    return follower, Built(
+        model=checkpoint.config,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        num_threads=torch.get_num_threads(),
+        num_blocks=0,
+        weights_bytes=0,
+        kv_cache_bytes=0,
+        kernels="",
+    )
+
+
+def _resolve(checkpoint: Checkpoint, order: Open) -> tuple[torch.device, torch.dtype, WeightPlan]:
+    options = order.options
+    device = resolve_device(options.device)
+    plan = plan_weights(options.quantization, options.quantization_group, options.quantization_overrides)
+    if order.ranks is not None:
+        _check_ranks(checkpoint.config, options, device, plan, order.ranks.num_ranks)
+    return device, resolve_dtype(options.dtype, checkpoint.config, device), plan
+
+
+def _check_ranks(
+    config: ModelConfig, options: ModelOptions, device: torch.device, plan: WeightPlan, num_ranks: int
+) -> None:
+    check_shares(config, num_ranks)
+    if device.type != "cpu":
+        raise ValueError(f"tensor_parallel must be 1 on a GPU, got {num_ranks}")
+    if options.packed_cache is not None:
+        raise ValueError(f"packed_cache must be None with tensor_parallel = {num_ranks}, got {options.packed_cache!r}")
+    if any(plan.keeps_blocks(name) for name in matrix_names(config.num_layers)):
+        raise ValueError(
+            f"quantization must not be that of a GGUF file with tensor_parallel = {num_ranks}, got '{plan}'"
+        )
 
 
 def _load_weights(

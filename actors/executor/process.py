@@ -6,9 +6,10 @@ planning one step ahead. A plan is sent within `launch`, without a task of its o
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
+from msgspec.structs import replace
 
 from triode.actors.channels import Put
 from triode.actors.executor.child import Child
@@ -25,24 +26,33 @@ from triode.actors.executor.protocol import (
     StageDone,
     Stepped,
 )
+from triode.actors.executor.ties import Ties
 from triode.actors.messages import ReleaseGuide
 from triode.errors import EngineFault
+from triode.kernels.native.numa import Place
 from triode.models.guide import Guide, Refusal
-from triode.models.progress import Progress
+from triode.models.progress import NullProgress, Progress
 from triode.models.runner import RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
 CLOSE_DEADLINE_S = 10.0
 """How long closing waits for the step that is running."""
+_FOLLOWER_DEADLINE_S = 2.0
+"""How long the other ranks may take to leave once rank 0 has left."""
 
 
 class ProcessExecutor:
-    """A worker process that owns the runner. Starts it at once; `open` has it load a model."""
+    """A worker process that owns the runner, or several, the ranks of one model, of which the first has the runner.
+
+    Starts them at once; `open` has them load a model. When one ends, all do: the others would wait for it for ever.
+    """
 
     max_in_flight = 2
 
-    def __init__(self, opener: str = OPEN_RUNNER) -> None:
-        self._child = Child(opener)
+    def __init__(self, opener: str = OPEN_RUNNER, places: Sequence[Place | None] = (None,)) -> None:
+        """Start a worker at each of the places."""
+        self._children = _start_ranks(opener, places) if len(places) > 1 else [Child(opener, place=places[0])]
+        self._child, *self._followers = self._children
         self._statistics = RunnerStatistics()
         self._is_closing = False
         self._guide_numbers = itertools.count()
@@ -50,8 +60,13 @@ class ProcessExecutor:
 
     @property
     def pid(self) -> int:
-        """The worker's process id."""
+        """The process id of the worker that has the runner."""
         return self._child.pid
+
+    @property
+    def pids(self) -> list[int]:
+        """Of all ranks, in their order."""
+        return [child.pid for child in self._children]
 
     async def open(self, order: Open, progress: Progress) -> Built:
         """Have the worker build its runner.
@@ -61,27 +76,18 @@ class ProcessExecutor:
             EngineFault: if the worker died, or failed in any other way.
         """
         progress.stage("Starting the worker", None, "")
-        self._child.post(order)
-        while (message := await self._child.receive()) is not None:
-            match message:
-                case StageBegan(name, total, unit):
-                    progress.stage(name, total, unit)
-                case StageAdvanced(amount):
-                    progress.advance(amount)
-                case StageDone():
-                    progress.done()
-                case Built():
-                    return message
-                case Failed():
-                    raise message.error()
-                case Stepped() | GuideChecked():
-                    raise AssertionError("a worker that has no runner yet has no answers")
-        raise await self._child.death()
+        for child in self._children:
+            child.post(replace(order, ranks=child.ranks))
+        built = await _opened(self._child, progress)
+        for follower in self._followers:
+            await _opened(follower, NullProgress())
+        return built
 
     def start(self, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
         """Begin to read results, in the event loop that is current now."""
         # No task of the engine: closing waits for the running step, whose result must find a reader.
-        trio.lowlevel.spawn_system_task(self._read, results, fault, name="triode worker's results")
+        for child in self._children:
+            trio.lowlevel.spawn_system_task(self._read, child, results, fault, name="triode worker's results")
 
     async def check_guide(self, guide: Guide) -> Refusal | None:
         """Have the worker compile it. If the worker dies, the engine does, and this is cancelled."""
@@ -121,18 +127,24 @@ class ProcessExecutor:
             EngineFault: if the step does not end by the deadline; the worker has been killed.
         """
         self._is_closing = True
+        # Rank 0 first: its running step needs the others.
         self._child.post(Close())
-        if not await self._child.end(CLOSE_DEADLINE_S):
+        in_time = await self._child.end(CLOSE_DEADLINE_S)
+        for follower in self._followers:
+            follower.post(Close())
+            await follower.end(_FOLLOWER_DEADLINE_S if in_time else 0)
+        if not in_time:
             raise EngineFault(f"the running step has not ended within {CLOSE_DEADLINE_S} s: its process was killed")
 
     async def kill(self) -> None:
         """End the worker at once, whatever it does: nobody wants what it is loading."""
         self._is_closing = True
-        await self._child.end(deadline_s=0)
+        for child in self._children:
+            await child.end(deadline_s=0)
 
-    async def _read(self, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
+    async def _read(self, child: Child, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
         try:
-            while (message := await self._child.receive()) is not None:
+            while (message := await child.receive()) is not None:
                 match message:
                     case Stepped():
                         self._statistics = message.statistics
@@ -141,11 +153,43 @@ class ProcessExecutor:
                         if number in self._answers:
                             self._answers[number](refusal)
                     case Failed():
-                        fault(message.error())
+                        self._fail(message.error(), fault)
                         return
                     case _:
                         raise AssertionError(f"a running worker sends results, got {message}")
             if not self._is_closing:
-                fault(await self._child.death())
+                self._fail(await child.death(), fault)
         except Exception as error:  # in a system task it would end the whole Trio run; so it ends the engine
-            fault(error)
+            self._fail(error, fault)
+
+    def _fail(self, error: Exception, fault: Callable[[BaseException], None]) -> None:
+        """Tell the engine why a rank is gone. The others wait for it, and are ended."""
+        self._is_closing = True
+        fault(error)
+        if self._followers:
+            for child in self._children:
+                child.kill()
+
+
+def _start_ranks(opener: str, places: Sequence[Place | None]) -> list[Child]:
+    with Ties(len(places)) as ties:
+        return [Child(opener, ties.order(rank), place) for rank, place in enumerate(places)]
+
+
+async def _opened(child: Child, progress: Progress) -> Built:
+    """What the worker has built."""
+    while (message := await child.receive()) is not None:
+        match message:
+            case StageBegan(name, total, unit):
+                progress.stage(name, total, unit)
+            case StageAdvanced(amount):
+                progress.advance(amount)
+            case StageDone():
+                progress.done()
+            case Built():
+                return message
+            case Failed():
+                raise message.error()
+            case Stepped() | GuideChecked():
+                raise AssertionError("a worker that has no runner yet has no answers")
+    raise await child.death()

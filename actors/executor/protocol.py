@@ -21,6 +21,7 @@ from triode.actors.messages import ReleaseGuide
 from triode.cache.config import CacheConfig
 from triode.models.config import ModelConfig, ModelOptions
 from triode.models.guide import Guide, Refusal
+from triode.models.parallel import RankOrder
 from triode.models.runner import RunnerStatistics
 from triode.models.step import StepPlan, StepResult
 
@@ -39,6 +40,8 @@ class Open(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     num_threads: int | None
     warm_guides: bool = False
     """Make the runner ready for guides before it is built."""
+    ranks: RankOrder | None = None
+    """The worker's place among those that compute the model together; None if it does so alone."""
 
 
 class CheckGuide(msgspec.Struct, frozen=True, tag=True):

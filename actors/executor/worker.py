@@ -1,6 +1,6 @@
 """The worker process: it holds the weights, the KV pool and the runner, and computes what the engine sends.
 
-    python -m triode.actors.executor.worker SOCKET_FD MODULE:FUNCTION
+    python -m triode.actors.executor.worker SOCKET_FD MODULE:FUNCTION PLACE
 
 One plain loop, no Trio: take a plan and launch it, send a result as soon as it is there. The engine plans one step ahead,
 so while a step is running the next plan comes in and is launched behind it.
@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import NoReturn
 
+import msgspec
+
 from triode.actors.channels import MAX_COMPILING
 from triode.actors.executor.guides import refusal
 from triode.actors.executor.protocol import (
@@ -45,12 +47,14 @@ from triode.actors.executor.protocol import (
     from_engine,
 )
 from triode.actors.messages import ReleaseGuide
+from triode.kernels.native.numa import Place, bind
 from triode.models.guide import Guide
-from triode.models.progress import Progress
+from triode.models.parallel import Follower
+from triode.models.progress import NullProgress, Progress
 from triode.models.runner import Runner
 from triode.models.step import StepPlan
 
-Opener = Callable[[Open, Progress], tuple[Runner, Built]]
+Opener = Callable[[Open, Progress], tuple[Runner | Follower, Built]]
 
 POLL_S = 50e-6
 """How often a running step is asked whether it is done: about what the kernel's timers resolve."""
@@ -64,12 +68,12 @@ def main() -> NoReturn:
     # Ctrl-C reaches every process of the terminal; it is the engine that decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
-    socket_fd, opener = sys.argv[1:]
+    socket_fd, opener, place = sys.argv[1:]
     # The lowest free number, because select() takes none above 1023 and the engine may have that many files open.
     connection = Connection(socket.socket(fileno=os.dup(int(socket_fd))))
     os.close(int(socket_fd))
     _die_with(connection)
-    os._exit(0 if _serve(connection, opener) else 1)
+    os._exit(0 if _serve(connection, opener, msgspec.json.decode(place, type=Place | None)) else 1)
 
 
 class Connection:
@@ -156,20 +160,42 @@ def _answer(connection: Connection, runner: Runner, number: int, guide: Guide) -
         connection.send(Failed(type(error).__name__, str(error), traceback.format_exc()))
 
 
-def _serve(connection: Connection, opener: str) -> bool:
+def follow(connection: Connection, follower: Follower) -> None:
+    """Do what rank 0 says until the engine says Close, which it does when rank 0 has left."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    poll.register(follower, select.POLLIN)
+    while True:
+        for number, _ in poll.poll():
+            if number == connection.fileno():
+                message = connection.receive()
+                assert isinstance(message, Close), f"a rank that follows takes no plans, got {message}"
+                return
+            if not follower.obey():
+                poll.unregister(follower)
+
+
+def _serve(connection: Connection, opener: str, place: Place | None) -> bool:
     """Everything from Open to Close. Returns whether it went well; if not, the engine has been told."""
     try:
+        if place is not None:
+            # Before any thread is started, and before there is anything in memory that is to be near.
+            bind(place)
         # Before the Open is read: importing torch takes seconds, in which the engine reads its tokenizer.
         open_runner = _find(opener)
         order = connection.receive()
         assert isinstance(order, Open), f"the first message must be Open, got {order}"
         connection.send(StageDone())
-        runner, built = open_runner(order, RemoteProgress(connection))
+        follows = order.ranks is not None and order.ranks.rank > 0
+        runner, built = open_runner(order, NullProgress() if follows else RemoteProgress(connection))
         # What loading leaves behind, torch above all, stays to the end. Looking through it for garbage holds up a step
         # for a tenth of a second.
         gc.collect()
         gc.freeze()
         connection.send(built)
+        if isinstance(runner, Follower):
+            follow(connection, runner)
+            return True
         run_steps(connection, runner)
         runner.close()
     except (EOFError, ConnectionError):

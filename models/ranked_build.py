@@ -1,0 +1,83 @@
+"""From a model's weights to one rank's part of its program (`ranks.py`)."""
+
+from collections.abc import Iterable
+
+import torch
+
+from triode.kernels.native.cpus import usable_threads
+from triode.kernels.native.library import NativeLibrary
+from triode.models.config import KernelChoice, ModelConfig
+from triode.models.cpu import NativeChoice, choose_native
+from triode.models.native import NativeDecoder
+from triode.models.parallel import RankOrder, share_of
+from triode.models.progress import Progress
+from triode.models.quantization import WeightPlan
+from triode.models.ranks import FollowingRank, LeadProgram
+from triode.models.room import Room
+from triode.models.shares import share_of_ends, share_of_layer
+from triode.models.weights import DecoderWeights, LayerWeights
+
+
+def build_lead(
+    config: ModelConfig,
+    weights: DecoderWeights,
+    layers: Iterable[LayerWeights],
+    native: NativeChoice,
+    plan: WeightPlan,
+    order: RankOrder,
+    max_step_tokens: int,
+) -> LeadProgram:
+    """Rank 0's program, which is the whole model's.
+
+    Raises:
+        ValueError: the model cannot be divided by the number of ranks, or there is no compiled step.
+    """
+    own, room = _build_share(config, weights, layers, native, plan, order, max_step_tokens)
+    return LeadProgram(config, own, room)
+
+
+def build_follower(
+    config: ModelConfig,
+    weights: DecoderWeights,
+    layers: Iterable[LayerWeights],
+    *,
+    plan: WeightPlan,
+    order: RankOrder,
+    max_step_tokens: int,
+    num_threads: int | None,
+    kernels: KernelChoice,
+    progress: Progress,
+) -> FollowingRank:
+    """Another rank's part. Torch's number of threads in this process becomes that of its steps.
+
+    Raises:
+        ValueError: as for rank 0.
+    """
+    native = choose_native(weights.embed_VD.dtype, kernels, plan, progress)
+    torch.set_num_threads(num_threads or usable_threads(torch.get_num_threads()))
+    with torch.inference_mode():
+        return FollowingRank(*_build_share(config, weights, layers, native, plan, order, max_step_tokens))
+
+
+def _build_share(
+    config: ModelConfig,
+    weights: DecoderWeights,
+    layers: Iterable[LayerWeights],
+    native: NativeChoice,
+    plan: WeightPlan,
+    order: RankOrder,
+    max_step_tokens: int,
+) -> tuple[NativeDecoder, Room]:
+    library = _library(native, order)
+    room = Room(order, config, weights.embed_VD.dtype, max_step_tokens)
+    place = (order.rank, order.num_ranks)
+    ends = share_of_ends(config, weights, *place)
+    shares = (share_of_layer(config, layer, *place) for layer in layers)
+    return NativeDecoder(share_of(config, order.num_ranks), ends, library, shares, plan, room.struct), room
+
+
+def _library(native: NativeChoice, order: RankOrder) -> NativeLibrary:
+    if native.library is None:
+        reason = native.missing or "the torch kernels were asked for"
+        raise ValueError(f"tensor_parallel must be 1 without native kernels, got {order.num_ranks}: {reason}")
+    return native.library

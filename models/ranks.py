@@ -1,0 +1,234 @@
+"""The ranks of a model at run time: rank 0's program, which has the others compute each step with it, and theirs.
+
+Rank 0 tells the others, over a socket each, what it computes: the arrays of a step, or how many rows of hidden states want
+logits. Then all of them make the same call. Sums over ranks are added up within it (kernels/native/ranks.h), so that every
+rank has the same hidden states, to the bit; logits of the other ranks come back by the room.
+
+    T packed tokens     R rows     D hidden     V vocab     P blocks     B block size     K KV heads     H head dim
+"""
+
+import socket
+import threading
+from collections.abc import Sequence
+from typing import NoReturn, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from triode.cache.messages import BlockCopy
+from triode.cache.pool import KVPool
+from triode.kernels.paged_attention.rows import AttentionRows
+from triode.models.batch import StepBatch
+from triode.models.config import ModelConfig
+from triode.models.native import NativeDecoder, NativeKernels
+from triode.models.room import MAX_LOGIT_ROWS, Room
+
+_LENGTH_BYTES = 8
+_DONE = b"."
+
+
+class UsePool(msgspec.Struct, frozen=True, tag=True):
+    """Make room for so many blocks."""
+
+    num_blocks: int
+    block_size_tokens: int
+    is_int8: bool
+
+
+class CopyBlocks(msgspec.Struct, frozen=True, tag=True):
+    """`KVPool.copy`."""
+
+    copies: tuple[BlockCopy, ...]
+
+
+class Forward(msgspec.Struct, frozen=True, tag=True):
+    """Compute a step: the arrays of a `StepBatch`, as bytes of 64-bit integers."""
+
+    token_ids: bytes
+    positions: bytes
+    slots: bytes
+    query_start: bytes
+    start: bytes
+    block_table: bytes
+
+
+class Logits(msgspec.Struct, frozen=True, tag=True):
+    """Compute your part of the logits of so many rows of the room's hidden states, and say when they are there."""
+
+    num_rows: int
+
+
+Command: TypeAlias = UsePool | CopyBlocks | Forward | Logits
+_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_encoder = msgspec.msgpack.Encoder()
+
+
+class LeadProgram:
+    """The whole model as rank 0 computes it: a `StepProgram`."""
+
+    def __init__(self, config: ModelConfig, own: NativeDecoder, room: Room) -> None:
+        self.config = config
+        self.device, self.dtype = own.device, own.dtype
+        ranks = f"{room.order.num_ranks} ranks"
+        self.kernels = NativeKernels({name: f"{kernel}, {ranks}" for name, kernel in own.kernels.names.items()})
+        self._own = own
+        self._room = room
+        self._links = [socket.socket(fileno=link) for link in room.order.links]
+
+    @property
+    def matrices_bytes(self) -> int:
+        """Of all ranks."""
+        return self._own.matrices_bytes * self._room.order.num_ranks
+
+    def tell(self, command: Command) -> None:
+        """Have all other ranks do it."""
+        body = _encoder.encode(command)
+        data = len(body).to_bytes(_LENGTH_BYTES, "big") + body
+        for link in self._links:
+            try:
+                link.sendall(data)
+            except ConnectionError:
+                _await_the_end()
+
+    def make_pool(self, num_blocks: int, block_size_tokens: int, dtype: torch.dtype) -> KVPool:
+        """A pool for this rank's heads, and one of as many blocks in every other rank."""
+        self.tell(UsePool(num_blocks, block_size_tokens, dtype == torch.int8))
+        return LeadPool(self, self._own.config, num_blocks, block_size_tokens, dtype)
+
+    def forward(
+        self, batch: StepBatch, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Compute one step and store its keys and values; the hidden states after the final norm, [T, D]."""
+        rows = batch.rows
+        self.tell(
+            Forward(
+                token_ids=batch.token_ids_T.numpy().tobytes(),
+                positions=batch.positions_PT.numpy().tobytes(),
+                slots=batch.slot_T.numpy().tobytes(),
+                query_start=rows.query_start_R1.tobytes(),
+                start=rows.start_R.tobytes(),
+                block_table=rows.block_table_RC.tobytes(),
+            )
+        )
+        return self._own.forward(batch, keys_PBKH, values_PBKH)
+
+    def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """float32 logits [R, V] of the rows that need them."""
+        return torch.cat([self._some_logits(some_RD) for some_RD in hidden_RD.split(MAX_LOGIT_ROWS)])
+
+    def _some_logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        num_rows, room = len(hidden_RD), self._room
+        room.hidden_RD[:num_rows] = hidden_RD
+        self.tell(Logits(num_rows))
+        parts = [self._own.logits(hidden_RD)]
+        for rank, link in enumerate(self._links, 1):
+            if link.recv(1) != _DONE:
+                _await_the_end()
+            parts.append(room.logits_RV[rank][:num_rows, : len(room.parts[rank])])
+        return torch.cat(parts, 1)
+
+
+class LeadPool(KVPool):
+    """Rank 0's keys and values. What is copied here is copied by all."""
+
+    def __init__(
+        self, lead: LeadProgram, share: ModelConfig, num_blocks: int, block_size_tokens: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__(
+            num_blocks,
+            block_size_tokens=block_size_tokens,
+            num_layers=share.num_layers,
+            num_kv_heads=share.num_kv_heads,
+            head_dim=share.head_dim,
+            dtype=dtype,
+            device=lead.device,
+        )
+        self._lead = lead
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks in all ranks."""
+        if copies:
+            self._lead.tell(CopyBlocks(tuple(copies)))
+            super().copy(copies)
+
+
+class FollowingRank:
+    """Another rank's part: a `Follower`."""
+
+    def __init__(self, own: NativeDecoder, room: Room) -> None:
+        self._own = own
+        self._room = room
+        (link,) = room.order.links
+        self._link = socket.socket(fileno=link)
+
+    def fileno(self) -> int:
+        """Of the socket to rank 0."""
+        return self._link.fileno()
+
+    @torch.inference_mode()
+    def obey(self) -> bool:
+        """Do what rank 0 says next; False if it has hung up."""
+        length = self._receive(_LENGTH_BYTES)
+        body = self._receive(int.from_bytes(length, "big")) if length else b""
+        if not body:
+            return False
+        match _decoder.decode(body):
+            case UsePool(num_blocks, block_size_tokens, is_int8):
+                dtype = torch.int8 if is_int8 else self._own.dtype
+                self._pool = self._make_pool(num_blocks, block_size_tokens, dtype)
+            case CopyBlocks(copies):
+                self._pool.copy(copies)
+            case Forward() as command:
+                self._own.forward(self._batch(command), self._pool.keys, self._pool.values)
+            case Logits(num_rows):
+                room, rank = self._room, self._room.order.rank
+                logits_RV = self._own.logits(room.hidden_RD[:num_rows])
+                room.logits_RV[rank][:num_rows, : logits_RV.shape[1]] = logits_RV
+                self._link.sendall(_DONE)
+        return True
+
+    def _make_pool(self, num_blocks: int, block_size_tokens: int, dtype: torch.dtype) -> KVPool:
+        share = self._own.config
+        return KVPool(
+            num_blocks,
+            block_size_tokens=block_size_tokens,
+            num_layers=share.num_layers,
+            num_kv_heads=share.num_kv_heads,
+            head_dim=share.head_dim,
+            dtype=dtype,
+            device=self._own.device,
+        )
+
+    def _batch(self, command: Forward) -> StepBatch:
+        def array(data: bytes) -> npt.NDArray[np.int64]:
+            return np.frombuffer(bytearray(data), np.int64)
+
+        start_R = array(command.start)
+        rows = AttentionRows(
+            array(command.query_start),
+            start_R,
+            array(command.block_table).reshape(len(start_R), -1),
+            self._pool.block_size_tokens,
+        )
+        tokens, positions, slots = (
+            torch.from_numpy(array(data)) for data in (command.token_ids, command.positions, command.slots)
+        )
+        return StepBatch(tokens, positions[None], slots, rows)
+
+    def _receive(self, num_bytes: int) -> bytes:
+        """So many bytes; none if the other end is gone."""
+        data = bytearray()
+        while len(data) < num_bytes:
+            some = self._link.recv(num_bytes - len(data))
+            if not some:
+                return b""
+            data += some
+        return bytes(data)
+
+
+def _await_the_end() -> NoReturn:
+    """A rank is gone. The engine knows why, as it watches them all, and ends the others: nobody here can go on."""
+    threading.Event().wait()
+    raise AssertionError("nobody sets it")
