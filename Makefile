@@ -6,12 +6,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: help demo test test-slow check clean
+# Under an emulator: all formats and shapes on every instruction set, but few of the tests with several threads, which take
+# minutes each there.
+EMULATED := tests/kernels/native/test_native_formats.py tests/models/test_gguf_blocks.py \
+	$(addprefix tests/models/test_native_,step.py cache.py fuzz.py)
+EMULATED_CASES := not sharing_a_long and not long_and_short and not twice_the_blocks \
+	and (not threads or (ragged and bfloat16 and (none or a8w8)))
+
+.PHONY: help demo test test-slow test-aarch64 check clean
 
 help:
 	@echo "make demo       stream SmolLM2's answer to one question"
 	@echo "make test       the tests, with storms and soaks at a tenth of their size"
 	@echo "make test-slow  every test that needs no GPU, in full"
+	@echo "make test-aarch64  the compiled step's tests on ARM's instruction sets, cross-compiled, under QEMU"
 	@echo "make check      ruff, mypy --strict, and the tests of the public surface"
 	@echo "make clean      remove .venv and everything else that make has made"
 	@echo "PYTHON=python3.12 make ... chooses the Python of a new .venv"
@@ -26,6 +34,11 @@ test: $(VENV)/.tools
 
 test-slow: $(VENV)/.tools
 	$(BIN)/pytest -m "not gpu" --hypothesis-profile=thorough
+
+test-aarch64: $(VENV)/.tools
+	@command -v aarch64-linux-gnu-g++ > /dev/null && command -v qemu-aarch64 > /dev/null || { \
+		echo "Needs a cross compiler and QEMU: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	TRIODE_EMULATE=aarch64 $(BIN)/pytest $(EMULATED) -k "$(EMULATED_CASES)"
 
 check: $(VENV)/.tools
 	$(BIN)/ruff check

@@ -87,8 +87,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def _multiplies_bfloat16(cpuinfo: Path) -> bool:
     if not cpuinfo.exists():
         return False
-    flags = next((line.split() for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), [])
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    lines = cpuinfo.read_text().splitlines()
+    # x86 and ARM have words of their own for the list, too.
+    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 def _with_context(checkpoint: Checkpoint, options: ModelOptions) -> Checkpoint:

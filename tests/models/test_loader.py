@@ -76,11 +76,14 @@ def test_auto_takes_bfloat16_where_the_device_multiplies_it(tmp_path: Path) -> N
     assert resolve_dtype("auto", config, GPU) == torch.bfloat16
     for flags, dtype in (
         ("fpu avx512_bf16", torch.bfloat16),
+        ("fp asimd asimddp", torch.float32),
+        ("fp asimd asimddp i8mm bf16", torch.bfloat16),
         ("fpu amx_bf16", torch.bfloat16),
         ("fpu avx2", torch.float32),
     ):
         cpuinfo = tmp_path / "cpuinfo"
-        cpuinfo.write_text(f"processor : 0\nflags : {flags}\n")
+        key = "Features" if "asimd" in flags else "flags"
+        cpuinfo.write_text(f"processor : 0\n{key} : {flags}\n")
         assert resolve_dtype("auto", config, CPU, cpuinfo) == dtype
     assert resolve_dtype("auto", config, CPU, tmp_path / "missing") == torch.float32
 
