@@ -13,7 +13,7 @@ _MARK = "\x02"
 def vocabulary_for(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
     """The trie of all tokens, with what masks have in common."""
     return LLTokenizer(
-        TokenizerWrapper(Vocabulary(tokenizer, eos_token_ids[0])),
+        TokenizerWrapper(Vocabulary(tokenizer, eos_token_ids[0], vocab_size)),
         n_vocab=max(vocab_size, tokenizer.vocab_size),
         eos_token=list(eos_token_ids),
     )
@@ -24,10 +24,11 @@ class Vocabulary:
 
     bos_token_id = None
 
-    def __init__(self, tokenizer: Tokenizer, eos_token_id: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, eos_token_id: int, vocab_size: int = 0) -> None:
         self.eos_token_id = eos_token_id
-        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
-        """The bytes that each token stands for."""
+        spelled = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        self.tokens = spelled + [b""] * (vocab_size - len(spelled))
+        """The bytes that each token stands for: none where logits are padded, and what has none is never allowed."""
         self.special_token_ids = sorted(tokenizer.special_ids)
         self._encode = tokenizer.encode
 
@@ -62,7 +63,7 @@ class Vocabulary:
     @cached_property
     def _id_of(self) -> dict[bytes, int]:
         special = set(self.special_token_ids)
-        return {spelling: token_id for token_id, spelling in enumerate(self.tokens) if token_id not in special}
+        return {spelling: id_ for id_, spelling in enumerate(self.tokens) if spelling and id_ not in special}
 
     @cached_property
     def _max_bytes(self) -> int:
