@@ -18,11 +18,24 @@ from triode.kernels.gpu_traits import GpuTraits
 
 
 @triton.jit
-def wait_for_inputs(PDL: tl.constexpr):
-    """Let the next kernel start, then wait until the previous ones have finished."""
+def let_next_start(PDL: tl.constexpr):
+    """Let the next kernel start as soon as all programs of this one have come here."""
     if PDL:
         gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait until the previous kernels have finished and what they wrote is visible."""
+    if PDL:
         gdc_wait()
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Both, for a kernel that fetches nothing ahead."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
 
 
 @triton.jit

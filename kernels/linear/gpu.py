@@ -6,8 +6,10 @@ every byte of weight feeds a product. One program owns `rows` weight rows and wa
 taken in the same order for every number of tokens and every tile, and that order is also cuBLASLt's when it may not
 split K. Hence both may serve the same weight, and `proof.py` checks on the GPU at hand that they agree bit for bit.
 
-Asking L2 for the head of the weights before the predecessor has finished was tried and gains nothing: a Qwen2.5-7B
-decode step took 5.39 to 5.92 ms with it on an H100, 5.41 without.
+Weights never change, so a program may fetch them before its predecessors have finished: `ahead` features of its rows
+wait in registers when its inputs are there. That pays where a program's rows fit whole, as in small models, whose chain
+of short kernels is otherwise one memory latency after the other. Asking L2 for the head of large weights gains nothing: a
+Qwen2.5-7B decode step took 5.39 to 5.92 ms with it on an H100, 5.41 without.
 
 M tokens    K in features    N out features    F half of a gate-up weight's N
 """
@@ -18,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from triode.kernels.device_code import dot_dtype, silu_times, wait_for_inputs
+from triode.kernels.device_code import dot_dtype, let_next_start, silu_times, wait_for_previous
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.linear.tiles import LinearTile
 
@@ -30,6 +32,13 @@ def weight_tile(weight_ptr, row, k, in_features, WHOLE: tl.constexpr, DOT: tl.co
     if WHOLE:
         return tl.load(at).to(DOT)
     return tl.load(at, mask=k[None, :] < in_features, other=0.0).to(DOT)
+
+
+@triton.jit
+def token_tile(x_row, real, k, in_features, WHOLE: tl.constexpr, DOT: tl.constexpr):
+    """Features from k[0] on of each token, as columns; 0 past the end of either."""
+    mask = real[None, :] if WHOLE else real[None, :] & (k[:, None] < in_features)
+    return tl.load(x_row + k[:, None], mask=mask, other=0.0).to(DOT)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -47,6 +56,8 @@ def linear_in_order(
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
     WHOLE: tl.constexpr,
+    AHEAD: tl.constexpr,
+    ALL_AHEAD: tl.constexpr,
     SWIGLU: tl.constexpr,
     BIAS: tl.constexpr,
     DOT: tl.constexpr,
@@ -61,20 +72,30 @@ def linear_in_order(
     up_row = last_row + out_features
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     real = token < num_tokens
-    feature = tl.arange(0, FEATURES)
-    wait_for_inputs(PDL)
+    let_next_start(PDL)
+    if AHEAD > 0:
+        head = tl.arange(0, AHEAD)
+        w_head = weight_tile(weight_ptr, last_row, head, in_features, WHOLE, DOT)
+        if SWIGLU:
+            up_head = weight_tile(weight_ptr, up_row, head, in_features, WHOLE, DOT)
+    wait_for_previous(PDL)
     x_row = x_ptr + token.to(tl.int64)[None, :] * x_stride
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     up_acc = tl.zeros([ROWS, TOKENS], tl.float32)
-    for first in range(0, in_features, FEATURES):
-        k = first + feature
-        x_mask = real[None, :] if WHOLE else real[None, :] & (k[:, None] < in_features)
-        x = tl.load(x_row + k[:, None], mask=x_mask, other=0.0).to(DOT)
-        w = weight_tile(weight_ptr, last_row, k, in_features, WHOLE, DOT)
-        acc = tl.dot(w, x, acc, input_precision="ieee")
+    if AHEAD > 0:
+        x_head = token_tile(x_row, real, head, in_features, WHOLE, DOT)
+        acc = tl.dot(w_head, x_head, acc, input_precision="ieee")
         if SWIGLU:
-            up = weight_tile(weight_ptr, up_row, k, in_features, WHOLE, DOT)
-            up_acc = tl.dot(up, x, up_acc, input_precision="ieee")
+            up_acc = tl.dot(up_head, x_head, up_acc, input_precision="ieee")
+    if not ALL_AHEAD:
+        for first in range(AHEAD, in_features, FEATURES):
+            k = first + tl.arange(0, FEATURES)
+            x = token_tile(x_row, real, k, in_features, WHOLE, DOT)
+            w = weight_tile(weight_ptr, last_row, k, in_features, WHOLE, DOT)
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+            if SWIGLU:
+                up = weight_tile(weight_ptr, up_row, k, in_features, WHOLE, DOT)
+                up_acc = tl.dot(up, x, up_acc, input_precision="ieee")
     if BIAS:
         acc += tl.load(bias_ptr + last_row).to(tl.float32)[:, None]
         if SWIGLU:
@@ -109,6 +130,7 @@ def linear_sequential(
     if out_MN.shape != (num_tokens, out_features) or weight_NK.shape[1] != in_features:
         raise ValueError(f"out must be {(num_tokens, out_features)}, got {tuple(out_MN.shape)}")
     step_bytes = (tile.rows * (2 if swiglu else 1) + tile.tokens) * tile.features * x_MK.element_size()
+    num_stages = max(1, min(tile.num_stages, traits.shared_memory_bytes // step_bytes))
     linear_in_order[(triton.cdiv(out_features, tile.rows), triton.cdiv(num_tokens, tile.tokens))](
         x_MK,
         weight_NK,
@@ -122,12 +144,14 @@ def linear_sequential(
         ROWS=tile.rows,
         TOKENS=tile.tokens,
         FEATURES=tile.features,
-        WHOLE=in_features % tile.features == 0,
+        WHOLE=in_features >= tile.ahead and (in_features - tile.ahead) % tile.features == 0,
+        AHEAD=tile.ahead,
+        ALL_AHEAD=tile.ahead >= in_features,
         SWIGLU=swiglu,
         BIAS=bias_N is not None,
         DOT=dot_dtype(x_MK.dtype, traits),
         PDL=traits.dependent_launch,
         num_warps=tile.num_warps,
-        num_stages=max(1, min(tile.num_stages, traits.shared_memory_bytes // step_bytes)),
+        num_stages=num_stages,
         **traits.launch_options,
     )

@@ -14,21 +14,27 @@ class LinearTile:
     rows: int
     """Weight rows (out features); with SwiGLU as many gates and as many ups."""
     tokens: int
-    """A multiple of 16."""
+    """8, or a multiple of 16."""
     features: int
     """In features a step of the loop."""
     num_warps: int
     num_stages: int
     """Steps in flight; fewer where shared memory does not hold them."""
+    ahead: int = 0
+    """In features whose weights are fetched before the inputs are there: 0 or a power of two."""
 
 
 TRITON_TOKENS = 32
 """Up to this many tokens every weight uses the sequential kernel: cuBLASLt slows down when it may not split K."""
 
+_ONE_STEP = 1024
+"""In features that small models' products fetch in one step, ahead of their inputs."""
+
 MEASURED: dict[tuple[int, int], dict[int, LinearTile]] = {
     # Qwen2.5-7B: qkv, o, down, head.
     (4608, 3584): {
-        16: LinearTile(16, 16, 512, 1, 3),
+        8: LinearTile(32, 8, 128, 2, 6),
+        16: LinearTile(64, 16, 128, 4, 6, ahead=256),
         32: LinearTile(64, 32, 128, 4, 6),
         64: LinearTile(64, 64, 64, 4, 10),
     },
@@ -37,7 +43,11 @@ MEASURED: dict[tuple[int, int], dict[int, LinearTile]] = {
         32: LinearTile(64, 32, 128, 4, 6),
         64: LinearTile(64, 64, 64, 4, 10),
     },
-    (3584, 18944): {16: LinearTile(64, 16, 128, 4, 10), 32: LinearTile(32, 32, 256, 4, 6)},
+    (3584, 18944): {
+        8: LinearTile(32, 8, 256, 2, 6),
+        16: LinearTile(64, 16, 128, 4, 10),
+        32: LinearTile(32, 32, 256, 4, 6),
+    },
     (152064, 3584): {
         16: LinearTile(32, 16, 256, 4, 8),
         32: LinearTile(64, 32, 128, 4, 6),
@@ -45,12 +55,14 @@ MEASURED: dict[tuple[int, int], dict[int, LinearTile]] = {
     },
     # Llama-3.1-8B: qkv, o, down, head.
     (6144, 4096): {
-        16: LinearTile(16, 16, 512, 1, 3),
+        8: LinearTile(32, 8, 256, 2, 3),
+        16: LinearTile(64, 16, 128, 4, 6, ahead=256),
         32: LinearTile(64, 32, 128, 4, 6),
         64: LinearTile(64, 64, 128, 4, 5),
     },
     (4096, 4096): {
-        16: LinearTile(64, 16, 128, 4, 8),
+        8: LinearTile(64, 16, 128, 4, 8),
+        16: LinearTile(64, 16, 128, 4, 6, ahead=256),
         32: LinearTile(64, 32, 128, 4, 6),
         64: LinearTile(64, 64, 64, 4, 10),
     },
@@ -60,20 +72,64 @@ MEASURED: dict[tuple[int, int], dict[int, LinearTile]] = {
         32: LinearTile(64, 32, 128, 4, 6),
         64: LinearTile(128, 64, 128, 8, 4),
     },
+    # Qwen2.5-0.5B: qkv, o, down.
+    (1152, 896): {
+        8: LinearTile(16, 8, _ONE_STEP, 1, 1, ahead=_ONE_STEP),
+        16: LinearTile(16, 16, _ONE_STEP, 2, 1, ahead=_ONE_STEP),
+        32: LinearTile(64, 32, 128, 4, 6),
+    },
+    (896, 896): {
+        8: LinearTile(16, 8, _ONE_STEP, 1, 1, ahead=_ONE_STEP),
+        16: LinearTile(16, 16, _ONE_STEP, 2, 1, ahead=_ONE_STEP),
+        32: LinearTile(64, 32, 128, 4, 6),
+    },
+    (896, 4864): {
+        8: LinearTile(16, 8, 256, 4, 6, ahead=2048),
+        16: LinearTile(16, 16, 256, 4, 6, ahead=1024),
+        32: LinearTile(16, 32, 256, 4, 8, ahead=512),
+    },
+    # SmolLM2-135M: qkv, o, down.
+    (960, 576): {
+        8: LinearTile(16, 8, _ONE_STEP, 2, 1, ahead=_ONE_STEP),
+        16: LinearTile(16, 16, _ONE_STEP, 2, 1, ahead=_ONE_STEP),
+        32: LinearTile(64, 32, 64, 4, 6),
+    },
+    (576, 576): {
+        8: LinearTile(16, 8, _ONE_STEP, 2, 1, ahead=_ONE_STEP),
+        16: LinearTile(16, 16, _ONE_STEP, 2, 1, ahead=_ONE_STEP),
+        32: LinearTile(64, 32, 64, 4, 6),
+    },
+    (576, 1536): {
+        8: LinearTile(16, 8, 256, 4, 6, ahead=2048),
+        16: LinearTile(16, 16, 512, 4, 6),
+        32: LinearTile(16, 32, 512, 4, 6),
+    },
 }
 """(out features, in features) → {most tokens: tile}."""
 
 MEASURED_SWIGLU: dict[tuple[int, int], dict[int, LinearTile]] = {
-    # Qwen2.5-7B, Llama-3.1-8B.
+    # Qwen2.5-7B, Llama-3.1-8B, Qwen2.5-0.5B, SmolLM2-135M.
     (18944, 3584): {
-        16: LinearTile(32, 16, 128, 2, 4),
+        8: LinearTile(16, 8, 256, 1, 3, ahead=256),
+        16: LinearTile(32, 16, 128, 2, 4, ahead=128),
         32: LinearTile(32, 32, 128, 2, 4),
         64: LinearTile(64, 64, 64, 4, 6),
     },
     (14336, 4096): {
-        16: LinearTile(32, 16, 128, 2, 6),
+        8: LinearTile(32, 8, 128, 2, 4, ahead=256),
+        16: LinearTile(64, 16, 128, 4, 4, ahead=128),
         32: LinearTile(64, 32, 128, 4, 4),
         64: LinearTile(64, 64, 128, 4, 3),
+    },
+    (4864, 896): {
+        8: LinearTile(16, 8, 128, 1, 4),
+        16: LinearTile(32, 16, 128, 2, 4),
+        32: LinearTile(16, 32, 128, 2, 4, ahead=256),
+    },
+    (1536, 576): {
+        8: LinearTile(16, 8, _ONE_STEP, 2, 1, ahead=_ONE_STEP),
+        16: LinearTile(16, 16, _ONE_STEP, 2, 1, ahead=_ONE_STEP),
+        32: LinearTile(16, 32, _ONE_STEP, 4, 1, ahead=_ONE_STEP),
     },
 }
 """The same for gate-up products with SwiGLU; out features are those of one half."""
@@ -102,7 +158,10 @@ def linear_tile(out_features: int, in_features: int, num_tokens: int) -> LinearT
         return LinearTile(64, 32, min(128, _divisor(in_features)), 4, 6)
     if out_features >= 2048:
         return LinearTile(64, 16, min(128, _divisor(in_features)), 4, 8)
-    return LinearTile(16, 16, min(256, _divisor(in_features)), 1, 4)
+    tokens = 8 if num_tokens <= 8 else 16
+    if in_features <= _ONE_STEP:
+        return LinearTile(16, tokens, _ONE_STEP, 2, 1, ahead=_ONE_STEP)
+    return LinearTile(16, tokens, 512, 4, 6)
 
 
 def swiglu_tile(out_features: int, in_features: int, num_tokens: int) -> LinearTile:

@@ -41,9 +41,10 @@ def attend(
     num_splits: int,
     window_tokens: int = 0,
     kv_dtype: torch.dtype = torch.bfloat16,
+    block_size: int = 16,
 ) -> None:
     num_heads, num_kv_heads, num_rows = 14, 2, 3
-    pool = empty(4, 16, num_kv_heads, head_dim, dtype=kv_dtype)
+    pool = empty(4, block_size, num_kv_heads, head_dim, dtype=kv_dtype)
     q = empty(num_rows * query_tokens, num_heads, head_dim)
     workspace = AttentionWorkspace.allocate(200, 4, 128, head_dim, torch.device("cpu"))
     paged_attention(
@@ -88,13 +89,28 @@ def test_attention_compiles_for_every_head_size_cache_and_window(head_dim: int, 
     assert fits(compiled, traits)
 
 
+@pytest.mark.parametrize(
+    "block_size", [pytest.param(16, marks=pytest.mark.slow), 64, pytest.param(128, marks=pytest.mark.slow)]
+)
+def test_long_rows_have_a_kernel_of_their_own_on_hopper_alone(block_size: int) -> None:
+    for traits, kernel, instruction in (
+        (AMPERE, "attend", "cp.async.cg.shared.global"),
+        (HOPPER, "attend_long_rows", "cp.async.bulk.tensor"),
+    ):
+        with launches_compiled_for(traits) as compiled:
+            attend(128, traits, query_tokens=200, num_splits=1, block_size=block_size)
+        assert [each.metadata.name for each in compiled] == [kernel]
+        assert instruction in compiled[0].asm["ptx"]
+        assert fits(compiled, traits)
+
+
 @pytest.mark.slow
 @GPUS
 def test_products_compile_for_every_tile_of_the_table(traits: GpuTraits) -> None:
     plain = {(tile, size[1]) for size, tiles in MEASURED.items() for tile in tiles.values()}
-    plain |= {(linear_tile(size, size, tokens), size) for size in (576, 4096) for tokens in (1, 32, 64, 128)}
+    plain |= {(linear_tile(size, size, tokens), size) for size in (576, 4096) for tokens in (1, 16, 32, 64, 128)}
     fused = {(tile, size[1]) for size, tiles in MEASURED_SWIGLU.items() for tile in tiles.values()}
-    fused |= {(swiglu_tile(size, size, tokens), size) for size in (576, 4096) for tokens in (1, 32, 64, 128)}
+    fused |= {(swiglu_tile(size, size, tokens), size) for size in (576, 4096) for tokens in (1, 16, 32, 64, 128)}
     with launches_compiled_for(traits) as compiled:
         for tile, in_features in plain:
             product(tile, in_features, traits)
