@@ -32,7 +32,7 @@ def build_lead(
     Raises:
         ValueError: the model cannot be divided by the number of ranks, or there is no compiled step.
     """
-    own, room = _build_share(config, weights, layers, native, plan, order, max_step_tokens)
+    own, room = build_share(config, weights, layers, native, plan, order, max_step_tokens)
     return LeadProgram(config, own, room)
 
 
@@ -56,10 +56,10 @@ def build_follower(
     native = choose_native(weights.embed_VD.dtype, kernels, plan, progress)
     torch.set_num_threads(num_threads or usable_threads(torch.get_num_threads()))
     with torch.inference_mode():
-        return FollowingRank(*_build_share(config, weights, layers, native, plan, order, max_step_tokens))
+        return FollowingRank(*build_share(config, weights, layers, native, plan, order, max_step_tokens))
 
 
-def _build_share(
+def build_share(
     config: ModelConfig,
     weights: DecoderWeights,
     layers: Iterable[LayerWeights],
@@ -68,6 +68,7 @@ def _build_share(
     order: RankOrder,
     max_step_tokens: int,
 ) -> tuple[NativeDecoder, Room]:
+    """A rank's decoder and what it shares with the others."""
     library = _library(native, order)
     room = Room(order, config, weights.embed_VD.dtype, max_step_tokens)
     place = (order.rank, order.num_ranks)

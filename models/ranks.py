@@ -77,6 +77,11 @@ class LeadProgram:
         self._room = room
         self._links = [socket.socket(fileno=link) for link in room.order.links]
 
+    def close(self) -> None:
+        """Let the other ranks go."""
+        for link in self._links:
+            link.close()
+
     @property
     def matrices_bytes(self) -> int:
         """Of all ranks."""
@@ -166,6 +171,10 @@ class FollowingRank:
     def fileno(self) -> int:
         """Of the socket to rank 0."""
         return self._link.fileno()
+
+    def close(self) -> None:
+        """Leave rank 0."""
+        self._link.close()
 
     @torch.inference_mode()
     def obey(self) -> bool:

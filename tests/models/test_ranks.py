@@ -1,0 +1,115 @@
+"""Ranks of the compiled step: the numbers of float64, the same bits in all company, and every copy everywhere."""
+
+import random
+
+import pytest
+import torch
+
+from exact_decoder import logits_float64
+from paged_decoding import PagedSequence
+from ranked_decoders import RankedDecoding, ranked
+from tiny_decoders import tiny_config, tiny_weights
+from triode.cache.messages import BlockCopy
+from triode.ids import BlockId
+from triode.models.config import ModelConfig
+from triode.models.parallel import check_shares, outputs_of, share_of
+from triode.models.quantization import Quantization
+from triode.models.random_model import random_config
+from triode.models.ranks import LeadProgram
+
+CONFIGS = {
+    "llama": (2, tiny_config()),
+    "window, norms and biases": (
+        2,
+        tiny_config(sliding_window_tokens=40, sliding_layers=(True, False), qk_norm=True, qkv_bias=True),
+    ),
+    "ragged": (2, tiny_config(hidden_size=70, intermediate_size=82, vocab_size=101, head_dim=18)),
+    "three ranks": (3, tiny_config(num_kv_heads=3, intermediate_size=99, vocab_size=130)),
+    "one rank": (1, tiny_config()),
+}
+NUM_TOKENS = 135
+
+
+def tokens(seed: int, config: ModelConfig, count: int = NUM_TOKENS) -> list[int]:
+    return random.Random(seed).choices(range(config.vocab_size), k=count)
+
+
+def logits_alone(
+    lead: LeadProgram, token_ids: list[int], chunks: list[int], kv_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    decoding, sequence = RankedDecoding(lead, 30, kv_dtype), PagedSequence(list(token_ids))
+    return torch.cat([decoding.step([(sequence, count)])[0] for count in chunks])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_of_ranks_are_those_of_float64(name: str) -> None:
+    num_ranks, config = CONFIGS[name]
+    weights = tiny_weights(config, torch.float32)
+    token_ids = tokens(0, config)
+    expected = logits_float64(config, weights, token_ids)
+    with ranked(config, weights, num_ranks) as lead:
+        got = logits_alone(lead, token_ids, [100, 35])
+    assert float((got.double() - expected).norm() / expected.norm()) < 2e-6
+
+
+@pytest.mark.parametrize(("quantization", "kv_dtype"), [("none", None), ("a8w8", torch.int8), ("a16w4", None)], ids=str)
+def test_chunks_neighbours_and_another_start_change_no_bit(
+    quantization: Quantization, kv_dtype: torch.dtype | None
+) -> None:
+    config = tiny_config()
+    weights = tiny_weights(config, torch.bfloat16)
+    token_ids = tokens(1, config)
+    with ranked(config, weights, 2, quantization) as lead:
+        expected = logits_alone(lead, token_ids, [NUM_TOKENS], kv_dtype)
+    assert expected.isfinite().all()
+    with ranked(config, weights, 2, quantization) as lead:
+        for chunks in ([1, 134], [64, 64, 7], [101] + [1] * 34):
+            assert torch.equal(logits_alone(lead, token_ids, chunks, kv_dtype), expected)
+        decoding, ours = RankedDecoding(lead, 200, kv_dtype), PagedSequence(token_ids)
+        others = [PagedSequence(tokens(seed, config, 60)) for seed in range(5)]
+        got = []
+        for count, their_count in ((35, 20), (1, 1), (99, 30)):
+            rows = [(other, their_count) for other in others]
+            got.append(decoding.step([*rows[:2], (ours, count), *rows[2:]])[2])
+    assert torch.equal(torch.cat(got), expected)
+
+
+def test_blocks_are_copied_in_every_rank() -> None:
+    config = tiny_config()
+    weights = tiny_weights(config, torch.float32)
+    token_ids = tokens(2, config, 40)
+    with ranked(config, weights, 2) as lead:
+        expected = logits_alone(lead, token_ids, [39, 1])[-1]
+        decoding, sequence = RankedDecoding(lead, 30), PagedSequence(token_ids)
+        decoding.step([(sequence, 39)])
+        copies = [BlockCopy(BlockId(block), BlockId(decoding.free.pop())) for block in sequence.blocks]
+        decoding.pool.copy(copies)
+        sequence.blocks = [copy.target for copy in copies]
+        (last,) = decoding.step([(sequence, 1)])
+    assert torch.equal(last[-1], expected)
+
+
+def test_a_step_of_more_tokens_than_there_is_room_for_is_refused() -> None:
+    config = tiny_config()
+    with (
+        ranked(config, tiny_weights(config, torch.float32), 1) as lead,
+        pytest.raises(ValueError, match="batch must hold"),
+    ):
+        logits_alone(lead, tokens(0, config, 300), [257])
+
+
+def test_a_model_that_cannot_be_divided_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="tensor_parallel must divide num_kv_heads = 3 of this model, got 2"):
+        check_shares(random_config("smollm2-135m"), 2)
+    with pytest.raises(ValueError, match="tensor_parallel must divide intermediate_size = 99 of this model, got 2"):
+        check_shares(tiny_config(intermediate_size=99), 2)
+    check_shares(random_config("qwen2.5-0.5b"), 2)
+    share = share_of(random_config("qwen2.5-0.5b"), 2)
+    assert (share.num_heads, share.num_kv_heads, share.intermediate_size, share.head_dim) == (7, 1, 2432, 64)
+
+
+def test_every_token_has_one_rank_that_computes_its_logit() -> None:
+    for vocab_size, num_ranks in ((128, 2), (101, 2), (7, 3), (151_936, 4)):
+        parts = [outputs_of(vocab_size, rank, num_ranks) for rank in range(num_ranks)]
+        assert [token for part in parts for token in part] == list(range(vocab_size))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
