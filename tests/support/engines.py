@@ -169,8 +169,8 @@ async def check_nothing_is_left(engine: Engine) -> None:
         "detokenizer": hub._detokenizer,
         "arrivals": scheduler._arrivals,
         "deadlines": scheduler._deadlines._requests,
-        "requests": scheduler._requests,
-        "sequences": scheduler._sequences,
+        "requests": scheduler._registry,
+        "sequences": scheduler._registry.sequences,
     }
     assert {name: len(left) for name, left in leftovers.items() if len(left)} == {}
-    assert scheduler._slots.num_free == hub.parts.config.scheduler.max_running
+    assert scheduler._lines.num_free_slots == hub.parts.config.scheduler.max_running

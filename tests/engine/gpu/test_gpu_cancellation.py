@@ -27,9 +27,9 @@ class BlocksReturn:
         patch.setattr(self._core, "commit", self.commit)
 
     def abort(self, cancel: Cancel) -> None:
-        request = self._core._requests.get(cancel.request_id)
+        request = self._core._registry.find_arrival(cancel.request_id, cancel.arrival)
         self._abort(cancel)
-        if request is not None and request.arrival == cancel.arrival:
+        if request is not None:
             now = self._core.statistics()
             self.num_watched += 1
             self.most_steps = max(self.most_steps, now.num_steps_in_flight)
@@ -45,7 +45,7 @@ class BlocksReturn:
         num_retired = now.num_steps - now.num_steps_in_flight
         for num_launched, sequences in self._waiting:
             if num_launched <= num_retired:
-                assert sequences.isdisjoint(self._core._sequences), "cancelled sequences keep their blocks"
+                assert sequences.isdisjoint(self._core._registry.sequences), "cancelled sequences keep their blocks"
         self._waiting = [entry for entry in self._waiting if entry[0] > num_retired]
 
 
