@@ -3,7 +3,9 @@
 import ctypes
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -14,6 +16,7 @@ from triode.cache.config import CacheConfig
 from triode.ids import SlotId, StepId, TokenId
 from triode.models.config import ModelConfig, ModelOptions, RopeConfig
 from triode.models.guide import Guide
+from triode.models.parallel import RankOrder
 from triode.models.progress import Progress
 from triode.models.runner import RunnerStatistics
 from triode.models.sampling import SamplingParams
@@ -207,3 +210,50 @@ def open_nothing(order: Open, progress: Progress) -> tuple[EchoRunner, Built]:
     if model == "UnsupportedModel":
         raise errors.UnsupportedModel("it has what nobody has")
     raise KeyError(model)
+
+
+class LinkedRunner(EchoRunner):
+    """Rank 0: ends a step when every other rank has."""
+
+    def __init__(self, ranks: RankOrder) -> None:
+        super().__init__()
+        self.links = [socket.socket(fileno=link) for link in ranks.links]
+
+    def launch(self, plan: StepPlan) -> None:
+        for link in self.links:
+            link.sendall(bytes([plan.step_id]))
+        answers = [link.recv(1) for link in self.links]
+        if not all(answers):
+            threading.Event().wait()
+        super().launch(plan)
+
+
+class LinkedFollower:
+    """Another rank: fails at step 1 and is stuck in step 2, if the model is called so."""
+
+    def __init__(self, ranks: RankOrder, name: str) -> None:
+        (link,) = ranks.links
+        self.link = socket.socket(fileno=link)
+        self.name = name
+
+    def fileno(self) -> int:
+        return self.link.fileno()
+
+    def obey(self) -> bool:
+        step = self.link.recv(1)
+        if step == b"\1" and self.name == "fails":
+            raise ArithmeticError("step 1 is too much")
+        if step == b"\2" and self.name == "sticks":
+            threading.Event().wait()
+        if step:
+            self.link.sendall(step)
+        return bool(step)
+
+
+def open_linked(order: Open, progress: Progress) -> tuple[LinkedRunner | LinkedFollower, Built]:
+    """The model says what the rank that follows does."""
+    assert order.ranks is not None, "there are ranks"
+    if order.options.model == "unready" and order.ranks.rank:
+        raise ValueError("tensor_parallel must be 1")
+    rank = order.ranks.rank
+    return LinkedFollower(order.ranks, order.options.model) if rank else LinkedRunner(order.ranks), BUILT
