@@ -130,6 +130,8 @@ class AttentionCase:
     dtype: torch.dtype = torch.bfloat16
     kv_dtype: torch.dtype | None = None
     window: int = 0
+    sharpness: float = 1.0
+    """Scores spread this much wider than a standard normal: sums of weights are then rounded, and their order shows."""
     length: int = 3000
 
     def build(self, traits: GpuTraits) -> "AttentionRun":
@@ -138,7 +140,7 @@ class AttentionCase:
         return AttentionRun(
             self,
             traits,
-            random(self.length, self.num_heads, self.head_dim, dtype=self.dtype),
+            random(self.length, self.num_heads, self.head_dim, scale=self.sharpness, dtype=self.dtype),
             random(*pool, dtype=self.kv_dtype or self.dtype),
             random(*pool, dtype=self.kv_dtype or self.dtype),
             (torch.randperm(num_blocks, device=DEVICE) + 1).int(),
@@ -235,6 +237,10 @@ ATTENTION_CASES = {
     "16:1, 128": AttentionCase(32, 2, 128),
     "7:1, 128, window 1000": AttentionCase(28, 4, 128, window=1000),
     "4:1, 128, fp8 KV": AttentionCase(32, 8, 128, kv_dtype=torch.float8_e4m3fn),
+    "7:1, 128, sharp": AttentionCase(28, 4, 128, sharpness=8),
+    "3:1, 64, float16, sharp": AttentionCase(9, 3, 64, torch.float16, sharpness=4),
+    "2:1, 256, sharp": AttentionCase(8, 4, 256, sharpness=8),
+    "4:1, 128, fp8 KV, sharp": AttentionCase(32, 8, 128, kv_dtype=torch.float8_e4m3fn, sharpness=8),
 }
 
 
@@ -251,9 +257,9 @@ def gate_attention(gate: Gate, traits: GpuTraits) -> None:
             gate.check(f"attention {name}: {len(positions)} decode rows, {num_splits} programs a row", same)
         alone = torch.cat([run.decode([position], 6) for position in positions[::7]])
         gate.check(f"attention {name}: decode rows alone", torch.equal(alone, whole[positions[::7]]))
-    run = ATTENTION_CASES["7:1, 128"].build(traits)
+    run = ATTENTION_CASES["7:1, 128, sharp"].build(traits)
     whole = run.prefill(3000)
-    for tile in (AttentionTile(16, 1, 2), AttentionTile(64, 4, 2), AttentionTile(128, 4, 3)):
+    for tile in (AttentionTile(16, 1, 2), AttentionTile(64, 4, 2), AttentionTile(128, 4, 3), AttentionTile(128, 8, 2)):
         gate.check(f"attention tile {tile}", torch.equal(run.prefill(3000, tile=tile), whole))
     split = run.prefill(2000, 1000, tile=AttentionTile(64, 4, 2), num_splits=4)
     gate.check("attention: prefill split over KV", torch.equal(split, whole))

@@ -9,6 +9,10 @@ program that arrives last merges them in the same order. Masked tiles and segmen
 where a walk begins (sliding window) or ends changes nothing either. Segment and tile are constants of the format:
 another value is another (equally good) rounding.
 
+Within a tile the order is that of the tensor core, which takes a row's keys sixteen by sixteen however many rows and
+warps a program has. Hence it also adds up a row's weights, as a product with ones: `tl.sum` would add in an order that
+depends on how a tile lies in the warps.
+
 Packed GQA: the query heads of one KV head share its tiles, so a program's rows are (query token, head) pairs.
 A tile is not a page: each KV position looks up its own page, so any block size works with the same tiles.
 
@@ -23,6 +27,7 @@ import triton.language as tl
 
 from triode.kernels.device_code import wait_for_inputs
 
+ONES = tl.constexpr(8)  # Columns of the product that sums a row's weights, all equal: the fewest that there may be.
 LOWEST = tl.constexpr(-1e30)  # finite, so that the difference of two empty maxima is 0 and not NaN
 
 
@@ -92,7 +97,8 @@ def add_tile(
     new = tl.maximum(peak, tl.max(s, 1))
     alpha = tl.exp2((peak - new) * scale)
     p = tl.exp2(tl.math.fma(s, scale, -(new * scale)[:, None])).to(DOT)
-    mass = tl.math.fma(mass, alpha, tl.sum(p.to(tl.float32), 1))
+    ones = tl.full([kv.shape[0], ONES], 1.0, DOT)
+    mass = tl.dot(p, ones, mass * alpha[:, None], input_precision="ieee")
     v = load_kv(value_ptr, kv_offset, kv_mask, KV_MODE, DOT)
     acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
     return new, mass, acc
@@ -104,21 +110,22 @@ def merge(peak, mass, acc, peak2, mass2, acc2, scale):
     new = tl.maximum(peak, peak2)
     a = tl.exp2((peak - new) * scale)
     b = tl.exp2((peak2 - new) * scale)
-    return new, tl.math.fma(mass, a, mass2 * b), tl.math.fma(acc, a[:, None], acc2 * b[:, None])
+    mass = tl.math.fma(mass, a[:, None], mass2 * b[:, None])
+    return new, mass, tl.math.fma(acc, a[:, None], acc2 * b[:, None])
 
 
 @triton.jit
 def empty_state(PAIRS: tl.constexpr, HEAD_PADDED: tl.constexpr):
     """The softmax state (maximum, sum, accumulator) of no keys at all."""
     peak = tl.full([PAIRS], LOWEST, tl.float32)
-    return peak, tl.zeros([PAIRS], tl.float32), tl.zeros([PAIRS, HEAD_PADDED], tl.float32)
+    return peak, tl.zeros([PAIRS, ONES], tl.float32), tl.zeros([PAIRS, HEAD_PADDED], tl.float32)
 
 
 @triton.jit
 def store_state(state_ptr, partial_ptr, at, peak, mass, acc, valid, dim, in_head, HEAD: tl.constexpr):
     """Leave a segment's softmax state for the program that arrives last."""
     tl.store(state_ptr + at * 2, peak, mask=valid)
-    tl.store(state_ptr + at * 2 + 1, mass, mask=valid)
+    tl.store(state_ptr + at * 2 + 1, tl.max(mass, 1), mask=valid)
     tl.store(partial_ptr + at[:, None] * HEAD + dim[None, :], acc, mask=valid[:, None] & in_head[None, :])
 
 
@@ -127,10 +134,84 @@ def load_state(state_ptr, partial_ptr, at, valid, dim, in_head, HEAD: tl.constex
     """What `store_state` left, past L1, which another launch on this multiprocessor may have filled."""
     peak = tl.load(state_ptr + at * 2, mask=valid, other=LOWEST, cache_modifier=".cg")
     mass = tl.load(state_ptr + at * 2 + 1, mask=valid, other=0.0, cache_modifier=".cg")
+    mass = tl.broadcast_to(mass[:, None], [at.shape[0], ONES])
     acc_mask = valid[:, None] & in_head[None, :]
     acc_at = at[:, None] * HEAD + dim[None, :]
     acc = tl.load(partial_ptr + acc_at, mask=acc_mask, other=0.0, cache_modifier=".cg")
     return peak, mass, acc
+
+
+@triton.jit
+def locate(query_start_ptr, tile, num_rows, QUERY_TOKENS: tl.constexpr, LONG_ROWS: tl.constexpr):
+    """Of a query tile: its row, the row's first token among the packed ones, its own first token in the row."""
+    row = tile
+    if LONG_ROWS:
+        row = row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS)
+    row_start = tl.load(query_start_ptr + row)
+    first_token = 0
+    if LONG_ROWS:
+        first_token = (tile - (row_start // QUERY_TOKENS + row)) * QUERY_TOKENS
+    return row, row_start, first_token
+
+
+@triton.jit
+def walk_segment(
+    q,
+    position,
+    key_ptr,
+    value_ptr,
+    table,
+    first_tile,
+    end,
+    kv_end,
+    kv_head,
+    dim,
+    scale,
+    unmasked_end,
+    HEAD: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    KV_MODE: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """The softmax state of one segment, whose tiles begin at `first_tile` and end before `end`."""
+    peak, mass, acc = empty_state(q.shape[0], q.shape[1])
+    tile_position = tl.arange(0, TILE)
+    block = pages_of_tile(table, first_tile, kv_end, tile_position, BLOCK)
+    for first in range(first_tile, end, TILE):
+        # A tile ahead, so that keys and values need not wait for their block numbers.
+        next_block = pages_of_tile(table, first + TILE, kv_end, tile_position, BLOCK)
+        peak, mass, acc = add_tile(
+            peak, mass, acc, q, position, key_ptr, value_ptr, block, first, kv_end, kv_head, tile_position,
+            dim, scale, unmasked_end, HEAD, NUM_KV_HEADS, BLOCK, WINDOW, KV_MODE, DOT,
+        )  # fmt: skip
+        block = next_block
+    return peak, mass, acc
+
+
+@triton.jit
+def merge_shares(
+    state_ptr,
+    partial_ptr,
+    first_state,
+    num_segments,
+    num_states,
+    scale,
+    valid,
+    dim,
+    in_head,
+    HEAD: tl.constexpr,
+    MERGE_STAGES: tl.constexpr,
+):
+    """The row's state from those that all its programs have left, in the order in which one program would merge."""
+    row_peak, row_mass, row_acc = empty_state(valid.shape[0], dim.shape[0])
+    for segment in tl.range(num_segments, num_stages=MERGE_STAGES):
+        at = first_state + segment * num_states
+        peak, mass, acc = load_state(state_ptr, partial_ptr, at, valid, dim, in_head, HEAD)
+        row_peak, row_mass, row_acc = merge(row_peak, row_mass, row_acc, peak, mass, acc, scale)
+    return row_mass, row_acc
 
 
 @triton.jit(do_not_specialize=["num_rows", "table_stride", "max_segments", "num_states"])
@@ -176,13 +257,7 @@ def attend(
     if LONG_ROWS:
         # The last tiles of a prompt walk the most KV: starting them first evens out the end of the launch.
         tile = tl.num_programs(0) - 1 - tile
-        row = row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS)
-        row_start = tl.load(query_start_ptr + row)
-        first_token = (tile - (row_start // QUERY_TOKENS + row)) * QUERY_TOKENS
-    else:
-        row = tile
-        row_start = tl.load(query_start_ptr + row)
-        first_token = 0
+    row, row_start, first_token = locate(query_start_ptr, tile, num_rows, QUERY_TOKENS, LONG_ROWS)
     num_tokens = tl.load(query_start_ptr + row + 1) - row_start
     if first_token >= num_tokens:
         return
@@ -218,23 +293,15 @@ def attend(
 
     row_peak, row_mass, row_acc = empty_state(PAIRS, HEAD_PADDED)
     table = table_ptr + row.to(tl.int64) * table_stride
-    tile_position = tl.arange(0, TILE)
     unmasked_end = 0
     if WINDOW == 0:
         unmasked_end = start_position + first_token + 1
     for segment in range(begin // SEGMENT, tl.cdiv(end, SEGMENT)):
-        peak, mass, acc = empty_state(PAIRS, HEAD_PADDED)
-        tile_begin = tl.maximum(begin, segment * SEGMENT)
-        tile_end = tl.minimum(end, (segment + 1) * SEGMENT)
-        block = pages_of_tile(table, tile_begin, kv_end, tile_position, BLOCK)
-        for first in range(tile_begin, tile_end, TILE):
-            # A tile ahead, so that keys and values need not wait for their block numbers.
-            next_block = pages_of_tile(table, first + TILE, kv_end, tile_position, BLOCK)
-            peak, mass, acc = add_tile(
-                peak, mass, acc, q, position, key_ptr, value_ptr, block, first, kv_end, kv_head, tile_position,
-                dim, scale, unmasked_end, HEAD, NUM_KV_HEADS, BLOCK, WINDOW, KV_MODE, DOT,
-            )  # fmt: skip
-            block = next_block
+        peak, mass, acc = walk_segment(
+            q, position, key_ptr, value_ptr, table, tl.maximum(begin, segment * SEGMENT),
+            tl.minimum(end, (segment + 1) * SEGMENT), kv_end, kv_head, dim, scale, unmasked_end,
+            HEAD, NUM_KV_HEADS, BLOCK, TILE, WINDOW, KV_MODE, DOT,
+        )  # fmt: skip
         if SPLIT:
             at = work_states + (segment - first_segment) * num_states
             store_state(state_ptr, partial_ptr, at, peak, mass, acc, valid, dim, in_head, HEAD)
@@ -248,12 +315,12 @@ def attend(
             if arrived != num_workers - 1:
                 return
             tl.store(arrivals_ptr + work, 0)
-            row_peak, row_mass, row_acc = empty_state(PAIRS, HEAD_PADDED)
-            for segment in tl.range(num_segments, num_stages=MERGE_STAGES):
-                at = work_states + segment * num_states
-                peak, mass, acc = load_state(state_ptr, partial_ptr, at, valid, dim, in_head, HEAD)
-                row_peak, row_mass, row_acc = merge(row_peak, row_mass, row_acc, peak, mass, acc, scale)
+            row_mass, row_acc = merge_shares(
+                state_ptr, partial_ptr, work_states, num_segments, num_states, scale, valid, dim, in_head,
+                HEAD, MERGE_STAGES,
+            )  # fmt: skip
 
     out_offset = (row_start + token).to(tl.int64)[:, None] * out_stride + head[:, None] * HEAD + dim[None, :]
-    out = row_acc / tl.where(row_mass > 0, row_mass, 1.0)[:, None]
+    mass = tl.max(row_mass, 1)
+    out = row_acc / tl.where(mass > 0, mass, 1.0)[:, None]
     tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & in_head[None, :])
