@@ -21,6 +21,8 @@ class GpuTraits:
     """Whether a kernel may start while its predecessor drains (programmatic dependent launch: SM90 and later)."""
     has_fp8: bool
     """Whether `float8_e4m3fn` converts in hardware (SM89 and later)."""
+    warp_group_products: bool = False
+    """Whether the tensor cores multiply for groups of four warps (`wgmma`: SM90 alone)."""
     interpreted: bool = False
     """Kernels run in Triton's interpreter, whose bfloat16 arithmetic is wrong: products are taken in float32."""
 
@@ -40,6 +42,7 @@ class GpuTraits:
             shared_memory_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
             dependent_launch=capability >= (9, 0),
             has_fp8=capability >= (8, 9),
+            warp_group_products=properties.major == 9,
         )
 
     @property

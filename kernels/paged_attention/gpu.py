@@ -1,5 +1,7 @@
 """Paged attention on an NVIDIA GPU: `attend.py` has the kernel and the idea, `tiles.py` the sizes.
 
+Rows of many query tokens have a kernel of their own on Hopper, `hopper.py`, with the same bits.
+
 T packed query tokens    R rows of the batch    N query heads    K KV heads    H head dim    P blocks    B block size
 C blocks in a table      W programs (query tile, KV head)    S segments      M (query token, head) pairs of a program
 """
@@ -9,15 +11,21 @@ import math
 
 import torch
 import triton
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triode.kernels.device_code import dot_dtype
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.paged_attention.attend import attend
+from triode.kernels.paged_attention.hopper import attend_long_rows
 from triode.kernels.paged_attention.tiles import (
+    HOPPER_PAIRS,
+    HOPPER_STAGES,
     SEGMENT_TOKENS,
     TILE_TOKENS,
     AttentionTile,
     decode_tile,
+    hopper_serves,
     merge_stages,
     prefill_tile,
 )
@@ -90,18 +98,16 @@ def paged_attention(
         ValueError: shapes, strides or types do not fit together, or the workspace is too small.
     """
     num_tokens, num_heads, head_dim = q_TNH.shape
-    _, block_size, num_kv_heads, _ = key_PBKH.shape
-    num_rows = start_R.shape[0]
-    if num_heads % num_kv_heads:
-        raise ValueError(f"query heads must be a multiple of the {num_kv_heads} KV heads, got {num_heads}")
-    if not (key_PBKH.is_contiguous() and value_PBKH.is_contiguous()):
-        raise ValueError("the KV pool must be contiguous")
-    if key_PBKH.dtype == torch.float8_e4m3fn and not traits.has_fp8:
-        raise ValueError("a float8_e4m3fn KV cache needs compute capability >= 8.9")
+    num_rows, num_kv_heads = len(start_R), key_PBKH.shape[2]
+    _check_pool(q_TNH, key_PBKH, value_PBKH, traits)
     group = num_heads // num_kv_heads
-    small = decode_tile(group, head_dim, key_PBKH.dtype, traits)
+    rows = (block_table_RC, query_start_R1, start_R)
     if tile is None:
+        small = decode_tile(group, head_dim, key_PBKH.dtype, traits)
         long_rows = max_query_tokens > small.pairs // group
+        if long_rows and num_splits == 1 and hopper_serves(q_TNH, key_PBKH, traits):
+            _attend_long_rows(q_TNH, key_PBKH, value_PBKH, rows, out_TNH, scale, window_tokens, traits)
+            return
         tile = prefill_tile(group, head_dim, q_TNH.dtype, traits) if long_rows else small
     query_tokens = tile.pairs // group
     long_rows = max_query_tokens > query_tokens
@@ -109,14 +115,11 @@ def paged_attention(
     num_states = min(query_tokens, max_query_tokens) * group
     if num_splits > 1 and (workspace is None or not _holds(workspace, num_tiles * num_kv_heads, num_states, head_dim)):
         raise ValueError("workspace must hold every program's segments when num_splits > 1")
-    split = workspace is not None and num_splits > 1
     attend[(num_tiles, num_kv_heads, num_splits)](
         q_TNH,
         key_PBKH,
         value_PBKH,
-        block_table_RC,
-        query_start_R1,
-        start_R,
+        *rows,
         out_TNH,
         workspace.state_WSM2 if workspace is not None else out_TNH,
         workspace.partial_WSMH if workspace is not None else out_TNH,
@@ -132,14 +135,14 @@ def paged_attention(
         HEAD=head_dim,
         HEAD_PADDED=max(16, triton.next_power_of_2(head_dim)),
         NUM_KV_HEADS=num_kv_heads,
-        BLOCK=block_size,
+        BLOCK=key_PBKH.shape[1],
         PAIRS=tile.pairs,
         QUERY_TOKENS=query_tokens,
         TILE=TILE_TOKENS,
         SEGMENT=SEGMENT_TOKENS,
         WINDOW=window_tokens,
         LONG_ROWS=long_rows,
-        SPLIT=split,
+        SPLIT=num_splits > 1,
         MERGE_STAGES=merge_stages(tile.pairs, head_dim, traits),
         KV_MODE=KV_AS_STORED,
         DOT=dot_dtype(q_TNH.dtype, traits),
@@ -148,6 +151,64 @@ def paged_attention(
         num_stages=tile.num_stages,
         **traits.launch_options,
     )
+
+
+def _attend_long_rows(
+    q_TNH: torch.Tensor,
+    key_PBKH: torch.Tensor,
+    value_PBKH: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    out_TNH: torch.Tensor,
+    scale: float,
+    window_tokens: int,
+    traits: GpuTraits,
+) -> None:
+    """Launch the kernel of Hopper GPUs: as many programs as multiprocessors. `rows` are table, query starts, starts."""
+    num_tokens, num_heads, head_dim = q_TNH.shape
+    num_blocks, block_size, num_kv_heads, _ = key_PBKH.shape
+    group = num_heads // num_kv_heads
+    num_tiles = num_tokens // (HOPPER_PAIRS // group) + len(rows[2])
+    dtype = dot_dtype(q_TNH.dtype, traits)
+    # One copy takes what a tile has of a block, of one KV head.
+    box = [min(block_size, TILE_TOKENS), head_dim]
+    size, stride = [num_blocks * block_size, num_kv_heads * head_dim], [num_kv_heads * head_dim, 1]
+    layout = NVMMASharedLayout.get_default_for(box, dtype)
+    key, value = (TensorDescriptor(pool, size, stride, box, layout) for pool in (key_PBKH, value_PBKH))
+    attend_long_rows[(min(num_tiles * num_kv_heads, traits.num_sms),)](
+        q_TNH,
+        key,
+        value,
+        *rows,
+        out_TNH,
+        len(rows[2]),
+        num_tiles,
+        rows[0].stride(0),
+        scale * math.log2(math.e),
+        q_TNH.stride(0),
+        out_TNH.stride(0),
+        GROUP=group,
+        NUM_KV_HEADS=num_kv_heads,
+        BLOCK=block_size,
+        QUERY_TOKENS=HOPPER_PAIRS // group,
+        HEAD=head_dim,
+        TILE=TILE_TOKENS,
+        SEGMENT=SEGMENT_TOKENS,
+        WINDOW=window_tokens,
+        STAGES=HOPPER_STAGES,
+        DOT=dtype,
+        num_warps=4,
+        **traits.launch_options,
+    )
+
+
+def _check_pool(q_TNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, traits: GpuTraits) -> None:
+    num_heads, num_kv_heads = q_TNH.shape[1], key_PBKH.shape[2]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"query heads must be a multiple of the {num_kv_heads} KV heads, got {num_heads}")
+    if not (key_PBKH.is_contiguous() and value_PBKH.is_contiguous()):
+        raise ValueError("the KV pool must be contiguous")
+    if key_PBKH.dtype == torch.float8_e4m3fn and not traits.has_fp8:
+        raise ValueError("a float8_e4m3fn KV cache needs compute capability >= 8.9")
 
 
 def _holds(workspace: AttentionWorkspace, num_programs: int, num_states: int, head_dim: int) -> bool:

@@ -15,6 +15,11 @@ from triode.kernels.gpu_traits import GpuTraits
 SEGMENT_TOKENS = 512
 TILE_TOKENS = 64
 
+HOPPER_PAIRS = 128
+"""(query token, head) pairs of a query tile of `hopper.py`: 64 for each of two warp groups."""
+HOPPER_STAGES = 4
+"""Tiles that its copying warp may be ahead. A power of two: each step divides by it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionTile:
@@ -54,6 +59,22 @@ def prefill_tile(group: int, head_dim: int, dtype: torch.dtype, traits: GpuTrait
     tiles = _PREFILL_TILES if head_dim <= 128 else _PREFILL_TILES_OF_LARGE_HEADS
     tile = _first_that_fits(tiles, head_dim, dtype, traits)
     return dataclasses.replace(tile, pairs=max(tile.pairs, triton.next_power_of_2(group)))
+
+
+def hopper_serves(q_TNH: torch.Tensor, key_PBKH: torch.Tensor, traits: GpuTraits) -> bool:
+    """Whether `hopper.py` has rows of many query tokens of this form: whole blocks or tiles, copied as they are."""
+    num_heads, head_dim = q_TNH.shape[1:]
+    block_size, num_kv_heads = key_PBKH.shape[1:3]
+    return (
+        traits.warp_group_products
+        and q_TNH.dtype in (torch.bfloat16, torch.float16)
+        and key_PBKH.dtype == q_TNH.dtype
+        and head_dim in (64, 128)
+        and num_heads // num_kv_heads <= HOPPER_PAIRS
+        # The copy engine's pattern in shared memory repeats every eight tokens.
+        and block_size % 8 == 0
+        and (block_size % TILE_TOKENS == 0 or TILE_TOKENS % block_size == 0)
+    )
 
 
 def _first_that_fits(

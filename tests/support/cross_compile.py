@@ -15,7 +15,9 @@ from triode.kernels.gpu_traits import GpuTraits
 
 AMPERE = GpuTraits(num_sms=108, shared_memory_bytes=163 * 1024, dependent_launch=False, has_fp8=False)
 ADA = GpuTraits(num_sms=128, shared_memory_bytes=99 * 1024, dependent_launch=False, has_fp8=True)
-HOPPER = GpuTraits(num_sms=132, shared_memory_bytes=227 * 1024, dependent_launch=True, has_fp8=True)
+HOPPER = GpuTraits(
+    num_sms=132, shared_memory_bytes=227 * 1024, dependent_launch=True, has_fp8=True, warp_group_products=True
+)
 _CAPABILITIES = {AMPERE: 80, ADA: 89, HOPPER: 90}
 
 

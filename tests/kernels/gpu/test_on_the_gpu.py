@@ -15,6 +15,7 @@ from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.proof import prove
 from triode.kernels.linear.tiles import linear_tile, swiglu_tile
 from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
+from triode.kernels.paged_attention.tiles import AttentionTile
 from triode.kernels.rms_norm.gpu import add_rms_norm
 from triode.kernels.swiglu.gpu import swiglu
 
@@ -29,7 +30,15 @@ def traits() -> GpuTraits:
 
 
 def attend(
-    rows: PagedSequences, first: int, last: int, start: torch.Tensor, query_start: torch.Tensor, traits: GpuTraits
+    rows: PagedSequences,
+    first: int,
+    last: int,
+    start: torch.Tensor,
+    query_start: torch.Tensor,
+    traits: GpuTraits,
+    *,
+    window_tokens: int = 0,
+    tile: AttentionTile | None = None,
 ) -> torch.Tensor:
     """Query tokens first..last of the one sequence, as rows that begin at `start`."""
     q = rows.q_TNH[first:last]
@@ -41,24 +50,32 @@ def attend(
         q,
         rows.key_PBKH,
         rows.value_PBKH,
-        rows.block_table_RC.expand(len(start), -1),
+        rows.block_table_RC.expand(len(start), -1) if len(rows.block_table_RC) == 1 else rows.block_table_RC,
         query_start,
         start,
         out,
         scale=rows.scale,
         max_query_tokens=most,
         traits=traits,
+        window_tokens=window_tokens,
         num_splits=3 if most == 1 else 1,
         workspace=workspace,
+        tile=tile,
     )
     return out
 
 
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+@pytest.mark.parametrize("sharpness", [1, 8])
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(14, 2, 128), (9, 3, 64), (4, 2, 80)])
 def test_chunks_and_decode_rows_give_the_bits_of_one_prefill(
-    num_heads: int, num_kv_heads: int, head_dim: int, kv_dtype: torch.dtype, traits: GpuTraits
+    num_heads: int, num_kv_heads: int, head_dim: int, kv_dtype: torch.dtype, sharpness: int, traits: GpuTraits
 ) -> None:
+    """With wide scores too, whose weights do not add up without rounding: then the order of their sum shows."""
     if kv_dtype == torch.float8_e4m3fn and not traits.has_fp8:
         pytest.skip("no hardware float8")
     rows = paged_sequences(
@@ -71,10 +88,7 @@ def test_chunks_and_decode_rows_give_the_bits_of_one_prefill(
         kv_dtype=kv_dtype,
         device="cuda",
     )
-
-    def int32(*values: int) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device="cuda")
-
+    rows.q_TNH.mul_(sharpness)
     whole = attend(rows, 0, LENGTH, int32(0), int32(0, LENGTH), traits)
     assert relative_error(whole, attention_oracle(rows)) < 6e-3
     for first, last in itertools.pairwise((0, 37, 512, 1000, 1001, LENGTH)):
@@ -83,6 +97,29 @@ def test_chunks_and_decode_rows_give_the_bits_of_one_prefill(
     first = LENGTH - 900
     decoded = attend(rows, first, LENGTH, int32(*range(first, LENGTH)), int32(*range(901)), traits)
     assert torch.equal(decoded, whole[first:])
+
+
+@pytest.mark.parametrize("window_tokens", [0, 300])
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_rows_have_the_bits_of_every_tile_and_ignore_what_nobody_wrote(
+    dtype: torch.dtype, block_size: int, window_tokens: int, traits: GpuTraits
+) -> None:
+    rows = paged_sequences(
+        [0, 600, 64, 63, 511],
+        [333, 1, 0, 130, 2],
+        num_heads=14,
+        head_dim=128,
+        block_size=block_size,
+        dtype=dtype,
+        device="cuda",
+    )
+    rows.q_TNH.mul_(8)
+    call = (rows, 0, len(rows.q_TNH), rows.start_R, rows.query_start_R1, traits)
+    whole = attend(*call, window_tokens=window_tokens)
+    assert relative_error(whole, attention_oracle(rows, window_tokens)) < 6e-3
+    for tile in (AttentionTile(16, 1, 1), AttentionTile(64, 4, 2), AttentionTile(128, 8, 2)):
+        assert torch.equal(attend(*call, window_tokens=window_tokens, tile=tile), whole)
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(4608, 3584), (1152, 896), (960, 576), (4096, 14336)])

@@ -1,0 +1,343 @@
+"""The kernel of prefill attention on Hopper GPUs: the sums of `attend.py`, bit for bit, in little more than half its time.
+
+The idea is FlashAttention-3's (Shah et al., 2024). One warp only copies: it has the tensor memory accelerator fetch the
+blocks of one KV tile after the other. Two warp groups compute, each for its own half of a query tile's (query token,
+head) pairs, on the same tiles of keys and values: while one takes exponentials, the tensor cores serve the other. Each
+asks for the scores of the next tile and for the products with this one's values at once. `attend.py` cannot say so:
+Triton divides no program's warps among tasks on this GPU. Gluon, the language below it, can.
+
+The order of every sum is that of `attend.py`: tiles in order, segments from position 0, and a row's weights summed as a
+product with ones. Programs are as many as multiprocessors and walk the query tiles, the longest first, so that the
+copying warp fetches a query tile's first keys while the last one is being finished.
+
+T packed query tokens    R rows of the batch    N query heads    K KV heads    H head dim    B block size
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from triode.kernels.paged_attention import attend
+
+LOWEST = gl.constexpr(attend.LOWEST.value)
+ONES = gl.constexpr(attend.ONES.value)
+GROUP_PAIRS = gl.constexpr(64)  # Pairs of one warp group: the rows of its instruction.
+row_of_tile = gluon.jit(attend.row_of_tile.fn)
+# Triton 3.9 renames the first, 3.7 the second.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def query_tile_of(turn, rows, QUERY_TOKENS: gl.constexpr, WINDOW: gl.constexpr, TILE: gl.constexpr):
+    """What this program computes in its `turn`, the same for all who ask: row, KV head, query tokens, begin and end of KV.
+
+    Work comes longest first, and every other turn hands it out backwards, so that programs get equal shares. Where the
+    KV begins at its end there is no work.
+    """
+    query_start_ptr, start_ptr, num_rows, num_tiles, num_kv_heads = rows
+    place = gl.program_id(0)
+    if turn % 2 == 1:
+        place = gl.num_programs(0) - 1 - place
+    work = turn * gl.num_programs(0) + place
+    tile = gl.maximum(num_tiles - 1 - work // num_kv_heads, 0)
+    row = row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS)
+    row_start = gl.load(query_start_ptr + row)
+    first_token = (tile - (row_start // QUERY_TOKENS + row)) * QUERY_TOKENS
+    num_tokens = gl.load(query_start_ptr + row + 1) - row_start
+    start_position = gl.load(start_ptr + row)
+    begin = gl.to_tensor(0)
+    if WINDOW > 0:
+        begin = gl.maximum(start_position + first_token - WINDOW + 1, 0) // TILE * TILE
+    end = start_position + gl.minimum(first_token + QUERY_TOKENS, num_tokens)
+    if (work >= num_tiles * num_kv_heads) | (first_token >= num_tokens):
+        end = begin
+    return row, work % num_kv_heads, (row_start, first_token, num_tokens, start_position), begin, end
+
+
+@gluon.jit
+def copy_tiles(
+    key_desc,
+    value_desc,
+    table_ptr,
+    table_stride,
+    rows,
+    pipes,
+    HEAD: gl.constexpr,
+    BLOCK: gl.constexpr,
+    QUERY_TOKENS: gl.constexpr,
+    WINDOW: gl.constexpr,
+    TILE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The copying warp: the tiles of keys and values of every turn, each as soon as its place is free."""
+    k_tiles, v_tiles, k_full, v_full, k_free, v_free, _ones = pipes
+    step = 0
+    for turn in range(gl.cdiv(rows[3] * rows[4], gl.num_programs(0))):
+        row, kv_head, _tokens, begin, end = query_tile_of(turn, rows, QUERY_TOKENS, WINDOW, TILE)
+        table = table_ptr + row.to(gl.int64) * table_stride
+        for first in range(begin, end, TILE):
+            stage = step % STAGES
+            freed = (step // STAGES + 1) % 2
+            mbarrier.wait(k_free.index(stage), freed)
+            copy_tile(key_desc, table, first, end, kv_head, k_tiles.index(stage), k_full.index(stage), HEAD, BLOCK)
+            mbarrier.wait(v_free.index(stage), freed)
+            copy_tile(value_desc, table, first, end, kv_head, v_tiles.index(stage), v_full.index(stage), HEAD, BLOCK)
+            step += 1
+
+
+@gluon.jit
+def copy_tile(desc, table, first, end, kv_head, tile, full, HEAD: gl.constexpr, BLOCK: gl.constexpr):
+    """Have a tile's blocks copied; `full` tells when they are there. Blocks from `end` on are block 0, for nobody."""
+    TILE: gl.constexpr = tile.shape[0]
+    ROWS: gl.constexpr = desc.block_shape[0]
+    mbarrier.expect(full, TILE * HEAD * tile.dtype.primitive_bitwidth // 8)
+    for part in gl.static_range(TILE // ROWS):
+        at = first + part * ROWS
+        block = gl.load(table + at // BLOCK, mask=at < end, other=0)
+        async_load(desc, [block * BLOCK + at % BLOCK, kv_head * HEAD], full, tile.slice(part * ROWS, ROWS))
+
+
+@gluon.jit
+def weigh(s, peak, first, position, scale, unmasked_end, WINDOW: gl.constexpr, DOT: gl.constexpr):
+    """A tile's scores become weights; also the new maximum, and the factor that the sums so far take on."""
+    if first + s.shape[1] > unmasked_end:
+        kv = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+        visible = kv[None, :] <= position[:, None]
+        if WINDOW > 0:
+            visible = visible & (kv[None, :] > position[:, None] - WINDOW)
+        s = gl.where(visible, s, -float("inf"))
+    new = gl.maximum(peak, gl.max(s, 1))
+    alpha = gl.exp2((peak - new) * scale)
+    return new, alpha, gl.exp2(gl.fma(s, gl.to_tensor(scale), -(new * scale)[:, None])).to(DOT)
+
+
+@gluon.jit
+def times(x, factor):
+    """Rows of `x` times their factors, whatever layout these are in."""
+    return x * gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout))[:, None]
+
+
+@gluon.jit
+def clear_from(tile, num_rows, LAYOUT: gl.constexpr):
+    """Make the rows from `num_rows` on zero: what a block holds behind a row's end may be NaN, which 0 times is NaN.
+
+    Both warp groups do, with the same zeros.
+    """
+    x = tile.load(LAYOUT)
+    inside = gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT)) < num_rows
+    barrier()
+    tile.store(gl.where(inside[:, None], x, gl.full_like(x, 0.0)))
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def walk_segment(
+    q_tile,
+    pipes,
+    step,
+    first,
+    end,
+    position,
+    scale,
+    unmasked_end,
+    LAYOUT: gl.constexpr,
+    WINDOW: gl.constexpr,
+    STAGES: gl.constexpr,
+    DOT: gl.constexpr,
+):
+    """The softmax state of one segment, whose tiles begin at `first` and end before `end`, and the next step."""
+    k_tiles, v_tiles, k_full, v_full, k_free, v_free, ones = pipes
+    TILE: gl.constexpr = k_tiles.shape[1]
+    HEAD: gl.constexpr = k_tiles.shape[2]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ONES, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    WEIGHTS_TO_SUM: gl.constexpr = gl.DotOperandLayout(0, SUM, 2)
+    no_scores = gl.full([GROUP_PAIRS, TILE], 0.0, gl.float32, SCORES)
+    peak = gl.full([GROUP_PAIRS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
+    mass = gl.full([GROUP_PAIRS, ONES], 0.0, gl.float32, SUM)
+    acc = gl.full([GROUP_PAIRS, HEAD], 0.0, gl.float32, ACC)
+
+    stage = step % STAGES
+    mbarrier.wait(k_full.index(stage), step // STAGES % 2)
+    k = k_tiles.index(stage).permute((1, 0))
+    scores = warpgroup_mma(q_tile, k, no_scores, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, [scores])
+    barrier()
+    mbarrier.arrive(k_free.index(stage))
+    peak, alpha, p = weigh(s, peak, first, position, scale, unmasked_end, WINDOW, DOT)
+    weights = gl.convert_layout(p, WEIGHTS)
+    for next_first in range(first + TILE, end, TILE):
+        next_stage = (step + 1) % STAGES
+        mbarrier.wait(k_full.index(next_stage), (step + 1) // STAGES % 2)
+        k = k_tiles.index(next_stage).permute((1, 0))
+        scores = warpgroup_mma(q_tile, k, no_scores, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(stage), step // STAGES % 2)
+        sums = warpgroup_mma(gl.convert_layout(weights, WEIGHTS_TO_SUM), ones, mass, is_async=True)
+        products = warpgroup_mma(weights, v_tiles.index(stage), acc, is_async=True)
+        s = warpgroup_mma_wait(2, [scores])
+        barrier()
+        mbarrier.arrive(k_free.index(next_stage))
+        peak, alpha, p = weigh(s, peak, next_first, position, scale, unmasked_end, WINDOW, DOT)
+        acc, mass, weights = warpgroup_mma_wait(0, [products, sums, weights])
+        barrier()
+        mbarrier.arrive(v_free.index(stage))
+        acc, mass = times(acc, alpha), times(mass, alpha)
+        weights = gl.convert_layout(p, WEIGHTS)
+        step += 1
+        stage = next_stage
+    mbarrier.wait(v_full.index(stage), step // STAGES % 2)
+    v_tile = v_tiles.index(stage)
+    if end % TILE > 0:
+        clear_from(v_tile, end % TILE, LAYOUT)
+    sums = warpgroup_mma(gl.convert_layout(weights, WEIGHTS_TO_SUM), ones, mass, is_async=True)
+    products = warpgroup_mma(weights, v_tile, acc, is_async=True)
+    acc, mass, weights = warpgroup_mma_wait(0, [products, sums, weights])
+    barrier()
+    mbarrier.arrive(v_free.index(stage))
+    return peak, mass, acc, step + 1
+
+
+@gluon.jit
+def scaled_sum(x, a, x2, b):
+    """x times a plus x2 times b, for rows: the multiply-adds of `attend.merge`."""
+    a = gl.convert_layout(a, gl.SliceLayout(1, x.type.layout))
+    return gl.fma(x, a[:, None] + gl.full_like(x, 0.0), times(x2, b))
+
+
+@gluon.jit
+def compute(
+    q_ptr,
+    out_ptr,
+    q_stride,
+    out_stride,
+    rows,
+    q_tiles,
+    pipes,
+    scale,
+    WHICH: gl.constexpr,
+    GROUP: gl.constexpr,
+    QUERY_TOKENS: gl.constexpr,
+    WINDOW: gl.constexpr,
+    SEGMENT: gl.constexpr,
+    STAGES: gl.constexpr,
+    DOT: gl.constexpr,
+):
+    """A computing warp group: its half of the pairs of every turn."""
+    TILE: gl.constexpr = pipes[0].shape[1]
+    HEAD: gl.constexpr = pipes[0].shape[2]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ONES, 16])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
+    q_tile = q_tiles.index(WHICH)
+    pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, gl.SliceLayout(1, LAYOUT))
+    score_pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, gl.SliceLayout(1, SCORES))
+    dim = gl.arange(0, HEAD, gl.SliceLayout(0, LAYOUT))
+    step = gl.to_tensor(0)
+    for turn in range(gl.cdiv(rows[3] * rows[4], gl.num_programs(0))):
+        _row, kv_head, tokens, begin, kv_end = query_tile_of(turn, rows, QUERY_TOKENS, WINDOW, TILE)
+        row_start, first_token, num_tokens, start_position = tokens
+        token = first_token + pair // GROUP
+        column = (kv_head * GROUP + pair % GROUP) * HEAD
+        valid = (pair < QUERY_TOKENS * GROUP) & (token < num_tokens) & (begin < kv_end)
+        token = (row_start + token).to(gl.int64)
+        q_at = (token * q_stride + column)[:, None] + dim[None, :]
+        q_tile.store(gl.load(q_ptr + q_at, mask=valid[:, None], other=0.0))
+        fence_async_shared()
+        barrier()
+
+        position = start_position + first_token + score_pair // GROUP
+        unmasked_end = start_position + first_token + 1
+        if WINDOW > 0:
+            unmasked_end = gl.to_tensor(0)
+        row_peak = gl.full([GROUP_PAIRS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
+        row_mass = gl.full([GROUP_PAIRS, ONES], 0.0, gl.float32, SUM)
+        row_acc = gl.full([GROUP_PAIRS, HEAD], 0.0, gl.float32, ACC)
+        for segment in range(begin // SEGMENT, gl.cdiv(kv_end, SEGMENT)):
+            first = gl.maximum(begin, segment * SEGMENT)
+            end = gl.minimum(kv_end, (segment + 1) * SEGMENT)
+            peak, mass, acc, step = walk_segment(
+                q_tile, pipes, step, first, end, position, scale, unmasked_end, LAYOUT, WINDOW, STAGES, DOT
+            )
+            new = gl.maximum(row_peak, peak)
+            a = gl.exp2((row_peak - new) * scale)
+            b = gl.exp2((peak - new) * scale)
+            row_peak, row_mass, row_acc = new, scaled_sum(row_mass, a, mass, b), scaled_sum(row_acc, a, acc, b)
+        mass = gl.max(row_mass, 1)
+        mass = gl.convert_layout(gl.where(mass > 0, mass, gl.full_like(mass, 1.0)), gl.SliceLayout(1, ACC))
+        out = gl.convert_layout((row_acc / mass[:, None]).to(DOT), LAYOUT)
+        out_at = (token * out_stride + column)[:, None] + dim[None, :]
+        gl.store(out_ptr + out_at, out, mask=valid[:, None])
+
+
+@gluon.jit(do_not_specialize=["num_rows", "num_tiles", "table_stride"])
+def attend_long_rows(
+    q_ptr,
+    key_desc,
+    value_desc,
+    table_ptr,
+    query_start_ptr,
+    start_ptr,
+    out_ptr,
+    num_rows,
+    num_tiles,
+    table_stride,
+    scale,
+    q_stride,
+    out_stride,
+    GROUP: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr,
+    BLOCK: gl.constexpr,
+    QUERY_TOKENS: gl.constexpr,
+    HEAD: gl.constexpr,
+    TILE: gl.constexpr,
+    SEGMENT: gl.constexpr,
+    WINDOW: gl.constexpr,
+    STAGES: gl.constexpr,
+    DOT: gl.constexpr,
+):
+    """Rows of many query tokens. `scale` includes log2(e); a descriptor's box is the rows of a tile in one block."""
+    gdc_launch_dependents()
+    gdc_wait()
+    rows = (query_start_ptr, start_ptr, num_rows, num_tiles, gl.to_tensor(NUM_KV_HEADS))
+    BARRIERS: gl.constexpr = mbarrier.MBarrierLayout()
+    q_tiles = gl.allocate_shared_memory(DOT, [2, GROUP_PAIRS, HEAD], key_desc.layout)
+    ones = gl.allocate_shared_memory(DOT, [ONES, TILE], gl.NVMMASharedLayout.get_default_for([ONES, TILE], DOT))
+    ones.store(gl.full([ONES, TILE], 1.0, DOT, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
+    pipes = (
+        gl.allocate_shared_memory(DOT, [STAGES, TILE, HEAD], key_desc.layout),
+        gl.allocate_shared_memory(DOT, [STAGES, TILE, HEAD], key_desc.layout),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS),
+        ones.permute((1, 0)),
+    )
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(pipes[2].index(stage), count=1)
+        mbarrier.init(pipes[3].index(stage), count=1)
+        mbarrier.init(pipes[4].index(stage), count=2)
+        mbarrier.init(pipes[5].index(stage), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (compute, (q_ptr, out_ptr, q_stride, out_stride, rows, q_tiles, pipes, scale, gl.constexpr(0), GROUP, QUERY_TOKENS, WINDOW, SEGMENT, STAGES, DOT)),
+            (compute, (q_ptr, out_ptr, q_stride, out_stride, rows, q_tiles, pipes, scale, gl.constexpr(1), GROUP, QUERY_TOKENS, WINDOW, SEGMENT, STAGES, DOT)),
+            (copy_tiles, (key_desc, value_desc, table_ptr, table_stride, rows, pipes, HEAD, BLOCK, QUERY_TOKENS, WINDOW, TILE, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
