@@ -27,7 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Where steps run: "thread" (a thread of their own; what "auto" takes), "process" (a process of their own, which also
     holds the weights) or "inline" (in the event loop)."""
     num_threads: int | None = None
-    """CPU threads for one step; None takes torch's number, or as many as this process may use processors if that is less."""
+    """CPU threads for one step; None takes torch's number, or as many as this process may use processors if that is less.
+    With tensor_parallel it is that of each process."""
     tensor_parallel: int = 1
     """Processes that compute one model together on the CPU, each with its share of heads, inner features, processors and memory; it
     must divide the model's KV heads."""

@@ -22,7 +22,7 @@ from triode.models.quantization import NOT_QUANTIZED, WeightPlan
 from triode.models.ranked_build import build_lead
 from triode.models.ranks import LeadProgram
 from triode.models.runner import Runner
-from triode.models.weights import DecoderWeights, LayerWeights, places
+from triode.models.weights import DecoderWeights, LayerWeights, allocate, places
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +61,15 @@ def build_runner(
     On a GPU, and for `ranks`, buffers are made for steps of `max_step_tokens` tokens; else a step may have any number on the CPU.
 
     The decoder lays matrices out anew. If the caller keeps no reference to `weights`, each layer is freed as soon as the
-    decoder has its own, so that never more than one layer exists twice.
+    decoder has its own, so that never more than one layer exists twice. `config` is the whole model's also where `weights` are
+    the share of one of several `ranks`.
 
     Raises:
         InsufficientMemory: the cache does not fit beside the weights.
         ValueError: `kernels` or `plan` asks for what this machine does not have.
     """
     progress = progress or NullProgress()
-    weights_bytes = _num_bytes(config, weights)
+    weights_bytes = _num_bytes(config, weights.embed_VD.dtype)
     if weights.embed_VD.device.type == "cuda":
         if kernels != "auto":
             raise ValueError(f"kernels must be auto on a GPU, got {kernels!r}")
@@ -141,7 +142,7 @@ def _build_on_gpu(
         runner=cuda.runner,
         num_blocks=cuda.pool.num_blocks,
         num_threads=torch.get_num_threads(),
-        weights_bytes=_num_bytes(config, weights),
+        weights_bytes=_num_bytes(config, weights.embed_VD.dtype),
         kv_cache_bytes=cuda.pool.num_bytes,
         kv_dtype=weights.embed_VD.dtype,
         step_bytes=None,
@@ -149,8 +150,8 @@ def _build_on_gpu(
     )
 
 
-def _num_bytes(config: ModelConfig, weights: DecoderWeights) -> int:
-    return sum(view.nbytes for _, view in places(config, weights))
+def _num_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    return sum(view.nbytes for _, view in places(config, allocate(config, dtype, "meta")))
 
 
 def freed_one_by_one(layers: deque[LayerWeights]) -> Iterator[LayerWeights]:

@@ -1,4 +1,4 @@
-"""From a model's weights to one rank's part of its program (`ranks.py`)."""
+"""From a rank's share of a model's weights (`shares.py`) to its part of the program (`ranks.py`)."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ from triode.models.progress import Progress
 from triode.models.quantization import WeightPlan
 from triode.models.ranks import FollowingRank, LeadProgram
 from triode.models.room import Room
-from triode.models.shares import share_of_ends, share_of_layer
+from triode.models.shares import with_share_of_head
 from triode.models.weights import DecoderWeights, LayerWeights
 
 
@@ -71,10 +71,8 @@ def build_share(
     """A rank's decoder and what it shares with the others."""
     library = _library(native, order)
     room = Room(order, config, weights.embed_VD.dtype, max_step_tokens)
-    place = (order.rank, order.num_ranks)
-    ends = share_of_ends(config, weights, *place)
-    shares = (share_of_layer(config, layer, *place) for layer in layers)
-    return NativeDecoder(share_of(config, order.num_ranks), ends, library, shares, plan, room.struct), room
+    weights = with_share_of_head(config, weights, order.rank, order.num_ranks)
+    return NativeDecoder(share_of(config, order.num_ranks), weights, library, layers, plan, room.struct), room
 
 
 def _library(native: NativeChoice, order: RankOrder) -> NativeLibrary:

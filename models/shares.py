@@ -1,42 +1,72 @@
-"""One rank's share of a decoder's tensors (`parallel.py`).
+"""One rank's share of a checkpoint (`parallel.py`)."""
 
-V vocab   D hidden   F intermediate   E rows of q, k and v
-"""
-
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from triode.models.config import ModelConfig
 from triode.models.parallel import outputs_of
-from triode.models.weights import DecoderWeights, LayerWeights
+from triode.models.tensors import TensorReader, check_tensors
+from triode.models.weights import DecoderWeights
+
+# What leads to heads or inner features is cut by its outputs, what leads back by its inputs.
+_ROWS = re.compile(r".*\.(self_attn\.[qkv]_proj|mlp\.(gate|up)_proj)\.(weight|bias)")
+_COLUMNS = re.compile(r".*\.(self_attn\.o_proj|mlp\.down_proj)\.weight")
 
 
-def share_of_ends(config: ModelConfig, weights: DecoderWeights, rank: int, num_ranks: int) -> DecoderWeights:
-    """Embedding, last norm and this rank's outputs of the head; without layers."""
+class SharedTensors:
+    """A `TensorReader` that reads, of each tensor of another one, this rank's share. One tensor at a time is held whole."""
+
+    def __init__(self, config: ModelConfig, reader: TensorReader, rank: int, num_ranks: int) -> None:
+        """Check the whole checkpoint first.
+
+        Args:
+            config: the whole model's.
+            reader: what reads its tensors.
+            rank: whose share it is.
+            num_ranks: how many there are.
+
+        Raises:
+            CorruptModel: a tensor is missing, or has another shape than the config says.
+            UnsupportedModel: there is a tensor that this kind of model does not have.
+        """
+        check_tensors(config, reader)
+        self._reader = reader
+        self._rank, self._num_ranks = rank, num_ranks
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Those of the shares."""
+        return {name: self._share(name, shape) for name, shape in self._reader.shapes.items()}
+
+    def label(self, name: str) -> str:
+        """The whole tensor's."""
+        return self._reader.label(name)
+
+    def read_into(self, name: str, destination: torch.Tensor) -> None:
+        """Writes the share."""
+        if (axis := _axis(name)) is None:
+            self._reader.read_into(name, destination)
+            return
+        whole = torch.empty(self._reader.shapes[name], dtype=destination.dtype, device=destination.device)
+        self._reader.read_into(name, whole)
+        destination.copy_(whole.chunk(self._num_ranks, axis)[self._rank])
+
+    def _share(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        axis = _axis(name)
+        return tuple(size // self._num_ranks if index == axis else size for index, size in enumerate(shape))
+
+
+def _axis(name: str) -> int | None:
+    """Along which a tensor is cut."""
+    if _ROWS.fullmatch(name):
+        return 0
+    return 1 if _COLUMNS.fullmatch(name) else None
+
+
+def with_share_of_head(config: ModelConfig, weights: DecoderWeights, rank: int, num_ranks: int) -> DecoderWeights:
+    """The weights with those outputs of the head that this rank computes."""
     outputs = outputs_of(config.vocab_size, rank, num_ranks)
-    return replace(weights, layers=(), head_VD=weights.head_VD[outputs.start : outputs.stop])
-
-
-def share_of_layer(config: ModelConfig, layer: LayerWeights, rank: int, num_ranks: int) -> LayerWeights:
-    """This rank's rows of qkv and of gate and up, its columns of o and down. `config` is the whole model's."""
-    qkv = (config.q_size, config.kv_size, config.kv_size)
-    gate_up = (config.intermediate_size,) * 2
-
-    def rows(fused: torch.Tensor | None, parts: tuple[int, ...]) -> torch.Tensor | None:
-        if fused is None:
-            return None
-        return torch.cat([part.chunk(num_ranks)[rank] for part in fused.split(parts)])
-
-    def matrix_rows(fused: torch.Tensor, parts: tuple[int, ...]) -> torch.Tensor:
-        return torch.cat([part.chunk(num_ranks)[rank] for part in fused.split(parts)])
-
-    return replace(
-        layer,
-        qkv_ED=matrix_rows(layer.qkv_ED, qkv),
-        qkv_bias_E=rows(layer.qkv_bias_E, qkv),
-        o_DE=layer.o_DE.chunk(num_ranks, 1)[rank].contiguous(),
-        gate_up_FD=matrix_rows(layer.gate_up_FD, gate_up),
-        gate_up_bias_F=rows(layer.gate_up_bias_F, gate_up),
-        down_DF=layer.down_DF.chunk(num_ranks, 1)[rank].contiguous(),
-    )
+    return replace(weights, head_VD=weights.head_VD[outputs.start : outputs.stop])

@@ -11,11 +11,12 @@ from triode.models.config import ModelConfig, ModelOptions
 from triode.models.grammar import GuideCompiler
 from triode.models.loader import Checkpoint, open_checkpoint, resolve_device, resolve_dtype
 from triode.models.packed_load import load_packed
-from triode.models.parallel import Follower, RankOrder, check_shares
+from triode.models.parallel import Follower, RankOrder, check_shares, share_of
 from triode.models.progress import Progress
 from triode.models.quantization import WeightPlan, matrix_names, plan_weights
 from triode.models.ranked_build import build_follower
 from triode.models.runner import Runner
+from triode.models.shares import SharedTensors
 from triode.models.weights import DecoderWeights
 
 
@@ -45,7 +46,7 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
     built = build_runner(
         config,
         # Not kept here: the decoder lays matrices out anew, and what it no longer needs becomes room for the cache.
-        _load_weights(checkpoint, order.options, device, dtype, plan, progress),
+        _load_weights(checkpoint, order, device, dtype, plan, progress),
         cache_config=order.cache,
         max_running=order.max_running,
         max_step_tokens=order.max_step_tokens,
@@ -71,7 +72,7 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
 
 def _load_follower(checkpoint: Checkpoint, order: Open, ranks: RankOrder, progress: Progress) -> tuple[Follower, Built]:
     device, dtype, plan = _resolve(checkpoint, order)
-    weights = _load_weights(checkpoint, order.options, device, dtype, plan, progress)
+    weights = _load_weights(checkpoint, order, device, dtype, plan, progress)
     layers = deque(weights.layers)
     follower = build_follower(
         checkpoint.config,
@@ -121,12 +122,19 @@ def _check_ranks(
 
 def _load_weights(
     checkpoint: Checkpoint,
-    options: ModelOptions,
+    order: Open,
     device: torch.device,
     dtype: torch.dtype,
     plan: WeightPlan,
     progress: Progress,
 ) -> DecoderWeights:
+    """All of them, or this rank's share."""
+    options = order.options
+    if order.ranks is not None:
+        place = (order.ranks.rank, order.ranks.num_ranks)
+        tensors = SharedTensors(checkpoint.config, checkpoint.tensors, *place)
+        share = dataclasses.replace(checkpoint, config=share_of(checkpoint.config, place[1]), tensors=tensors)
+        return share.load_weights(dtype, device, progress, plan)
     if options.packed_cache is None:
         return checkpoint.load_weights(dtype, device, progress, plan)
     if device.type != "cpu":

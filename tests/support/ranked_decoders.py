@@ -12,12 +12,16 @@ from paged_decoding import BLOCK_SIZE_TOKENS, PagedDecoding
 from triode.actors.executor.ties import Ties
 from triode.models.config import ModelConfig
 from triode.models.cpu import NativeChoice
-from triode.models.parallel import RankOrder
+from triode.models.parallel import RankOrder, share_of
+from triode.models.progress import NullProgress
 from triode.models.quantization import Quantization, plan_weights
 from triode.models.ranked_build import build_lead, build_share
 from triode.models.ranks import FollowingRank, LeadProgram
-from triode.models.weights import DecoderWeights
+from triode.models.shares import SharedTensors
+from triode.models.tensors import load_weights
+from triode.models.weights import DecoderWeights, places
 
+CPU = torch.device("cpu")
 MAX_TOKENS = 256
 
 
@@ -30,11 +34,12 @@ def ranked(
     with torch.inference_mode():
         with Ties(num_ranks) as ties:
             orders = [_own(ties.order(rank)) for rank in range(num_ranks)]
+        shares = [share_of_weights(config, weights, rank, num_ranks) for rank in range(num_ranks)]
         followers = [
-            FollowingRank(*build_share(config, weights, weights.layers, native, plan, order, MAX_TOKENS))
-            for order in orders[1:]
+            FollowingRank(*build_share(config, share, share.layers, native, plan, order, MAX_TOKENS))
+            for share, order in list(zip(shares, orders, strict=True))[1:]
         ]
-        lead = build_lead(config, weights, weights.layers, native, plan, orders[0], MAX_TOKENS)
+        lead = build_lead(config, shares[0], shares[0].layers, native, plan, orders[0], MAX_TOKENS)
     threads = [threading.Thread(target=_obey, args=(follower,), daemon=True) for follower in followers]
     for thread in threads:
         thread.start()
@@ -44,6 +49,29 @@ def ranked(
         lead.close()
         for thread in threads:
             thread.join()
+
+
+class HeldTensors:
+    """A checkpoint of weights that are in memory."""
+
+    def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
+        self._tensors = dict(places(config, weights))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def label(self, name: str) -> str:
+        return name
+
+    def read_into(self, name: str, destination: torch.Tensor) -> None:
+        destination.copy_(self._tensors[name])
+
+
+def share_of_weights(config: ModelConfig, weights: DecoderWeights, rank: int, num_ranks: int) -> DecoderWeights:
+    """What a rank reads of a checkpoint."""
+    reader = SharedTensors(config, HeldTensors(config, weights), rank, num_ranks)
+    return load_weights(share_of(config, num_ranks), reader, weights.embed_VD.dtype, CPU, NullProgress())
 
 
 def _own(order: RankOrder) -> RankOrder:
