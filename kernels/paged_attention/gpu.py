@@ -7,10 +7,12 @@ C blocks in a table      W programs (query tile, KV head)    S segments      M (
 """
 
 import dataclasses
+import functools
 import math
 
 import torch
 import triton
+import triton.language as tl
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -172,7 +174,7 @@ def _attend_long_rows(
     # One copy takes what a tile has of a block, of one KV head.
     box = [min(block_size, TILE_TOKENS), head_dim]
     size, stride = [num_blocks * block_size, num_kv_heads * head_dim], [num_kv_heads * head_dim, 1]
-    layout = NVMMASharedLayout.get_default_for(box, dtype)
+    layout = _layout(*box, dtype)
     key, value = (TensorDescriptor(pool, size, stride, box, layout) for pool in (key_PBKH, value_PBKH))
     attend_long_rows[(min(num_tiles * num_kv_heads, traits.num_sms),)](
         q_TNH,
@@ -199,6 +201,13 @@ def _attend_long_rows(
         num_warps=4,
         **traits.launch_options,
     )
+
+
+# Each asking takes 30 us of the host's time.
+@functools.cache
+def _layout(num_tokens: int, head_dim: int, dtype: tl.dtype) -> NVMMASharedLayout:
+    """How a tile lies in shared memory."""
+    return NVMMASharedLayout.get_default_for([num_tokens, head_dim], dtype)
 
 
 def _check_pool(q_TNH: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, traits: GpuTraits) -> None:
