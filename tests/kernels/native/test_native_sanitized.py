@@ -85,5 +85,6 @@ def test_no_step_reads_or_writes_out_of_bounds(tmp_path: Path, monkeypatch: pyte
     best = supported()[0]
     command = f"{compiler()} -g -fsanitize=address,undefined -fno-sanitize-recover=all"
     environment = sanitized((best, PORTABLE), command, monkeypatch, tmp_path)
-    chosen = f"not threads and not refused_where and ({best.name} or {PORTABLE.name} or nan or number or index or batch or table)"
-    run_tests(environment, chosen, "test_native_step.py", "test_native_cache.py", "test_native_fuzz.py")
+    chosen = f"not threads and not refused_where and ({best.name} or {PORTABLE.name} or nan or number or index or batch or table or ranks)"
+    files = ("test_native_step.py", "test_native_cache.py", "test_native_fuzz.py", "test_ranks.py")
+    run_tests(environment, chosen, *files)
