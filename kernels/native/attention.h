@@ -55,6 +55,27 @@ struct CachedHead {
     }
 };
 
+// Keys and values that will be read after these, all heads of a row: they are fetched little by little, between the
+// products of those before them.
+struct Upcoming {
+    CachedHead first_head;
+    long next;
+    long end;
+    long at_once;
+
+    void fetch() {
+        long offsets[TILE];
+        const long count = std::min(at_once, end - next);
+        first_head.locate(next, count, offsets);
+        for (long i = 0; i < count; i++)
+            for (long at = 0; at < first_head.token_bytes; at += 64) {
+                __builtin_prefetch(first_head.keys + offsets[i] + at, 0, 2);
+                __builtin_prefetch(first_head.values + offsets[i] + at, 0, 2);
+            }
+        next += count;
+    }
+};
+
 // Softmax so far of some queries over some positions, and the values that it has weighed.
 struct Softmax {
     float* out;      // [panels][rows][64]
@@ -77,24 +98,28 @@ struct Softmax {
 
 template <class T>
 struct AttentionScratch {
-    T* queries;         // [rows][head_dim]
-    uint32_t* keys;     // one panel of head_dim inputs
-    uint32_t* bytes;    // the same of signed bytes
-    float* scales;      // [64], of such keys
-    float* values;      // a panel of 64 inputs for every 64 of head_dim
-    float* scores;      // [rows][64]
-    float* part;        // `Softmax` of a segment
-    float* whole;       // `Softmax` of the segments up to it
-    const T* nothing;   // head_dim zeros
+    T* queries;           // [rows][head_dim]
+    uint32_t* keys;       // one panel of head_dim inputs
+    uint32_t* bytes;      // the same of signed bytes
+    float* key_scales;    // [64], of such keys
+    float* value_scales;  // [64]
+    uint32_t* values;     // a panel of 64 inputs for every 64 of head_dim
+    float* scores;        // [rows][64]
+    T* weights;           // [rows][64]
+    float* part;          // `Softmax` of a segment
+    float* whole;         // `Softmax` of the segments up to it
+    const T* nothing;     // head_dim zeros
 
     template <class Arena>
     void take(Arena& arena, const HeadShape& shape) {
         queries = arena.template take<T>(shape.rows() * shape.head_dim);
         keys = arena.template take<uint32_t>(words_of<T>(rounded_up(shape.head_dim, 4)) * PANEL);
         bytes = arena.template take<uint32_t>(words_of<int8_t>(shape.head_dim) * PANEL);
-        scales = arena.template take<float>(TILE);
-        values = arena.template take<float>(shape.panels() * TILE * PANEL);
+        key_scales = arena.template take<float>(TILE);
+        value_scales = arena.template take<float>(TILE);
+        values = arena.template take<uint32_t>(shape.panels() * words_of<T>(TILE) * PANEL);
         scores = arena.template take<float>(shape.rows() * TILE);
+        weights = arena.template take<T>(shape.rows() * TILE);
         part = arena.template take<float>(Softmax::floats(shape.rows(), shape.panels()));
         whole = arena.template take<float>(Softmax::floats(shape.rows(), shape.panels()));
         nothing = arena.template take<T>(shape.head_dim);
@@ -138,29 +163,47 @@ void score(int8_t, const CachedHead& head, const long* offsets, long count, cons
     pack_words(head.keys, offsets, count, words, scratch.nothing, scratch.bytes);
     widen_panel<T>(scratch.bytes, words, scratch.keys);
     multiply_panel(scratch.queries, shape.head_dim, rows, scratch.keys, words_of<T>(shape.head_dim), scratch.scores, true);
-    for (long i = 0; i < TILE; i++) scratch.scales[i] = i < count ? kv_scale(head.keys + offsets[i], shape.head_dim) : 0.f;
+    for (long i = 0; i < TILE; i++)
+        scratch.key_scales[i] = i < count ? kv_scale(head.keys + offsets[i], shape.head_dim) : 0.f;
     for (long i = 0; i < rows * TILE; i += LANES)
-        store(scratch.scores + i, load(scratch.scores + i) * load(scratch.scales + i % TILE));
+        store(scratch.scores + i, load(scratch.scores + i) * load(scratch.key_scales + i % TILE));
 }
 
-// The values of `count` positions as float panels [head_dim / 64][count][64]; what is past head_dim is not touched.
-template <class Stored>
-void pack_values(const CachedHead& head, const long* offsets, long count, long head_dim, float* panels) {
-    for (long i = 0; i < count; i++) {
-        const char* value = head.values + offsets[i];
-        for (long at = 0; at < head_dim; at += PANEL)
-            read_kv<Stored>(value, head_dim, at, std::min<long>(PANEL, head_dim - at), panels + at * TILE + i * PANEL);
-    }
+// The scales of bytes are multiplied with the weights, so that every byte is exact as a T.
+inline const float* take_value_scales(int8_t, const CachedHead& head, const long* offsets, long count, long head_dim,
+                                      float* scales) {
+    for (long i = 0; i < TILE; i++) scales[i] = i < count ? kv_scale(head.values + offsets[i], head_dim) : 0.f;
+    return scales;
+}
+
+template <class T>
+const float* take_value_scales(T, const CachedHead&, const long*, long, long, float*) {
+    return nullptr;
+}
+
+// The values of `count` positions as panels of T [head_dim / 64][words of 64 positions][64].
+template <class T, class Stored>
+void pack_values(const CachedHead& head, const long* offsets, long count, long head_dim, uint32_t* panels) {
+    constexpr long IN_A_WORD = 4 / sizeof(T), WORDS = words_of<T>(TILE);
+    for (long i = 0; i < count; i += IN_A_WORD)
+        for (long at = 0; at < head_dim; at += LANES) {
+            Vec numbers = read_kv<Stored>(head.values + offsets[i], head_dim, at);
+            if (IN_A_WORD == 2)
+                numbers = joined(numbers, i + 1 < count ? read_kv<Stored>(head.values + offsets[i + 1], head_dim, at) : Vec{});
+            store(panels + (at / PANEL * WORDS + i / IN_A_WORD) * PANEL + at % PANEL, numbers);
+        }
 }
 
 // Turns the scores of one query into weights, of which positions `from` to `to` of the tile are seen.
-// Returns what multiplies its earlier output.
-inline float soften(float* scores, long from, long to, float scale, float& highest, float* total) {
+// `value_scales`: what multiplies a position's value, or null. Returns what multiplies the earlier output.
+template <class T>
+float soften(float* scores, long from, long to, float scale, const float* value_scales, float& highest, float* total,
+             T* weights) {
     constexpr int VECS = TILE / LANES;
     const float hidden = -INFINITY;
     Vec v[VECS];
     if (from > 0 || to < TILE)
-        for (long i = 0; i < TILE; i++) scores[i] = i >= from && i < to ? scores[i] : hidden;
+        for (int i = 0; i < TILE; i++) scores[i] = i >= int(from) && i < int(to) ? scores[i] : hidden;
     Vec most = splat(hidden);
     for (int i = 0; i < VECS; i++) {
         v[i] = load(scores + i * LANES) * splat(scale);
@@ -174,7 +217,7 @@ inline float soften(float* scores, long from, long to, float scale, float& highe
     for (int i = 0; i < VECS; i++) {
         v[i] = exponential(v[i] - splat(base));
         sum = sum + v[i];
-        store(scores + i * LANES, v[i]);
+        narrow(value_scales ? v[i] * load(value_scales + i * LANES) : v[i], weights + i * LANES);
     }
     const float rescale = before == highest ? 1.f : exponential(splat(before - base))[0];
     store(total, multiply_add(load(total), splat(rescale), sum));
@@ -182,13 +225,15 @@ inline float soften(float* scores, long from, long to, float scale, float& highe
 }
 
 // Turns the scores of one tile into weights, and rescales the output so far to them.
-inline void weigh(const HeadShape& shape, long position, long first, long rows, long window, float scale, float* scores,
-                  const Softmax& part) {
+template <class T>
+void weigh(const HeadShape& shape, long position, long first, long rows, long window, float scale,
+           const AttentionScratch<T>& scratch, const float* value_scales, const Softmax& part) {
     for (long r = 0; r < rows; r++) {
         const long own = position + r / shape.group - first;
         const long from = window ? std::clamp(own - window + 1, 0L, TILE) : 0;
         const long to = std::clamp(own + 1, 0L, TILE);
-        const float rescale = soften(scores + r * TILE, from, to, scale, part.highest[r], part.total + r * LANES);
+        const float rescale = soften(scratch.scores + r * TILE, from, to, scale, value_scales, part.highest[r],
+                                     part.total + r * LANES, scratch.weights + r * TILE);
         if (rescale == 1.f) continue;
         for (long p = 0; p < shape.panels(); p++) {
             float* earlier = part.out + (p * rows + r) * PANEL;
@@ -213,7 +258,7 @@ struct Queries {
 // become weights, and values while the output is computed.
 template <class T, class Stored>
 void attend_segment(const CachedHead& head, const HeadShape& shape, const Queries& queries, long segment, float scale,
-                    const AttentionScratch<T>& scratch, const Softmax& part) {
+                    const AttentionScratch<T>& scratch, const Softmax& part, Upcoming* upcoming = nullptr) {
     const long rows = queries.count * shape.group;
     const long begin = std::max(segment * SEGMENT, queries.lowest(0) / TILE * TILE);
     const long end = std::min((segment + 1) * SEGMENT, queries.last() + 1);
@@ -227,13 +272,16 @@ void attend_segment(const CachedHead& head, const HeadShape& shape, const Querie
         head.locate(first + TILE, next, next_offsets);
         score(Stored{}, head, offsets, count, shape, rows, scratch);
         head.prefetch(head.keys, next_offsets, next);
-        weigh(shape, queries.position, first, rows, queries.window, scale, scratch.scores, part);
-        pack_values<Stored>(head, offsets, count, shape.head_dim, scratch.values);
+        if (upcoming) upcoming->fetch();
+        const float* value_scales = take_value_scales(Stored{}, head, offsets, count, shape.head_dim, scratch.value_scales);
+        weigh(shape, queries.position, first, rows, queries.window, scale, scratch, value_scales, part);
+        pack_values<T, Stored>(head, offsets, count, shape.head_dim, scratch.values);
         head.prefetch(head.values, next_offsets, next);
+        if (upcoming) upcoming->fetch();
         std::copy_n(next_offsets, next, offsets);
         for (long p = 0; p < shape.panels(); p++) {
-            const uint32_t* panel = reinterpret_cast<const uint32_t*>(scratch.values + p * TILE * PANEL);
-            multiply_panel(scratch.scores, TILE, rows, panel, count, part.out + p * rows * PANEL, false);
+            const uint32_t* panel = scratch.values + p * words_of<T>(TILE) * PANEL;
+            multiply_panel(scratch.weights, TILE, rows, panel, words_of<T>(count), part.out + p * rows * PANEL, false);
         }
     }
 }
@@ -267,20 +315,22 @@ void finish(const HeadShape& shape, long rows, const Softmax& whole, T* out, lon
     for (long r = 0; r < rows; r++) {
         const float inverse = 1.f / sum(load(whole.total + r * LANES));
         T* to = out + r / shape.group * out_stride + r % shape.group * shape.head_dim;
-        for (long d = 0; d < shape.head_dim; d++)
-            narrow(whole.out[(d / PANEL * rows + r) * PANEL + d % PANEL] * inverse, to[d]);
+        auto from = [&](long d) { return whole.out + (d / PANEL * rows + r) * PANEL + d % PANEL; };
+        long d = 0;
+        for (; d + LANES <= shape.head_dim; d += LANES) narrow(load(from(d)) * splat(inverse), to + d);
+        for (; d < shape.head_dim; d++) narrow(*from(d) * inverse, to[d]);
     }
 }
 
 // All that the queries see, segment after segment; they are in `scratch.queries` already.
 template <class T, class Stored>
 void attend(const CachedHead& head, const HeadShape& shape, const Queries& queries, float scale,
-            const AttentionScratch<T>& scratch, T* out, long out_stride) {
+            const AttentionScratch<T>& scratch, T* out, long out_stride, Upcoming* upcoming = nullptr) {
     const long rows = queries.count * shape.group, first = queries.first_segment(), segments = queries.num_segments();
     const Softmax part = Softmax::at(scratch.part, rows, shape.panels());
     const Softmax whole = Softmax::at(scratch.whole, rows, shape.panels());
     for (long segment = first; segment < first + segments; segment++) {
-        attend_segment<T, Stored>(head, shape, queries, segment, scale, scratch, part);
+        attend_segment<T, Stored>(head, shape, queries, segment, scale, scratch, part, upcoming);
         if (segments > 1) merge(shape, queries, segment, part, whole);
     }
     finish(shape, rows, segments > 1 ? whole : part, out, out_stride);

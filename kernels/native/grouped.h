@@ -120,8 +120,9 @@ WordVec four_inputs(const uint32_t* w, long index) {
 }
 
 // acc += ROWS rows of bytes, `stride` apart, times so many words of COLUMNS vectors of outputs.
-template <int BITS, int ROWS, int COLUMNS>
-void dot_group(const int8_t* bytes, long stride, const uint32_t* w, long words, IntVec (&acc)[ROWS][COLUMNS]) {
+template <int BITS, int ROWS, int COLUMNS, int LINES>
+ALWAYS_INLINE void dot_group(const int8_t* bytes, long stride, const uint32_t* w, long words, Ahead<LINES> ahead,
+                             IntVec (&acc)[ROWS][COLUMNS]) {
     if constexpr (ROWS > 1 && HAS_SQUARES<int8_t>) {
         Squares<IntVec, ROWS, COLUMNS> squares(acc);
         for (long i = 0; i < words * (8 / BITS); i += 2) {
@@ -135,9 +136,9 @@ void dot_group(const int8_t* bytes, long stride, const uint32_t* w, long words, 
         squares.give(acc);
         return;
     }
-    for (long k = 0; k < words; k++, w += PANEL) {
+    for (long k = 0; k < words; k++, w += PANEL, ahead.at += ahead.step) {
 #pragma GCC unroll 4
-        for (int c = 0; c < COLUMNS; c++) __builtin_prefetch(w + c * LANES + PREFETCH_WORDS * PANEL);
+        for (int line = 0; line < LINES; line++) __builtin_prefetch(ahead.at + 64 * line);
 #pragma GCC unroll 2
         for (int half = 0; half < 8 / BITS; half++) {
             WordVec stored[COLUMNS];
@@ -153,65 +154,131 @@ void dot_group(const int8_t* bytes, long stride, const uint32_t* w, long words, 
     }
 }
 
+// Formats whose products differ in more than the size of a group.
+template <int BITS_, int ZERO_, bool HAS_MINIMUM_>
+struct Kind {
+    static constexpr int BITS = BITS_, ZERO = ZERO_;
+    static constexpr bool HAS_MINIMUM = HAS_MINIMUM_;
+};
+
 // ROWS rows by one group of 64 outputs, added to `out` or to zero.
-template <int BITS, int ROWS>
-void multiply_group(const ByteRows& x, long index, const uint32_t* at, const Layout& layout, float* out, bool from_zero) {
-    constexpr int COLUMNS = REGISTERS == 32 ? 4 : 2;
-    const int8_t* bytes = x.bytes + index * layout.group;
-    for (int column = 0; column < PANEL; column += COLUMNS * LANES) {
-        IntVec acc[ROWS][COLUMNS];
+template <class Kind, int ROWS, int LINES>
+struct GroupProduct {
+    static constexpr int COLUMNS = REGISTERS == 32 ? 4 : 2;
+
+    const ByteRows& x;
+    const long index;
+    const uint32_t* const at;
+    const Layout& layout;
+    float* const out;
+    const Ahead<LINES> ahead;
+
+    void run(bool from_zero) const {
+        for (int column = 0; column < PANEL; column += COLUMNS * LANES) {
+            IntVec acc[ROWS][COLUMNS];
+            multiply(column, acc);
+            if (from_zero)
+                scale<true>(column, acc);
+            else
+                scale<false>(column, acc);
+        }
+    }
+
+  private:
+    ALWAYS_INLINE void multiply(int column, IntVec (&acc)[ROWS][COLUMNS]) const {
+        const int8_t* bytes = x.bytes + index * layout.group;
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; r++) {
-            const IntVec offset = IntVec{} - x.sums[r * x.groups + index] * (layout.format.zero - BYTE_OFFSET<BITS>);
+            const IntVec offset = IntVec{} - x.sums[r * x.groups + index] * (Kind::ZERO - BYTE_OFFSET<Kind::BITS>);
 #pragma GCC unroll 4
             for (int c = 0; c < COLUMNS; c++) acc[r][c] = offset;
         }
-        dot_group<BITS>(bytes, x.stride, at + column, layout.words, acc);
+        dot_group<Kind::BITS>(bytes, x.stride, at + column, layout.words, ahead, acc);
+    }
+
+    template <bool FROM_ZERO>
+    ALWAYS_INLINE void scale(int column, const IntVec (&acc)[ROWS][COLUMNS]) const {
+        Vec scales[COLUMNS], minimums[COLUMNS];
 #pragma GCC unroll 4
         for (int c = 0; c < COLUMNS; c++) {
-            const int output = column + c * LANES;
-            const Vec scale = layout.widened(layout.scales(at) + output);
-            const Vec minimum = layout.format.has_minimum ? layout.widened(layout.minimums(at) + output) : Vec{};
+            scales[c] = layout.widened(layout.scales(at) + column + c * LANES);
+            if (Kind::HAS_MINIMUM) minimums[c] = layout.widened(layout.minimums(at) + column + c * LANES);
+        }
 #pragma GCC unroll 6
-            for (int r = 0; r < ROWS; r++) {
-                const float x_scale = x.scales[r * x.groups + index];
-                float* to = out + r * PANEL + output;
-                Vec total = from_zero ? Vec{} : load(to);
-                total = multiply_add(__builtin_convertvector(acc[r][c], Vec), scale * splat(x_scale), total);
-                if (layout.format.has_minimum)
-                    total = multiply_add(minimum, splat(x_scale * float(x.sums[r * x.groups + index])), total);
-                store(to, total);
+        for (int r = 0; r < ROWS; r++) {
+            const float x_scale = x.scales[r * x.groups + index];
+            const Vec x_scales = splat(x_scale), x_sums = splat(x_scale * float(x.sums[r * x.groups + index]));
+            float* to = out + r * PANEL + column;
+#pragma GCC unroll 4
+            for (int c = 0; c < COLUMNS; c++) {
+                Vec total = FROM_ZERO ? Vec{} : load(to + c * LANES);
+                total = multiply_add(__builtin_convertvector(acc[r][c], Vec), scales[c] * x_scales, total);
+                if (Kind::HAS_MINIMUM) total = multiply_add(minimums[c], x_sums, total);
+                store(to + c * LANES, total);
             }
         }
     }
-}
+};
 
-template <int BITS>
-void multiply_group(long rows, const ByteRows& x, long index, const uint32_t* at, const Layout& layout, float* out) {
-    const bool fresh = index == 0;
-    switch (rows) {
-        case 1: multiply_group<BITS, 1>(x, index, at, layout, out, fresh); break;
-        case 2: multiply_group<BITS, 2>(x, index, at, layout, out, fresh); break;
-        case 3: multiply_group<BITS, 3>(x, index, at, layout, out, fresh); break;
-        case 4: multiply_group<BITS, 4>(x, index, at, layout, out, fresh); break;
-        case 5: multiply_group<BITS, 5>(x, index, at, layout, out, fresh); break;
-        case 6: multiply_group<BITS, 6>(x, index, at, layout, out, fresh); break;
+// Groups `first` to `end` of a panel, for rows of bytes. A panel's groups are cut into blocks that stay in the cache while
+// one part of the rows after the other is multiplied with them.
+struct GroupBlock {
+    const uint32_t* panel;
+    const Layout& layout;
+    long first;
+    long end;
+    long part;
+    long parts;
+
+    // While a group is multiplied: of few rows what follows it, otherwise a share of the next block.
+    Ahead<4> a_little_ahead(long index) const { return triode::a_little_ahead(panel + index * layout.group_size()); }
+
+    Ahead<2> next_block(long index) const {
+        const long word_bytes = layout.group_size() * 4 / layout.words;
+        const long done = (part * (end - first) + index - first) * layout.words;
+        return share_of(panel + end * layout.group_size(), word_bytes, done, parts);
     }
-}
+
+    template <class Kind, int ROWS>
+    void multiply(const ByteRows& x, float* out) const {
+        for (long index = first; index < end; index++) {
+            const uint32_t* at = panel + index * layout.group_size();
+            if (parts == 1)
+                GroupProduct<Kind, ROWS, 4>{x, index, at, layout, out, a_little_ahead(index)}.run(index == 0);
+            else if constexpr (ROWS > MAX_ROWS / 2 - 1)
+                GroupProduct<Kind, ROWS, 2>{x, index, at, layout, out, next_block(index)}.run(index == 0);
+        }
+    }
+
+    template <class Kind>
+    void multiply(long rows, const ByteRows& x, float* out) const {
+        switch (rows) {
+            case 1: multiply<Kind, 1>(x, out); break;
+            case 2: multiply<Kind, 2>(x, out); break;
+            case 3: multiply<Kind, 3>(x, out); break;
+            case 4: multiply<Kind, 4>(x, out); break;
+            case 5: multiply<Kind, 5>(x, out); break;
+            case 6: multiply<Kind, 6>(x, out); break;
+        }
+    }
+};
 
 // out[rows][64] = rows of bytes times one panel.
 inline void multiply_grouped(const ByteRows& x, long rows, const uint32_t* panel, const Layout& layout, long inputs,
                              float* out) {
     const long size = layout.group_size(), count = layout.groups(inputs), parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    const long block = parts == 1 ? count : std::max(1L, BLOCK_WORDS * PANEL / size);
-    for (long first = 0; first < count; first += block)
+    const long blocks = parts == 1 ? 1 : (count * size + CACHED_WORDS - 1) / CACHED_WORDS;
+    for (long index = 0; index < blocks; index++)
         for (long part = 0; part < parts; part++) {
+            const GroupBlock block{panel, layout, count * index / blocks, count * (index + 1) / blocks, part, parts};
             const long row = rows * part / parts, end = rows * (part + 1) / parts;
-            for (long index = first; index < std::min(count, first + block); index++)
-                if (layout.format.bits == 8)
-                    multiply_group<8>(end - row, x.from(row), index, panel + index * size, layout, out + row * PANEL);
-                else
-                    multiply_group<4>(end - row, x.from(row), index, panel + index * size, layout, out + row * PANEL);
+            float* to = out + row * PANEL;
+            if (layout.format.bits == 8)
+                block.multiply<Kind<8, 128, false>>(end - row, x.from(row), to);
+            else if (layout.format.has_minimum)
+                block.multiply<Kind<4, 0, true>>(end - row, x.from(row), to);
+            else
+                block.multiply<Kind<4, 8, false>>(end - row, x.from(row), to);
         }
 }
 

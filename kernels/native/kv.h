@@ -46,18 +46,27 @@ inline void write_kv(const float* numbers, long head_dim, int8_t* head) {
     memcpy(head + kv_padded(head_dim), &scale, 4);
 }
 
-// Numbers `first` to `first + count` of a head.
-template <class Stored>
-void read_kv(const char* head, long, long first, long count, float* to) {
-    const Stored* numbers = reinterpret_cast<const Stored*>(head) + first;
-    for (long d = 0; d < count; d++) to[d] = widen(numbers[d]);
+inline Vec widen_numbers(const float* numbers) { return load(numbers); }
+
+inline Vec widen_numbers(const bf16* numbers) { return widen_bf16(load_shorts(&numbers->bits)); }
+
+inline Vec widen_numbers(const int8_t* bytes) {
+    typedef int8_t ByteVec __attribute__((vector_size(LANES)));
+    typedef int16_t SignedVec __attribute__((vector_size(LANES * 2)));
+    ByteVec v;
+    memcpy(&v, bytes, sizeof v);
+    // Step by step: compilers split a conversion to four times the width into single numbers.
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, SignedVec), IntVec), Vec);
 }
 
-template <>
-inline void read_kv<int8_t>(const char* head, long head_dim, long first, long count, float* to) {
-    const float scale = kv_scale(head, head_dim);
-    const int8_t* bytes = reinterpret_cast<const int8_t*>(head) + first;
-    for (long d = 0; d < count; d++) to[d] = float(bytes[d]) * scale;
+// Numbers `first` to `first + LANES` of a head, bytes without their scale; zeros behind its end.
+template <class Stored>
+Vec read_kv(const char* head, long head_dim, long first) {
+    const Stored* numbers = reinterpret_cast<const Stored*>(head) + first;
+    if (first + LANES <= head_dim) return widen_numbers(numbers);
+    Stored padded[LANES] = {};
+    std::copy_n(numbers, head_dim - first, padded);
+    return widen_numbers(padded);
 }
 
 }  // namespace triode

@@ -19,6 +19,8 @@ constexpr int PANEL = 64;
 constexpr int MAX_ROWS = 6;
 // 128 words of a panel are 32 KiB: several groups of rows find them in the first- or second-level cache.
 constexpr long BLOCK_WORDS = 128;
+// 16 KiB: a block of a panel and the next one, which is fetched meanwhile, are in the first-level cache together.
+constexpr long CACHED_WORDS = 4 << 10;
 constexpr long PREFETCH_WORDS = 16;
 
 template <class T>
@@ -29,9 +31,28 @@ constexpr long words_of(long numbers) {
 
 constexpr long rounded_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// What is fetched while a panel is multiplied: for each of its words so many cache lines, and so many bytes further on.
+template <int LINES>
+struct Ahead {
+    const char* at;
+    long step;
+};
+
+// Few rows wait for memory: what comes a little later.
+inline Ahead<4> a_little_ahead(const uint32_t* at) {
+    return {reinterpret_cast<const char*>(at + PREFETCH_WORDS * PANEL), PANEL * 4};
+}
+
+// Otherwise each of the parts of the rows fetches its share of the block that comes next, having `done` so many words.
+inline Ahead<2> share_of(const uint32_t* next_block, long word_bytes, long done, long parts) {
+    const long step = std::min(128L, (word_bytes + parts - 1) / parts);
+    return {reinterpret_cast<const char*>(next_block) + done * step, step};
+}
+
 // ROWS rows by 64 outputs, from `out` or from zero. Registers hold ROWS x GROUP vectors.
-template <class T, int ROWS>
-void multiply_rows(const char* x, long x_bytes, const uint32_t* panel, long words, float* out, bool from_zero) {
+template <class T, int ROWS, int LINES>
+void multiply_rows(const char* x, long x_bytes, const uint32_t* panel, long words, float* out, bool from_zero,
+                   Ahead<LINES> ahead) {
     constexpr int GROUP = REGISTERS == 32 ? 4 : 2;
     for (int column = 0; column < PANEL; column += GROUP * LANES) {
         Vec acc[ROWS][GROUP];
@@ -52,13 +73,13 @@ void multiply_rows(const char* x, long x_bytes, const uint32_t* panel, long word
             }
             squares.give(acc);
         }
-        for (; k < words; k++, w += PANEL) {
+        const char* next = ahead.at;
+        for (; k < words; k++, w += PANEL, next += ahead.step) {
             Vec weights[GROUP];
 #pragma GCC unroll 4
-            for (int g = 0; g < GROUP; g++) {
-                weights[g] = load(w + g * LANES);
-                __builtin_prefetch(w + g * LANES + PREFETCH_WORDS * PANEL);
-            }
+            for (int line = 0; line < LINES; line++) __builtin_prefetch(next + 64 * line);
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUP; g++) weights[g] = load(w + g * LANES);
 #pragma GCC unroll 6
             for (int r = 0; r < ROWS; r++) {
                 Vec input = broadcast(x + r * x_bytes + k * 4);
@@ -71,30 +92,34 @@ void multiply_rows(const char* x, long x_bytes, const uint32_t* panel, long word
     }
 }
 
+template <class T, int LINES>
+void multiply_rows(long rows, const char* x, long x_bytes, const uint32_t* panel, long words, float* out, bool from_zero,
+                   Ahead<LINES> ahead) {
+    switch (rows) {
+        case 1: multiply_rows<T, 1>(x, x_bytes, panel, words, out, from_zero, ahead); break;
+        case 2: multiply_rows<T, 2>(x, x_bytes, panel, words, out, from_zero, ahead); break;
+        case 3: multiply_rows<T, 3>(x, x_bytes, panel, words, out, from_zero, ahead); break;
+        case 4: multiply_rows<T, 4>(x, x_bytes, panel, words, out, from_zero, ahead); break;
+        case 5: multiply_rows<T, 5>(x, x_bytes, panel, words, out, from_zero, ahead); break;
+        case 6: multiply_rows<T, 6>(x, x_bytes, panel, words, out, from_zero, ahead); break;
+    }
+}
+
 // out[rows][64] (+)= x[rows][words] times one panel. `x_stride` counts numbers of type T.
 template <class T>
 void multiply_panel(const T* x, long x_stride, long rows, const uint32_t* panel, long words, float* out,
                     bool from_zero) {
     const char* inputs = reinterpret_cast<const char*>(x);
-    const long x_bytes = x_stride * long(sizeof(T));
-    const long groups = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    const long block = groups == 1 ? words : BLOCK_WORDS;
-    for (long first = 0; first < words; first += block) {
-        const long count = std::min(block, words - first);
-        const uint32_t* w = panel + first * PANEL;
-        for (long group = 0; group < groups; group++) {
-            const long row = rows * group / groups, end = rows * (group + 1) / groups;
-            const char* in = inputs + row * x_bytes + first * 4;
-            float* to = out + row * PANEL;
-            const bool fresh = from_zero && first == 0;
-            switch (end - row) {
-                case 1: multiply_rows<T, 1>(in, x_bytes, w, count, to, fresh); break;
-                case 2: multiply_rows<T, 2>(in, x_bytes, w, count, to, fresh); break;
-                case 3: multiply_rows<T, 3>(in, x_bytes, w, count, to, fresh); break;
-                case 4: multiply_rows<T, 4>(in, x_bytes, w, count, to, fresh); break;
-                case 5: multiply_rows<T, 5>(in, x_bytes, w, count, to, fresh); break;
-                case 6: multiply_rows<T, 6>(in, x_bytes, w, count, to, fresh); break;
-            }
+    const long x_bytes = x_stride * long(sizeof(T)), parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    if (parts == 1) return multiply_rows<T>(rows, inputs, x_bytes, panel, words, out, from_zero, a_little_ahead(panel));
+    const long blocks = (words * PANEL + CACHED_WORDS - 1) / CACHED_WORDS;
+    for (long block = 0; block < blocks; block++) {
+        const long first = words * block / blocks, end = words * (block + 1) / blocks, count = end - first;
+        for (long part = 0; part < parts; part++) {
+            const long row = rows * part / parts, num_rows = rows * (part + 1) / parts - row;
+            const Ahead<2> ahead = share_of(panel + end * PANEL, PANEL * 4, part * count, parts);
+            multiply_rows<T>(num_rows, inputs + row * x_bytes + first * 4, x_bytes, panel + first * PANEL, count,
+                             out + row * PANEL, from_zero && first == 0, ahead);
         }
     }
 }
@@ -105,10 +130,7 @@ inline void widen_word(float, const Vec* numbers, uint32_t* to) {
 }
 
 inline void widen_word(bf16, const Vec* numbers, uint32_t* to) {
-    for (int i = 0; i < 4; i += 2) {
-        const WordVec low = (WordVec)numbers[i] >> 16, high = (WordVec)numbers[i + 1] & 0xffff0000u;
-        store(to + i / 2 * PANEL, (Vec)(low | high));
-    }
+    for (int i = 0; i < 4; i += 2) store(to + i / 2 * PANEL, joined(numbers[i], numbers[i + 1]));
 }
 
 template <class T>

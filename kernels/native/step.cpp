@@ -20,7 +20,7 @@ void forward(const TriodeModel& model, const TriodeBatch& batch, void* scratch, 
         const AttentionScratch<T>& mine = buffers.threads[i].attention;
         memset(const_cast<T*>(mine.nothing), 0, model.head_dim * sizeof(T));
         // The columns past head_dim are multiplied and never read; they must not be slow to compute with.
-        memset(mine.values, 0, HeadShape{1, model.head_dim}.panels() * TILE * PANEL * sizeof(float));
+        memset(mine.values, 0, HeadShape{1, model.head_dim}.panels() * words_of<T>(TILE) * PANEL * 4);
     }
     // Padding of the attention's output meets weights of zero: anything but NaN.
     for (long token = 0; token < batch.num_tokens; token++) {

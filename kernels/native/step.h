@@ -12,6 +12,8 @@ namespace triode {
 
 constexpr long PHASES_A_LAYER = 17;
 constexpr long PHASES_BESIDE = 4;
+// Decoding rows that are attended to whole, if there are so many for each thread; otherwise head by head.
+constexpr long ROWS_A_THREAD = 4;
 
 // What one thread has to itself.
 template <class T>
@@ -192,7 +194,7 @@ class Step {
             Vec g = with_bias(matrix, output + i, sums + i);
             Vec up = with_bias(matrix, output + 16 + i, sums + 16 + i);
             Vec y = g / (splat(1.f) + exponential(-g)) * up;
-            for (int lane = 0; lane < LANES; lane++) narrow(y[lane], to[i + lane]);
+            narrow(y, to + i);
         }
     }
 
@@ -255,6 +257,10 @@ class Step {
     // An item is a block of queries of one row and one KV head; the last blocks, which see most, come first.
     void share_attention(Worker& worker, const Private<T>& mine, long index) const {
         const long queries = shape_.queries(), heads = model_.num_kv_heads;
+        if (is_decode_ && batch_.num_rows >= ROWS_A_THREAD * buffers_.num_threads) {
+            worker.share_ahead(batch_.num_rows, [&](long row, long next) { attend_row(mine, index, row, next); });
+            return;
+        }
         long items = 0;
         for (long row = 0; row < batch_.num_rows; row++) items += (num_queries(row) + queries - 1) / queries * heads;
         long row = 0, before = 0;
@@ -267,18 +273,34 @@ class Step {
         });
     }
 
+    // All heads of one query, which lie side by side in the cache; those of the next row come meanwhile.
+    void attend_row(const Private<T>& mine, long index, long row, long next) const {
+        const long heads = model_.num_kv_heads;
+        Upcoming upcoming{};
+        if (next < batch_.num_rows) {
+            const Queries own = decoding(model_.layers[index], row), others = decoding(model_.layers[index], next);
+            const long first = others.lowest(0) / TILE * TILE;
+            const long tiles = own.last() / TILE + 1 - own.lowest(0) / TILE, fetches = 2 * heads * tiles;
+            upcoming = {cached_head(index, next, 0), first, others.last() + 1, (others.last() + fetches - first) / fetches};
+            upcoming.at_once = std::min(upcoming.at_once, TILE / 4);
+        }
+        for (long head = 0; head < heads; head++) attend_block(mine, index, row, 0, 1, head, next < batch_.num_rows ? &upcoming : nullptr);
+    }
+
     long num_queries(long row) const { return batch_.query_start[row + 1] - batch_.query_start[row]; }
 
-    void attend_block(const Private<T>& mine, long index, long row, long first, long count, long kv_head) const {
+    void attend_block(const Private<T>& mine, long index, long row, long first, long count, long kv_head,
+                      Upcoming* upcoming = nullptr) const {
         const long token = batch_.query_start[row] + first;
         if (is_decode_) rotate_and_store(index, token, kv_head);
         take_queries(mine, token, count, kv_head);
         const Queries queries{batch_.start[row] + first, count, long(model_.layers[index].window_tokens)};
         const CachedHead head = cached_head(index, row, kv_head);
+        T* out = attended(token, kv_head);
         if (batch_.kv_is_int8)
-            attend<T, int8_t>(head, shape_, queries, scale_, mine.attention, attended(token, kv_head), attended_stride());
+            attend<T, int8_t>(head, shape_, queries, scale_, mine.attention, out, attended_stride(), upcoming);
         else
-            attend<T, T>(head, shape_, queries, scale_, mine.attention, attended(token, kv_head), attended_stride());
+            attend<T, T>(head, shape_, queries, scale_, mine.attention, out, attended_stride(), upcoming);
     }
 
     void take_queries(const Private<T>& mine, long token, long count, long kv_head) const {

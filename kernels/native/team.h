@@ -70,14 +70,31 @@ class Worker {
     template <class Work>
     void share(long items, Work work) {
         long mine = 0;
-        for (long item; (item = phase_->claimed.fetch_add(1, std::memory_order_relaxed)) < items; mine++) work(item);
+        for (long item; (item = claim()) < items; mine++) work(item);
+        finish(mine, items);
+    }
+
+    // Calls `work(item, next)`: `next` is what this thread does afterwards, which it can fetch; `items` or more is nothing.
+    template <class Work>
+    void share_ahead(long items, Work work) {
+        long mine = 0;
+        for (long item = claim(), next; item < items; item = next, mine++) {
+            next = claim();
+            work(item, next);
+        }
+        finish(mine, items);
+    }
+
+  private:
+    long claim() { return phase_->claimed.fetch_add(1, std::memory_order_relaxed); }
+
+    void finish(long mine, long items) {
         if (mine) phase_->done.fetch_add(mine, std::memory_order_release);
         Patience patience;
         while (phase_->done.load(std::memory_order_acquire) < items) patience.wait();
         phase_++;
     }
 
-  private:
     Phase* phase_;
 };
 

@@ -39,6 +39,9 @@ typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t WordVec __attribute__((vector_size(LANES * 4)));
 typedef uint16_t ShortVec __attribute__((vector_size(LANES * 2)));
 
+// For what takes registers by reference: as calls they would go through memory.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 struct bf16 {
     uint16_t bits;
 };
@@ -165,6 +168,19 @@ inline ShortVec load_shorts(const uint16_t* from) {
 }
 
 inline Vec widen_bf16(ShortVec v) { return (Vec)(__builtin_convertvector(v, WordVec) << 16); }
+
+// The same as of single numbers.
+inline void narrow(Vec v, bf16* to) {
+    const WordVec bits = (WordVec)v, rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const WordVec kept = (bits & 0x7fffffffu) > 0x7f800000u ? WordVec{} + 0x7fc0u : rounded;
+    const ShortVec shorts = __builtin_convertvector(kept, ShortVec);
+    memcpy(to, &shorts, sizeof shorts);
+}
+
+inline void narrow(Vec v, float* to) { store(to, v); }
+
+// Two vectors of numbers that are exact as bfloat16, as one of words.
+inline Vec joined(Vec low, Vec high) { return (Vec)((WordVec)low >> 16 | ((WordVec)high & 0xffff0000u)); }
 
 // IEEE half precision.
 inline Vec widen_half(ShortVec v) {
