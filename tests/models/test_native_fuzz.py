@@ -125,6 +125,7 @@ def numbers(struct: ctypes.Structure) -> Iterator[tuple[ctypes.Structure, str]]:
     """Every field of a table of layers whose meaning the step can check, with the struct that holds it."""
     unchecked = {
         "is_bf16",
+        "num_layers",
         "num_positions",
         "norm_eps",
         "bias",
