@@ -76,7 +76,7 @@ class NativeDecoder:
         self._memory = PackedModel(library, config, weights, layers, plan, ranks)
         self._model = self._memory.model
         library.check(self._model)
-        self._team: Team | None = None
+        self._team = Team(library, torch.get_num_threads())
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._pool: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None
         self._pool_addresses = (_addresses(()), _addresses(()))
@@ -149,7 +149,8 @@ class NativeDecoder:
     def _current_team(self) -> Team:
         """As many threads as torch would use; others are started when their number changes."""
         num_threads = torch.get_num_threads()
-        if self._team is None or self._team.num_threads != num_threads:
+        if self._team.num_threads != num_threads:
+            self._team.close()
             self._team = Team(self._library, num_threads)
         return self._team
 

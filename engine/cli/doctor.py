@@ -26,6 +26,8 @@ class Report(msgspec.Struct, frozen=True):
     """By dtype, what would compute."""
     num_threads: int
     """Of one CPU operation, unless `--num-threads` says otherwise."""
+    held_cpus: tuple[int, ...]
+    """On which threads of engines that run now stay: no other engine's threads are pinned to them."""
     read_bytes_per_s: float | None
     """How fast they read memory together; None where the CPU kernels are not to be had."""
     models: dict[str, str]
@@ -50,7 +52,8 @@ def examine() -> Report:
     """Look at the machine and at the installation."""
     import torch
 
-    from triode.kernels.native.cpus import usable_threads
+    from triode.kernels.native.cpus import allowed_cpus, usable_threads
+    from triode.kernels.native.places import held_elsewhere
     from triode.models.cpu import describe_auto_kernels
     from triode.models.loader import resolve_device
 
@@ -68,6 +71,7 @@ def examine() -> Report:
         device=str(device),
         kernels={str(dtype).removeprefix("torch."): kernels(dtype) for dtype in dtypes},
         num_threads=usable_threads(torch.get_num_threads()),
+        held_cpus=held_elsewhere(allowed_cpus()),
         read_bytes_per_s=_read_bandwidth(usable_threads(torch.get_num_threads())),
         models=_models(),
     )
@@ -99,6 +103,7 @@ def _models() -> dict[str, str]:
 def _lines(report: Report) -> list[str]:
     processor, memory, reading = report.processor, report.memory, report.read_bytes_per_s
     quota = "" if processor.quota_cores is None else f", limited to {processor.quota_cores:g} cores' time"
+    held = f"; running engines hold CPU {', '.join(map(str, report.held_cpus))}" if report.held_cpus else ""
     gpus = [
         f"{gpu.name} (compute capability {gpu.compute_capability}), {_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} free"
         for gpu in report.gpus
@@ -107,7 +112,7 @@ def _lines(report: Report) -> list[str]:
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
         ("CPU", f"{processor.name}, {processor.num_allowed_cores} of {processor.num_cores} cores allowed{quota}"),
         ("CPU features", " ".join(processor.features) or "none that matter"),
-        ("threads", f"{report.num_threads} for one operation"),
+        ("threads", f"{report.num_threads} for one operation{held}"),
         ("memory", f"{_gib(memory.available_bytes)} available of {_gib(memory.total_bytes)}"),
         (
             "memory reads",

@@ -6,6 +6,7 @@ the library is loaded, so that both use the same ones.
 """
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_uint32, c_void_p, sizeof
 from functools import cache
@@ -116,7 +117,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[object, ...]]] = {
     "triode_pack_groups": (None, (c_int32, c_int64, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p)),
     "triode_scratch_bytes": (c_int64, (POINTER(ModelStruct), c_int64, c_int32)),
     "triode_model_error": (c_char_p, (POINTER(ModelStruct),)),
-    "triode_open_team": (c_void_p, (c_int32, POINTER(c_int32))),
+    "triode_open_team": (c_int32, (c_int32, POINTER(c_int32), POINTER(c_void_p))),
     "triode_close_team": (None, (c_void_p,)),
     "triode_read": (c_uint32, (c_void_p, c_int64, c_void_p)),
     "triode_forward": (c_int32, (POINTER(ModelStruct), POINTER(BatchStruct), c_void_p, c_void_p)),
@@ -183,9 +184,17 @@ class NativeLibrary:
             raise ValueError(f"the table of layers must fit the model's sizes, but {error.decode()}")
 
     def open_team(self, num_helpers: int, cpus: Sequence[int] | None) -> int:
-        """Start threads that help whoever calls `forward` and `logits` with their handle; each stays on its CPU."""
+        """Start threads that help whoever calls `forward` and `logits` with their handle; each stays on its CPU.
+
+        Raises:
+            OSError: the system starts no more; none is left.
+        """
         places = None if cpus is None else (c_int32 * num_helpers)(*cpus)
-        return int(self._library.triode_open_team(num_helpers, places))
+        team = c_void_p()
+        if code := self._library.triode_open_team(num_helpers, places, byref(team)):
+            reason = f"the system does not start {num_helpers} threads, lower num_threads or raise its limits"
+            raise OSError(code, f"{reason}: {os.strerror(code)}")
+        return int(team.value or 0)
 
     def close_team(self, team: int) -> None:
         """End them."""

@@ -3,6 +3,8 @@
 #include "packing.h"
 #include "step.h"
 
+#include <cerrno>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -170,7 +172,17 @@ int64_t triode_scratch_bytes(const TriodeModel* model, int64_t num_tokens, int32
 const char* triode_model_error(const TriodeModel* model) { return model_error(*model); }
 
 // Threads for `triode_forward` and `triode_logits`, one call at a time. `cpus`: where each helper stays, or null.
-void* triode_open_team(int32_t num_helpers, const int32_t* cpus) { return new Team(num_helpers, cpus); }
+// Returns 0, or the system's number of the error if it does not start them all; then none is left.
+int32_t triode_open_team(int32_t num_helpers, const int32_t* cpus, void** team) {
+    try {
+        *team = new Team(num_helpers, cpus);
+        return 0;
+    } catch (const std::system_error& error) {
+        return error.code().value();
+    } catch (const std::bad_alloc&) {
+        return ENOMEM;
+    }
+}
 
 // Reads whole MiB of memory once, to be timed.
 uint32_t triode_read(const void* memory, int64_t bytes, void* team) {

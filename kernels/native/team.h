@@ -16,6 +16,7 @@
 #include <chrono>
 #include <climits>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -105,24 +106,26 @@ class Worker {
 // processor to whoever wants it, and then sleep.
 class Team {
   public:
-    // `cpus`: where each helper stays, or null where the system is to choose.
+    // `cpus`: where each helper stays, or null where the system is to choose. Throws if the system starts no more threads.
     Team(int num_helpers, const int32_t* cpus) {
         // Signals are for the threads that the host program knows.
         sigset_t all, before;
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
-        for (int i = 0; i < num_helpers; i++) {
-            helpers_.emplace_back([this, i] { help(i + 1); });
-            if (cpus) pin(helpers_.back(), cpus[i]);
+        try {
+            for (int i = 0; i < num_helpers; i++) {
+                helpers_.emplace_back([this, i] { help(i + 1); });
+                if (cpus) pin(helpers_.back(), cpus[i]);
+            }
+        } catch (...) {
+            pthread_sigmask(SIG_SETMASK, &before, nullptr);
+            end();
+            throw;
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
 
-    ~Team() {
-        is_over_.store(true);
-        announce();
-        for (std::thread& helper : helpers_) helper.join();
-    }
+    ~Team() { end(); }
 
     int size() const { return int(helpers_.size()) + 1; }
 
@@ -145,6 +148,12 @@ class Team {
 
   private:
     static constexpr int SPIN_US = 500;
+
+    void end() {
+        is_over_.store(true);
+        announce();
+        for (std::thread& helper : helpers_) helper.join();
+    }
 
     // A job is open while the number is odd.
     void announce() {

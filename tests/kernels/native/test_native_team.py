@@ -2,6 +2,10 @@
 
 import gc
 import os
+import resource
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +15,19 @@ import torch
 from native_steps import native_library
 from tiny_decoders import tiny_config, tiny_weights
 from triode.cache.config import CacheConfig
-from triode.kernels.native import cpus
+from triode.kernels.native import cpus, places
 from triode.kernels.native.cpus import allowed_cpus, usable_threads
-from triode.kernels.native.team import VARIABLE, Team
+from triode.kernels.native.places import VARIABLE, held_elsewhere, take_places
+from triode.kernels.native.team import Team
 from triode.models.build import build_runner
 
 TASKS = Path("/proc/self/task")
+
+
+@pytest.fixture(autouse=True)
+def nobody_else_has_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever engines run on this machine."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def threads() -> set[str]:
@@ -55,6 +66,64 @@ def test_each_helper_stays_on_a_cpu_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(VARIABLE, "0")
     _, free = started(lambda: Team(library, number))
     assert {allowed(thread) for thread in free} == {everywhere}
+
+
+def test_two_engines_never_stay_on_the_same_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "allowed_cpus", lambda: (0, 2, 4, 1))
+    first, second = take_places(2), take_places(2)
+    assert (first.cpus, second.cpus) == ((2, 4), (1, 0))
+    assert take_places(1).cpus == ()
+    assert held_elsewhere((0, 1, 2, 3, 4)) == (0, 1, 2, 4)
+    second.release()
+    assert take_places(3).cpus == ()
+    assert held_elsewhere((0, 1, 2, 3, 4)) == (2, 4)
+
+
+@pytest.mark.skipif(len(allowed_cpus()) < 2, reason="one CPU leaves nothing to choose")
+def test_a_team_leaves_its_cpus_to_the_next() -> None:
+    library = native_library()
+    team, helpers = started(lambda: Team(library, 2))
+    _, others = started(lambda: Team(library, 2))
+    assert {allowed(thread) for thread in helpers}.isdisjoint({allowed(thread) for thread in others})
+    before = held_elsewhere(allowed_cpus())
+    team.close()
+    assert set(held_elsewhere(allowed_cpus())) < set(before)
+
+
+def test_places_of_a_process_that_dies_are_free_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(places, "allowed_cpus", lambda: (0, 1))
+    take = (
+        "from triode.kernels.native import places as p; p.allowed_cpus = lambda: (0, 1); print(p.take_places(1).cpus)"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    holding = subprocess.Popen(
+        [sys.executable, "-c", f"{take}; input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert holding.stdout is not None
+    assert holding.stdout.readline() == "(1,)\n"
+    assert take_places(1).cpus == (0,)
+    holding.kill()
+    holding.communicate()
+    assert take_places(1).cpus == (1,)
+
+
+def test_threads_that_the_system_does_not_start_are_an_error_and_none_is_left() -> None:
+    library, before = native_library(), threads()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    # Each thread needs address space for its stack.
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, hard))
+    try:
+        with pytest.raises(OSError, match="does not start 4096 threads, lower num_threads"):
+            Team(library, 4097)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert threads() <= before
+    assert started(lambda: Team(library, 3))[1]
 
 
 def test_second_hardware_threads_of_a_core_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
