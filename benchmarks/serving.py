@@ -21,6 +21,7 @@ from statistics import median, quantiles
 from typing import Any
 from unittest.mock import patch
 
+import uvloop
 from null_model import TEXT, NullRunner, build_parts
 from rich.console import Console
 from rich.table import Table
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    Console().print(asyncio.run(measure(arguments.connections, arguments.tokens, arguments.runs)))
+    Console().print(uvloop.run(measure(arguments.connections, arguments.tokens, arguments.runs)))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,11 @@ names, else from its default.
 """
 
 import argparse
-import asyncio
 import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def main(arguments: argparse.Namespace) -> int:
         export_spans(server.otlp_endpoint)
     with take_port(server) as bound:
         if server.server == "uvicorn":
-            asyncio.run(_serve(arguments.model, engine, server, bound))
+            _run_on_uvloop(_serve(arguments.model, engine, server, bound))
         else:
             trio.run(_serve_on_trio, arguments.model, engine, server, bound)
     return 0
@@ -101,6 +100,13 @@ def _begin_to_log(config: ServerConfig) -> None:
 def has_gpu(device: str) -> bool:
     """Whether steps will run on a GPU, as far as that is known without torch."""
     return device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
+
+
+def _run_on_uvloop(serving: Coroutine[object, None, None]) -> None:
+    # Its writes keep the interpreter's lock. asyncio's offer it to the engine's threads, and wait, for each client in turn.
+    import uvloop
+
+    uvloop.run(serving)
 
 
 async def _serve(model: str, engine_config: EngineConfig, server_config: ServerConfig, bound: socket.socket) -> None:

@@ -15,6 +15,7 @@ from triode.engine.client.wire import Wire
 from triode.engine.request import Prompt, check_cache_salt, check_deadline_s, check_priority
 from triode.engine.server.bridge_messages import (
     Accepted,
+    BridgePrompt,
     Failed,
     Finished,
     FromClient,
@@ -25,7 +26,7 @@ from triode.engine.server.bridge_messages import (
     Submit,
 )
 from triode.engine.submission import Submission
-from triode.errors import AccessDenied, EngineClosed, ServerUnreachable
+from triode.errors import AccessDenied, EngineClosed, ProtocolError, ServerUnreachable
 from triode.models.sampling import SamplingParams
 
 WINDOW = 64
@@ -103,6 +104,7 @@ class Client:
             EngineBusy: if the server takes no more of this key, or at all.
             EngineClosed: if the engine has ended, or is about to.
             ServerUnreachable: if the server was lost.
+            ProtocolError: if it says what no server of this kind would.
         """
         check_priority(priority)
         check_cache_salt(cache_salt)
@@ -188,24 +190,30 @@ class Client:
                     raise loss
                 wire = await self._reconnect(loss)
                 self._repeat()
-        except (ServerUnreachable, AccessDenied) as error:
+        except (ServerUnreachable, AccessDenied, ProtocolError) as error:
             self._end(error)
 
     async def _use(self, wire: Wire) -> ServerUnreachable:
-        """Until the socket is lost; returns how."""
-        losses: list[ServerUnreachable] = []
+        """Until the socket is lost; returns how.
+
+        Raises:
+            ProtocolError: if the server is none.
+        """
+        losses: list[ServerUnreachable | ProtocolError] = []
 
         async def until_lost(work: Callable[[Wire], Awaitable[None]]) -> None:
             try:
                 await work(wire)
-            except ServerUnreachable as loss:
+            except (ServerUnreachable, ProtocolError) as loss:
                 losses.append(loss)
                 group.cancel_scope.cancel()
 
         async with wire, anyio.create_task_group() as group:
             group.start_soon(until_lost, self._read)
             group.start_soon(until_lost, self._write)
-        return losses[0]
+        if isinstance(loss := losses[0], ProtocolError):
+            raise loss
+        return loss
 
     async def _read(self, wire: Wire) -> None:
         while True:
@@ -260,16 +268,17 @@ class Client:
             question.answered.set()
 
 
-def _plain(prompt: Prompt) -> str | list[int | dict[str, object]]:
+def _plain(prompt: Prompt) -> BridgePrompt:
     """The prompt as JSON knows it.
 
     Raises:
         ValueError: if it is neither text, token ids nor chat messages.
     """
     try:
-        return msgspec.convert(prompt, str | list[int | dict[str, object]])
+        plain: BridgePrompt = msgspec.convert(prompt, BridgePrompt)
     except msgspec.ValidationError as error:
         raise ValueError(f"prompt must be text, token ids or chat messages: {error}") from None
+    return plain
 
 
 class _Question:

@@ -16,7 +16,7 @@ from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
 from triode.engine.server.bridge_messages import FromClient, FromServer, Goodbye
-from triode.errors import AccessDenied, ServerUnreachable
+from triode.errors import AccessDenied, ProtocolError, ServerUnreachable
 
 CONNECT_S = 10
 """For the connection and its handshake."""
@@ -26,7 +26,7 @@ SILENCE_S = 45
 """Both sides ping more often than that; a socket that is silent for so long is dead."""
 _PROTOCOL = Subprotocol("triode.v1.msgpack")
 _ENCODE = msgspec.msgpack.Encoder().encode
-_DECODE = msgspec.msgpack.Decoder(FromServer).decode
+_DECODER: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)
 _SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
 
 
@@ -110,6 +110,7 @@ class Wire:
 
         Raises:
             ServerUnreachable: if the socket is lost, or closed by the server.
+            ProtocolError: if a frame is no message.
         """
         while not self._arrived:
             await self._read()
@@ -117,7 +118,7 @@ class Wire:
                 if isinstance(event, Frame) and event.opcode in (Opcode.BINARY, Opcode.CONT):
                     self._parts.append(bytes(event.data))
                     if event.fin:
-                        self._arrived.append(_DECODE(b"".join(self._parts)))
+                        self._arrived.append(_decoded(b"".join(self._parts)))
                         self._parts.clear()
             if self._protocol.close_rcvd is not None and not self._arrived:
                 raise self._lost(f"the server closed it with code {self._protocol.close_rcvd.code}")
@@ -169,6 +170,13 @@ class Wire:
                     await self._stream.send(data)
                 except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
                     raise self._lost(_reason(error)) from error
+
+
+def _decoded(frame: bytes) -> FromServer:
+    try:
+        return _DECODER.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"the server sent a frame that is no message of the bridge: {error}") from error
 
 
 async def _connect(host: str, port: int, ssl_context: ssl.SSLContext | None) -> ByteStream:

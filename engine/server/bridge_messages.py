@@ -20,11 +20,13 @@ from triode.actors.messages import FinishReason, RequestStatus
 from triode.engine.completion import Usage
 from triode.engine.server.errors import ErrorDetail
 from triode.ids import TokenId
+from triode.models.conversation import Conversation
 from triode.models.sampling import SamplingParams
 from triode.models.step import TokenLogprobs
 
 Id: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Window: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=256)]
+BridgePrompt: TypeAlias = str | list[int | dict[str, object]] | Conversation
 Seq: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -36,8 +38,9 @@ class Submit(ClientMessage, frozen=True):
     """Begin a request. The fields are the arguments of `Engine.submit`."""
 
     id: Id
-    prompt: str | list[int | dict[str, object]]
-    """Text, token ids, or chat messages."""
+    prompt: BridgePrompt
+    """Text, token ids, or chat messages: by themselves, or with the tools and options of their template. Calls come as the
+    model writes them, in the text."""
     params: SamplingParams = SamplingParams()
     priority: int = 0
     cache_salt: str | None = None

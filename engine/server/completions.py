@@ -12,7 +12,7 @@ from triode.actors.messages import Delta, FinishReason
 from triode.engine import completion
 from triode.engine.completion import Completion, Result
 from triode.engine.request import Prompt
-from triode.engine.server.connection import decode, read_body
+from triode.engine.server.connection import Writer, decode, read_body
 from triode.engine.server.dialect import head, usage_of
 from triode.engine.server.echo import Echo, echo_of, with_prompt
 from triode.engine.server.generation import Generation, Job
@@ -21,6 +21,7 @@ from triode.engine.server.openai_requests import CompletionRequest
 from triode.engine.server.openai_responses import TextChoice, TextChunk, TextCompletion, TextLogprobs, Usage
 from triode.engine.server.parameters import completion_params, refused
 from triode.engine.server.service import Service
+from triode.engine.stream import RequestStream
 from triode.models.sampling import SamplingParams
 
 _DECODER = msgspec.json.Decoder(CompletionRequest)
@@ -40,8 +41,9 @@ class CompletionEndpoint:
         # Nothing but the prompt: one token is generated, because no request is without, and left out.
         is_prompt_only = bool(body.echo) and body.max_tokens == 0
         job = Job.of(body, prompts, completion_params(structs.replace(body, max_tokens=1) if is_prompt_only else body))
-        echoes = [await echo_of(self._service, prompt) for prompt in prompts] if body.echo else []
-        return Generation(self._service, job, TextDialect(self._service, job.params, echoes, is_prompt_only), request)
+        dialect = TextDialect(self._service, job.params, is_prompt_only)
+        kind = EchoedGeneration if body.echo else Generation
+        return kind(self._service, job, dialect, request)
 
 
 def split_prompts(name: str, prompt: str | list[str | int | list[int]], max_prompts: int) -> list[Prompt]:
@@ -65,21 +67,20 @@ def split_prompts(name: str, prompt: str | list[str | int | list[int]], max_prom
 class TextDialect:
     """`text_completion`, whole and in chunks."""
 
-    def __init__(
-        self, service: Service, params: SamplingParams, echoes: Sequence[Echo] = (), is_prompt_only: bool = False
-    ) -> None:
+    def __init__(self, service: Service, params: SamplingParams, is_prompt_only: bool = False) -> None:
         self._tokenizer = service.tokenizer
         self._head = head(service, "text_completion", "cmpl")
         self._params = params
         self._n = params.n
-        self._echoes = echoes
         self._is_prompt_only = is_prompt_only
         self._offsets: dict[int, int] = {}
         self.answer_id = str(self._head["id"])
+        self.echoes: Sequence[Echo] = ()
+        """The prompts, where they are to be repeated."""
 
     def opening(self, num_choices: int) -> Sequence[TextChunk]:
         """Nothing comes before the text, but for an echo."""
-        echoes = enumerate(echo for echo in self._echoes for _ in range(self._n))
+        echoes = enumerate(echo for echo in self.echoes for _ in range(self._n))
         return [self._chunk([TextChoice(choice, echo.text, None, None, None)]) for choice, echo in echoes]
 
     def chunk(self, choice: int, delta: Delta) -> TextChunk:
@@ -122,13 +123,11 @@ class TextDialect:
         if self._is_prompt_only:
             sample = structs.replace(sample, text="", logprobs=None if sample.logprobs is None else ())
         text, logprobs = sample.text, None
-        if self._echoes:
-            text = self._echoes[place].text + text
+        if self.echoes:
+            text = self.echoes[place].text + text
             if sample.logprobs is not None:
                 alternatives = self._params.logprobs or 0
-                logprobs = with_prompt(
-                    self._tokenizer, self._echoes[place], scores or (), sample.logprobs, alternatives
-                )
+                logprobs = with_prompt(self._tokenizer, self.echoes[place], scores or (), sample.logprobs, alternatives)
         elif sample.logprobs is not None:
             logprobs = text_logprobs(self._tokenizer, sample.logprobs, 0)
         return TextChoice(
@@ -143,6 +142,17 @@ class TextDialect:
 
     def _chunk(self, choices: list[TextChoice]) -> TextChunk:
         return TextChunk(**self._head, choices=choices)  # type: ignore[arg-type]
+
+
+class EchoedGeneration(Generation):
+    """Text completions that repeat their prompts."""
+
+    _dialect: TextDialect
+
+    async def _write(self, writer: Writer, streams: list[RequestStream]) -> None:
+        """As it is, once the prompts are encoded."""
+        self._dialect.echoes = [await echo_of(self._service, prompt) for prompt in self._job.prompts]
+        await super()._write(writer, streams)
 
 
 def _end(logprobs: TextLogprobs, start: int) -> int:

@@ -50,7 +50,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_resume_grace_s: float = 60.0
     """The longest that a request on /v1/stream may ask to go on without a socket; 0 lets none."""
     header_timeout_s: float = 20.0
-    """A request's headers may take so long (under uvicorn; Hypercorn gives 65 s)."""
+    """A request's headers may take so long, and under Hypercorn, which knows no difference, the next request."""
     body_timeout_s: float = 60.0
     """A request's body may take so long."""
     write_timeout_s: float = 10.0

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from triode.errors import MissingExtra
 
 _NEEDED = {
-    "serve": ("starlette", "uvicorn", "httptools", "websockets", "prometheus_client"),
+    "serve": ("starlette", "uvicorn", "uvloop", "httptools", "websockets", "prometheus_client"),
     "hypercorn": ("hypercorn",),
     "otel": ("opentelemetry",),
 }

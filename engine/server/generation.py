@@ -17,6 +17,7 @@ from triode.engine.server.connection import Writer, together
 from triode.engine.server.dialect import Dialect, usage_of
 from triode.engine.server.errors import engine_error, wrong_value
 from triode.engine.server.guides import guide_field
+from triode.engine.server.metrics import Timing
 from triode.engine.server.openai_requests import GenerationRequest
 from triode.engine.server.service import Service
 from triode.engine.server.tools.plan import ToolPlan
@@ -69,10 +70,11 @@ class Generation(Attended):
         self._places = range(len(job.prompts))
         self._streams: dict[int, RequestStream] = {}
         self._results: dict[int, Result] = {}
-        self._timings = [service.metrics.timing() for _ in job.prompts]
+        self._timings: list[Timing] = []
 
     async def _answer(self, writer: Writer, streams: list[RequestStream]) -> None:
         """Open, read, write."""
+        self._timings = [self._service.metrics.timing() for _ in self._places]
         try:
             await self._write(writer, streams)
         finally:

@@ -74,7 +74,7 @@ class Operation(NamedTuple):
     media_type: str = "application/json"
 
 
-_OF_A_BODY = (400, 404, 413, 415, 429, 500, 503)
+_OF_A_BODY = (400, 404, 408, 413, 415, 429, 500, 503)
 _STORED = (400, 404)
 
 OPERATIONS = (

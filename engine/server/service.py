@@ -3,8 +3,10 @@
 import hashlib
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import TypeVar
 
+import anyio
 import anyio.to_thread
 
 import triode
@@ -52,7 +54,12 @@ class Service:
         """Do something with a text of `size`, in a worker thread if it is long."""
         if size <= MAX_TEXT_IN_LOOP:
             return call()
-        return await anyio.to_thread.run_sync(call)
+        return await anyio.to_thread.run_sync(call, limiter=self._encoding)
+
+    @cached_property
+    def _encoding(self) -> anyio.CapacityLimiter:
+        # One at a time: a thread that encodes uses every core it can get.
+        return anyio.CapacityLimiter(1)
 
 
 def _fingerprint(report: Report) -> str:

@@ -1,5 +1,6 @@
 """POST /tokenize and /detokenize: the model's tokens, as the engine would see them."""
 
+from collections.abc import Callable
 from functools import partial
 
 import msgspec
@@ -8,6 +9,7 @@ from starlette.responses import Response
 
 from triode.engine.server.connection import decode, read_body
 from triode.engine.server.errors import RequestError, wrong_value
+from triode.engine.server.guard import caller_of
 from triode.engine.server.logprobs import token_text
 from triode.engine.server.openai_requests import DetokenizeRequest, TokenizeRequest
 from triode.engine.server.openai_responses import Text, Tokens
@@ -28,13 +30,17 @@ class TokenEndpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """A text's tokens, or a conversation's."""
-        body = await read_body(request, self._service.config.max_body_bytes)
-        return await self._service.apart(len(body), partial(self._tokenize, body))
+        return await self._answer(request, self._tokenize)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens."""
+        return await self._answer(request, self._detokenize)
+
+    async def _answer(self, request: Request, call: Callable[[bytes], Response]) -> Response:
         body = await read_body(request, self._service.config.max_body_bytes)
-        return await self._service.apart(len(body), partial(self._detokenize, body))
+        # A request as every other: it counts against its key, and ends with the server's service.
+        with self._service.gate.admitted(caller_of(request.scope).key):
+            return await self._service.apart(len(body), partial(call, body))
 
     def _tokenize(self, body: bytes) -> Response:
         asked = decode(body, _TOKENIZE)

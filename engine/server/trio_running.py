@@ -20,7 +20,7 @@ from triode.engine.server import create_app
 from triode.engine.server.config import ServerConfig
 from triode.engine.server.gate import Gate
 from triode.engine.server.metrics import Metrics
-from triode.engine.server.starting import CLOSE_S, KEEP_ALIVE_S, end_at_once, start_up_report, warm_up
+from triode.engine.server.starting import CLOSE_S, end_at_once, start_up_report, warm_up
 
 CUT_S = 0.5
 """Of the time to close: what connections get to end in after they were cancelled."""
@@ -112,7 +112,8 @@ def hypercorn_config(config: ServerConfig, bound: socket.socket) -> Config:
     settings.errorlog = logging.getLogger("hypercorn")
     settings.loglevel = "WARNING"
     settings.include_server_header = False
-    settings.keep_alive_timeout = KEEP_ALIVE_S
+    # It has one timeout for a connection without a request, whether headers are on their way or not.
+    settings.keep_alive_timeout = config.header_timeout_s
     settings.websocket_max_message_size = config.max_body_bytes
     settings.websocket_ping_interval = 20
     # `TrioServer.run` has deadlines of its own.

@@ -7,6 +7,7 @@
     ├── EngineFault                a bug or a device fault ended the engine; `__cause__` tells which
     ├── RequestFailed              one request failed while it ran; the engine and its neighbours go on
     ├── ServerUnreachable          a client's server does not answer, or its socket was lost
+    ├── ProtocolError              a client's server says what no server of its kind would
     ├── AccessDenied               a client's key is missing or wrong
     ├── InsufficientMemory         weights or KV cache do not fit; the message says what to lower
     ├── MissingExtra               an optional dependency is not installed; the message names the extra
@@ -41,6 +42,10 @@ class RequestFailed(TriodeError):
 
 class ServerUnreachable(TriodeError):
     """A client's server does not answer, or the socket was lost and with it what was unfinished."""
+
+
+class ProtocolError(TriodeError):
+    """A client's server sent what is no message of the bridge: it is of another version, or something else."""
 
 
 class AccessDenied(TriodeError):

@@ -1,6 +1,5 @@
 """Servers for tests: the product's own, on a free port, in a thread of their own."""
 
-import asyncio
 import json
 import socket
 import threading
@@ -11,6 +10,7 @@ from typing import Any
 
 import httpx
 import trio
+import uvloop
 
 import triode
 from triode.engine.engine import Engine as TrioEngine
@@ -139,7 +139,7 @@ def running(model: str = "random:tiny", overrides: dict[str, Any] | None = None,
     def run() -> None:
         try:
             if server_config.server == "uvicorn":
-                asyncio.run(serve_on_asyncio())
+                uvloop.run(serve_on_asyncio())
             else:
                 trio.run(serve_on_trio)
         except BaseException as error:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import NamedTuple, TypeAlias
 
+from triode.engine.server.openai_responses import ChatLogprob
+
 
 class Reasoning(NamedTuple):
     """What the model thinks before it answers."""
@@ -14,6 +16,8 @@ class Content(NamedTuple):
     """What it answers."""
 
     text: str
+    logprobs: tuple[ChatLogprob, ...] = ()
+    """Of its tokens, where they are wanted."""
 
 
 class CallBegun(NamedTuple):

@@ -41,10 +41,10 @@ class ResponseEndpoint:
         if asked.stream_options is not None and not asked.stream:
             raise RequestError(400, "stream_options must be given with stream = true", param="stream_options")
         key, previous = caller_of(request.scope).key, asked.previous_response_id
-        before = None if previous is None else self._store.get(key, previous)
-        if previous is not None and before is None:
-            raise previous_not_found(previous)
-        prepared = prepare(self._service, asked, () if before is None else before.conversation)
+        before = () if previous is None else self._store.conversation(key, previous)
+        if before is None:
+            raise previous_not_found(str(previous))
+        prepared = prepare(self._service, asked, before)
         return ResponseAnswer(self._service, prepared, self._store, request)
 
     async def connect(self, socket: WebSocket) -> None:

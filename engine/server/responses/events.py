@@ -2,6 +2,7 @@
 
 import msgspec
 
+from triode.engine.server.openai_responses import ChatLogprob
 from triode.engine.server.responses.objects import Item, Part, Response
 
 
@@ -85,14 +86,14 @@ class TextDelta(OfPart, frozen=True, kw_only=True, tag="response.output_text.del
     """More of the answer."""
 
     delta: str
-    logprobs: tuple[str, ...] = ()
+    logprobs: tuple[ChatLogprob, ...] = ()
 
 
 class TextDone(OfPart, frozen=True, kw_only=True, tag="response.output_text.done"):
     """The whole answer."""
 
     text: str
-    logprobs: tuple[str, ...] = ()
+    logprobs: tuple[ChatLogprob, ...] = ()
 
 
 class ReasoningDelta(OfPart, frozen=True, kw_only=True, tag="response.reasoning_text.delta"):

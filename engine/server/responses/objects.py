@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 
 from triode.engine.server.errors import ErrorDetail
+from triode.engine.server.openai_responses import ChatLogprob
 
 Json = dict[str, object]
 Status = Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
@@ -16,7 +17,8 @@ class OutputText(msgspec.Struct, frozen=True, tag_field="type", tag="output_text
 
     text: str
     annotations: tuple[str, ...] = ()
-    logprobs: tuple[str, ...] = ()
+    logprobs: tuple[ChatLogprob, ...] = ()
+    """If they were asked for by `include`."""
 
 
 class ReasoningText(msgspec.Struct, frozen=True, tag_field="type", tag="reasoning_text"):

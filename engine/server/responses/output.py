@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import msgspec
 
 from triode.engine.server.chat_reply import new_call_id
-from triode.engine.server.replies.pieces import CallArguments, CallBegun, Piece, Reasoning
+from triode.engine.server.openai_responses import ChatLogprob
+from triode.engine.server.replies.pieces import CallArguments, CallBegun, Content, Piece, Reasoning
 from triode.engine.server.responses import events
 from triode.engine.server.responses.objects import (
     CallItem,
@@ -20,12 +21,6 @@ from triode.engine.server.responses.objects import (
     ReasoningText,
 )
 
-_DELTAS: dict[type[Item], type[events.TextDelta] | type[events.ReasoningDelta] | type[events.ArgumentsDelta]] = {
-    MessageItem: events.TextDelta,
-    ReasoningItem: events.ReasoningDelta,
-    CallItem: events.ArgumentsDelta,
-}
-
 
 class OutputWriter:
     """One response's output. At most one item is open: the last."""
@@ -37,6 +32,7 @@ class OutputWriter:
         self._numbers = itertools.count()
         self._open: Item | None = None
         self._text: list[str] = []
+        self._logprobs: list[ChatLogprob] = []
 
     def number(self) -> int:
         """The number of the next event."""
@@ -72,14 +68,16 @@ class OutputWriter:
         elif not isinstance(piece, CallArguments) and not isinstance(self._open, MessageItem):
             found += [*self._close("completed"), *self._begin(MessageItem(id=_new_id("msg")))]
         self._text.append(piece.text)
-        return [*found, self._delta(piece.text)]
+        if isinstance(piece, Content):
+            self._logprobs += piece.logprobs
+        return [*found, self._delta(piece)]
 
     @property
     def _index(self) -> int:
         return len(self.items)
 
     def _begin(self, item: Item) -> list[events.Event]:
-        self._open, self._text = item, []
+        self._open, self._text, self._logprobs = item, [], []
         added = events.ItemAdded(sequence_number=self.number(), output_index=self._index, item=item)
         if (part := _part(item, "")) is None:
             return [added]
@@ -89,18 +87,34 @@ class OutputWriter:
             events.PartAdded(sequence_number=self.number(), item_id=item.id, output_index=index, part=part),
         ]
 
-    def _delta(self, text: str) -> events.Event:
-        item = self._open
+    def _delta(self, piece: Content | Reasoning | CallArguments) -> events.Event:
+        item, number, index = self._open, self.number(), self._index
         assert item is not None, "text is added to an open item"
-        kind = _DELTAS[type(item)]
-        return kind(sequence_number=self.number(), item_id=item.id, output_index=self._index, delta=text)
+        if isinstance(piece, Content):
+            return events.TextDelta(
+                sequence_number=number,
+                item_id=item.id,
+                output_index=index,
+                delta=piece.text,
+                logprobs=piece.logprobs,
+            )
+        kind = events.ReasoningDelta if isinstance(piece, Reasoning) else events.ArgumentsDelta
+        return kind(sequence_number=number, item_id=item.id, output_index=index, delta=piece.text)
+
+    def _text_done(self, item: MessageItem | ReasoningItem, text: str) -> events.Event:
+        number, index = self.number(), self._index
+        if isinstance(item, ReasoningItem):
+            return events.ReasoningDone(sequence_number=number, item_id=item.id, output_index=index, text=text)
+        return events.TextDone(
+            sequence_number=number, item_id=item.id, output_index=index, text=text, logprobs=tuple(self._logprobs)
+        )
 
     def _close(self, status: ItemStatus) -> list[events.Event]:
         item, text, index = self._open, "".join(self._text), self._index
         if item is None:
             return []
         found: list[events.Event] = []
-        part = _part(item, text)
+        part = _part(item, text, tuple(self._logprobs))
         whole: Item
         if isinstance(item, CallItem):
             whole = msgspec.structs.replace(item, status=status, arguments=text)
@@ -111,8 +125,7 @@ class OutputWriter:
             )
         else:
             whole = msgspec.structs.replace(item, status=status, content=(part,))
-            done = events.TextDone if isinstance(item, MessageItem) else events.ReasoningDone
-            found.append(done(sequence_number=self.number(), item_id=item.id, output_index=index, text=text))
+            found.append(self._text_done(item, text))
         if part is not None:
             found.append(events.PartDone(sequence_number=self.number(), item_id=item.id, output_index=index, part=part))
         found.append(events.ItemDone(sequence_number=self.number(), output_index=index, item=whole))
@@ -121,10 +134,10 @@ class OutputWriter:
         return found
 
 
-def _part(item: Item, text: str) -> Part | None:
+def _part(item: Item, text: str, logprobs: tuple[ChatLogprob, ...] = ()) -> Part | None:
     """What holds the item's text; None if the item itself does."""
     if isinstance(item, MessageItem):
-        return OutputText(text)
+        return OutputText(text, logprobs=logprobs)
     return ReasoningText(text) if isinstance(item, ReasoningItem) else None
 
 

@@ -15,7 +15,7 @@ from triode.engine.server.parameters import refused, sampling_params
 from triode.engine.server.replies.reader import ReplyReader
 from triode.engine.server.responses.history import input_items, to_messages
 from triode.engine.server.responses.objects import Response
-from triode.engine.server.responses.requests import NamedChoice, ResponseRequest, TextFormat
+from triode.engine.server.responses.requests import AllowedChoice, NamedChoice, ResponseRequest, TextFormat
 from triode.engine.server.service import Service
 from triode.engine.server.tools import requests as chat_tools
 from triode.engine.server.tools.plan import plan_tools
@@ -49,6 +49,11 @@ def prepare(service: Service, asked: ResponseRequest, before: tuple[dict[str, ob
     tools = [chat_tools.Tool("function", _function(tool)) for tool in asked.tools or ()]
     plan = plan_tools(tools, _choice(asked.tool_choice), asked.parallel_tool_calls, service.replies.tool_format)
     values: dict[str, object] = {} if asked.max_output_tokens is None else {"max_tokens": asked.max_output_tokens}
+    wants_logprobs = "message.output_text.logprobs" in (asked.include or ())
+    if wants_logprobs:
+        values["logprobs"] = asked.top_logprobs or 0
+    elif asked.top_logprobs:
+        raise refused("top_logprobs", 'top_logprobs must be given with include = ["message.output_text.logprobs"]')
     form = None if asked.text is None or asked.text.format is None else _format(asked.text.format)
     try:
         params = sampling_params(asked, values, form, plan)
@@ -60,12 +65,16 @@ def prepare(service: Service, asked: ResponseRequest, before: tuple[dict[str, ob
         starts_inside = params.guide is None and service.replies.prompt_opens_reasoning(options)
     except ValueError as error:
         raise refused("chat_template_kwargs", str(error)) from None
+    reader = service.replies.reader(plan, starts_inside=starts_inside)
+    if wants_logprobs and reader is not None:
+        reason = "include must be without message.output_text.logprobs where the output may hold reasoning or calls"
+        raise refused("include", reason)
     return Prepared(
         asked=asked,
         items=items,
         prompt=Conversation(to_messages(items, asked.instructions), plan.for_template, options),
         params=params,
-        reader=service.replies.reader(plan, starts_inside=starts_inside),
+        reader=reader,
         guide_field=guide_field(asked.structured_outputs, plan),
         response=_begin(service, asked, params),
     )
@@ -94,7 +103,7 @@ def _begin(service: Service, asked: ResponseRequest, params: SamplingParams) -> 
         instructions=asked.instructions,
         previous_response_id=asked.previous_response_id,
         tools=tuple(msgspec.to_builtins(tool) for tool in asked.tools or ()),
-        tool_choice=msgspec.to_builtins(choice) if isinstance(choice, NamedChoice) else choice or "auto",
+        tool_choice="auto" if choice is None else msgspec.to_builtins(choice),
         parallel_tool_calls=asked.parallel_tool_calls is not False,
         text={"format": {"type": "text"} if form.type == "text" else msgspec.to_builtins(form)},
         temperature=params.temperature,
@@ -113,10 +122,16 @@ def _function(tool: msgspec.Struct) -> chat_tools.Function:
     return chat_tools.Function(**fields)
 
 
-def _choice(choice: str | NamedChoice | None) -> chat_tools.ToolChoice | None:
+def _choice(choice: str | NamedChoice | AllowedChoice | None) -> chat_tools.ToolChoice | None:
     if isinstance(choice, NamedChoice):
-        return chat_tools.NamedChoice("function", chat_tools.FunctionName(choice.name))
+        return _named(choice)
+    if isinstance(choice, AllowedChoice):
+        return chat_tools.AllowedChoice(chat_tools.AllowedTools(choice.mode, [*map(_named, choice.tools)]))
     return choice  # type: ignore[return-value]  # one of the words, as the decoder has checked
+
+
+def _named(choice: NamedChoice) -> chat_tools.NamedChoice:
+    return chat_tools.NamedChoice(chat_tools.FunctionName(choice.name))
 
 
 def _format(form: TextFormat) -> ResponseFormat:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from triode.engine.server.openai_requests import SampledRequest, SchemaFormat, StreamOptions, Unused
+from triode.engine.server.openai_requests import Count, SampledRequest, SchemaFormat, StreamOptions, Unused
 from triode.engine.server.tools.requests import Name
 
 
@@ -19,11 +19,17 @@ class ResponseTool(msgspec.Struct, forbid_unknown_fields=True):
     """Whether the arguments of every call must validate; null does not ask for it."""
 
 
-class NamedChoice(msgspec.Struct, forbid_unknown_fields=True):
+class NamedChoice(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="function"):
     """Call this function."""
 
-    type: Literal["function"]
     name: str
+
+
+class AllowedChoice(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"):
+    """Call one of these functions, or with mode "auto" answer; the model is shown no others."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedChoice], msgspec.Meta(min_length=1)]
 
 
 class TextFormat(SchemaFormat, kw_only=True):
@@ -50,7 +56,7 @@ class ResponseRequest(SampledRequest, kw_only=True):
     previous_response_id: str | None = None
     max_output_tokens: int | None = None
     tools: list[ResponseTool] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedChoice | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     store: bool | None = None
@@ -62,9 +68,10 @@ class ResponseRequest(SampledRequest, kw_only=True):
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     """Nothing is left out of an input that is too long: it is refused."""
-    top_logprobs: Literal[0] | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
-    """Accepted, because clients ask for it unasked; reasoning comes as text, never encrypted."""
+    top_logprobs: Count | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    """Logprobs of the answer's tokens, where neither reasoning nor tools share the output with it. Encrypted content is
+    accepted, because clients ask for it unasked; reasoning comes as text."""
     reasoning: Unused = None
     """Accepted; changes nothing. `chat_template_kwargs` may, as {"enable_thinking": false}."""
     max_tool_calls: int | None = None

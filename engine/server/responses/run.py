@@ -6,9 +6,10 @@ from typing import TypeAlias
 
 import msgspec
 
-from triode.actors.messages import FinishReason
+from triode.actors.messages import Delta, FinishReason
 from triode.engine.completion import Result, Usage
 from triode.engine.server.errors import engine_error, wrong_value
+from triode.engine.server.logprobs import chat_logprobs
 from triode.engine.server.replies.pieces import Content, Piece
 from triode.engine.server.responses import events
 from triode.engine.server.responses.objects import (
@@ -42,7 +43,6 @@ class ResponseRun:
         self._prepared = prepared
         self._store = store
         self._output = OutputWriter()
-        self._timing = service.metrics.timing()
         self.response: Response = prepared.response
 
     async def open(self, streams: list[RequestStream]) -> RequestStream:
@@ -51,9 +51,19 @@ class ResponseRun:
         Raises:
             RequestError: if it is refused.
         """
+        self._timing = self._service.metrics.timing()
+        try:
+            stream = await self._submit()
+        except BaseException:
+            self._timing.close()
+            raise
+        streams.append(stream)
+        return stream
+
+    async def _submit(self) -> RequestStream:
         asked, prepared = self._prepared.asked, self._prepared
         try:
-            stream = await self._service.engine.submit(
+            return await self._service.engine.submit(
                 prepared.prompt,
                 prepared.params,
                 priority=asked.priority or 0,
@@ -65,8 +75,6 @@ class ResponseRun:
             raise renamed(wrong_value(error, prepared.guide_field)) from None
         except TriodeError as error:
             raise engine_error(error) from error
-        streams.append(stream)
-        return stream
 
     async def follow(self, stream: RequestStream, send: Send) -> Response:
         """Read it to its end. If this is cancelled the response is, too."""
@@ -90,7 +98,7 @@ class ResponseRun:
         try:
             while deltas := await stream.batch():
                 self._timing.saw(deltas)
-                if found := self._output.add(self._read(deltas[0].text)):
+                if found := self._output.add(self._read(deltas[0])):
                     await send(found)
             result = await stream.result()
         except TriodeError as error:
@@ -105,10 +113,11 @@ class ResponseRun:
         kinds: tuple[type[events.ResponseEvent], ...] = (events.Created, events.InProgress)
         return [kind(sequence_number=self._output.number(), response=self.response) for kind in kinds]
 
-    def _read(self, text: str) -> list[Piece]:
-        if self._prepared.reader is None:
-            return [Content(text)] if text else []
-        return self._prepared.reader.push(text)
+    def _read(self, delta: Delta) -> list[Piece]:
+        if self._prepared.reader is not None:
+            return self._prepared.reader.push(delta.text)
+        scores = chat_logprobs(self._service.tokenizer, delta.logprobs or ()).content
+        return [Content(delta.text, tuple(scores))] if delta.text or scores else []
 
     def _finish(self, result: Result) -> list[events.Event]:
         reader, reason = self._prepared.reader, result.completion.finish_reason

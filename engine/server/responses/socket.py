@@ -165,10 +165,10 @@ class ResponseSocket:
     def _before(self, previous: str | None) -> tuple[dict[str, object], ...]:
         if previous is None:
             return ()
-        stored = self._own.get(self._key, previous) or self._store.get(self._key, previous)
-        if stored is None:
-            raise previous_not_found(previous)
-        return stored.conversation
+        for store in (self._own, self._store):
+            if (conversation := store.conversation(self._key, previous)) is not None:
+                return conversation
+        raise previous_not_found(previous)
 
     async def _send(self, stream_id: str | None, events: Sequence[Event]) -> None:
         for event in events:

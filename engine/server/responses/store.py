@@ -70,6 +70,19 @@ class ResponseStore:
             self._by_id.move_to_end((key, response_id))
         return stored
 
+    def conversation(self, key: str, response_id: str) -> tuple[dict[str, object], ...] | None:
+        """What a response that follows this one answers; None if this one is not kept.
+
+        Raises:
+            RequestError: 400 if it has not ended.
+        """
+        if (stored := self.get(key, response_id)) is None:
+            return None
+        if stored.stream is not None:
+            message = f"previous_response_id must be of a response that has ended, {response_id!r} is in progress"
+            raise RequestError(400, message, code="response_in_progress", param="previous_response_id")
+        return stored.conversation
+
     def delete(self, key: str, response_id: str) -> None:
         """Forget a response."""
         if (stored := self._by_id.get((key, response_id))) is not None and stored.stream is not None:

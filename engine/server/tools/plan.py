@@ -10,7 +10,7 @@ from triode.engine.server.nesting import check_nesting
 from triode.engine.server.tools.formats import ToolFormat
 from triode.engine.server.tools.grammar import calls_and_text, calls_only, calls_or_answer
 from triode.engine.server.tools.parser import ToolParser
-from triode.engine.server.tools.requests import Function, NamedChoice, Tool, ToolChoice
+from triode.engine.server.tools.requests import AllowedChoice, Function, NamedChoice, Tool, ToolChoice
 
 MAX_TOOLS = 128
 
@@ -80,10 +80,21 @@ def plan_tools(
         )
     parallel = parallel is not False
     if isinstance(choice, NamedChoice):
-        chosen = [function for function in functions if function.name == choice.function.name]
-        if not chosen:
-            raise RequestError(
-                400, f"tool_choice must name one of the tools, got {choice.function.name!r}", param="tool_choice"
-            )
-        return ToolPlan(chosen, form, "required", False, functions)
+        return ToolPlan(_named(functions, [choice]), form, "required", False, functions)
+    if isinstance(choice, AllowedChoice):
+        allowed = _named(functions, choice.allowed_tools.tools)
+        return ToolPlan(allowed, form, choice.allowed_tools.mode, parallel, allowed)
     return ToolPlan(functions, form, choice or "auto", parallel, functions)
+
+
+def _named(functions: Sequence[Function], choices: Sequence[NamedChoice]) -> list[Function]:
+    """The functions of these names, in the tools' order.
+
+    Raises:
+        RequestError: 400.
+    """
+    names = [choice.function.name for choice in choices]
+    known = {function.name for function in functions}
+    if wrong := [name for name in names if name not in known]:
+        raise RequestError(400, f"tool_choice must name one of the tools, got {wrong[0]!r}", param="tool_choice")
+    return [function for function in functions if function.name in names]

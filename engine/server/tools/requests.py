@@ -31,11 +31,23 @@ class FunctionName(msgspec.Struct, forbid_unknown_fields=True):
     name: str
 
 
-class NamedChoice(msgspec.Struct, forbid_unknown_fields=True):
+class NamedChoice(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="function"):
     """Call this function."""
 
-    type: Literal["function"]
     function: FunctionName
 
 
-ToolChoice = Literal["auto", "none", "required"] | NamedChoice
+class AllowedTools(msgspec.Struct, forbid_unknown_fields=True):
+    """Some of the request's functions."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedChoice], msgspec.Meta(min_length=1)]
+
+
+class AllowedChoice(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"):
+    """Call one of these functions, or with mode "auto" answer; the model is shown no others."""
+
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["auto", "none", "required"] | NamedChoice | AllowedChoice

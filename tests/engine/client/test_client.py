@@ -3,19 +3,22 @@
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any
 
 import anyio
 import pytest
+from websockets.sync.server import ServerConnection, serve
+from websockets.typing import Subprotocol
 
 import triode
 from proxies import Proxy, proxied
 from servers import Running, running
 from triode.engine.client import connect
 from triode.engine.client.wire import socket_url
-from triode.errors import AccessDenied, EngineBusy, EngineClosed, ServerUnreachable
+from triode.errors import AccessDenied, EngineBusy, EngineClosed, ProtocolError, ServerUnreachable
 
 SHORT = triode.SamplingParams(max_tokens=8, ignore_eos=True, seed=3)
 LONG = triode.SamplingParams(max_tokens=150, ignore_eos=True, seed=3)
@@ -182,6 +185,36 @@ def test_without_grace_a_lost_socket_is_an_error(server: Running, proxy: Proxy, 
             with pytest.raises(ServerUnreachable, match="lost"):
                 await client.submit("Once", SHORT)
         await anyio.to_thread.run_sync(server.wait_until_idle)
+
+    run(main)
+
+
+def test_a_frame_that_is_no_message_ends_the_client_with_a_clear_error(run: Run) -> None:
+    def answer(connection: ServerConnection) -> None:
+        connection.recv()
+        connection.send(b"\xc1 is no msgpack")
+        connection.recv()
+
+    async def main(port: int) -> None:
+        async with connect(f"http://127.0.0.1:{port}", resume_grace_s=30) as client:
+            with pytest.raises(ProtocolError, match="no message of the bridge"):
+                await client.submit("Once", SHORT)
+
+    with serve(answer, "127.0.0.1", 0, subprotocols=[Subprotocol("triode.v1.msgpack")]) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        run(partial(main, server.socket.getsockname()[1]))
+        server.shutdown()
+        thread.join()
+
+
+def test_a_conversation_with_tools_goes_through_the_template(server: Running, run: Run) -> None:
+    async def main() -> None:
+        messages: tuple[dict[str, object], ...] = ({"role": "user", "content": "Hi"},)
+        async with connect(server.url, key="secret") as client:
+            stream = await client.submit(triode.Conversation(messages), SHORT)
+            same = await client.submit(list(messages), SHORT)
+            assert (await stream.result()).completion.text == (await same.result()).completion.text
 
     run(main)
 

@@ -55,6 +55,20 @@ def test_prompts_are_texts_tokens_and_conversations(socket: Socket) -> None:
     assert sample["logprobs"][0]["token_id"] == sample["token_ids"][0]
 
 
+def test_a_conversation_may_bring_tools_and_options(socket: Socket) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    params = {"max_tokens": 3, "ignore_eos": True, "seed": 1}
+    socket.send("submit", id="bare", prompt=messages, params=params)
+    socket.send("submit", id="same", prompt={"messages": messages}, params=params)
+    socket.send("submit", id="tools", prompt={"messages": messages, "tools": tools}, params=params)
+    found = socket.follow("bare", "same", "tools")
+    assert text_of(found["bare"], 0) == text_of(found["same"], 0)
+    assert found["bare"][0]["prompt_tokens"] == found["same"][0]["prompt_tokens"]
+    # This model's template has no tools; what it does not use it does not refuse.
+    assert found["tools"][-1]["type"] == "finished"
+
+
 def test_many_requests_share_a_socket(socket: Socket) -> None:
     names = [f"request {index}" for index in range(12)]
     for index, name in enumerate(names):

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from engines import LONG, greedy, open_tiny
 from servers import SERVERS, Running, running
+from triode.engine.server import completions
 from triode.engine.server.budget import Budget
 from triode.engine.server.config import ServerConfig
 from triode.engine.server.errors import RequestError
 from triode.engine.server.gate import Gate
+from triode.engine.server.metrics import Metrics, Timing
 
 TEXT = "/v1/completions"
 SHORT = {"prompt": "Once", "max_tokens": 3, "ignore_eos": True}
@@ -113,6 +115,53 @@ def test_headers_that_do_not_come_are_not_waited_for() -> None:
         with server.client() as client:
             for _ in range(3):
                 assert client.get("/health").status_code == 200
+
+
+def test_headers_that_do_not_come_are_not_waited_for_by_hypercorn() -> None:
+    with running(server="hypercorn", header_timeout_s=0.2) as server, server.connect() as slow:
+        slow.sendall(b"GET /health HTTP/1.1\r\nHost:")
+        assert b"HTTP/1.1 200" not in read_all(slow)
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+def test_counting_tokens_is_a_request_as_every_other(path: str) -> None:
+    body = {"prompt": "Once"} if path == "/tokenize" else {"tokens": [1, 2]}
+    with running(max_requests_per_minute=2) as server, server.client() as client:
+        assert [client.post(path, json=body).status_code for _ in range(3)] == [200, 200, 429]
+
+
+def test_an_echoed_prompt_is_not_encoded_for_who_has_used_up_the_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(max_requests_per_minute=1) as server, server.client() as client:
+        echoed = {**SHORT, "echo": True}
+        assert client.post(TEXT, json=echoed).json()["choices"][0]["text"].startswith("Once")
+        monkeypatch.setattr(completions, "echo_of", None)
+        assert client.post(TEXT, json=echoed).status_code == 429
+
+
+def test_a_refused_request_leaves_no_timing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_timings: list[object] = []
+    close = Timing.close
+
+    def timing(self: Metrics) -> Timing:
+        open_timings.append(made := Timing(self, None))
+        return made
+
+    def closed(self: Timing) -> None:
+        open_timings.remove(self)
+        close(self)
+
+    monkeypatch.setattr(Metrics, "timing", timing)
+    monkeypatch.setattr(Timing, "close", closed)
+    with running(max_requests_per_minute=4) as server, server.client() as client:
+        statuses = [
+            client.post("/v1/responses", json={"input": "Hi", "max_output_tokens": tokens}).status_code
+            for tokens in (3, 10**6)
+        ]
+        statuses += [
+            client.post(TEXT, json=body).status_code for body in (SHORT, {**SHORT, "max_tokens": 10**6}, SHORT)
+        ]
+    assert statuses == [200, 400, 200, 400, 429]
+    assert open_timings == []
 
 
 def test_a_stream_outlasts_the_time_for_headers_and_body(server: Running) -> None:

@@ -231,3 +231,42 @@ def test_the_stream_is_of_named_events(server: Running) -> None:
     for event in found:
         name, data = event.split("\n")
         assert name.removeprefix("event: ") == json.loads(data.removeprefix("data: "))["type"]
+
+
+def test_logprobs_of_the_answer_come_where_nothing_else_is_in_the_output(
+    tmp_path_factory: pytest.TempPathFactory, client: openai.OpenAI
+) -> None:
+    wanted: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    with pytest.raises(openai.BadRequestError, match=r"include must be without message\.output_text\.logprobs"):
+        ask(client, **wanted)
+    plain = write_model(tmp_path_factory.mktemp("plain"), "{{ messages[0].content }}")
+    with (
+        running(plain, SETTINGS, served_name="tiny") as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as own,
+    ):
+        (part,) = ask(own, "Good.", **wanted).output[0].content
+        assert "".join(token.token for token in part.logprobs[: len("Good.")]) == part.text == "Good."
+        assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in part.logprobs)
+        events = [*ask(own, "Good.", **wanted, stream=True)]
+        streamed = [token for event in events if event.type == "response.output_text.delta" for token in event.logprobs]
+        (done,) = [event for event in events if event.type == "response.output_text.done"]
+        assert [token.token for token in streamed] == [token.token for token in done.logprobs]
+        assert len(streamed) == len(part.logprobs)
+        with pytest.raises(openai.BadRequestError, match="top_logprobs must be given with include"):
+            ask(own, top_logprobs=2)
+
+
+def test_a_response_that_runs_cannot_be_continued_yet(client: openai.OpenAI) -> None:
+    with ask(client, stream=True, **LONG) as events:
+        first = next(iter(events)).response
+        with pytest.raises(openai.BadRequestError, match=f"{first.id}' is in progress") as refused:
+            ask(client, previous_response_id=first.id)
+        assert refused.value.code == "response_in_progress"
+
+
+def test_a_response_calls_only_what_is_allowed(client: openai.OpenAI) -> None:
+    other = {**TOOL, "name": "other"}
+    choice: Any = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_weather"}]}
+    response = ask(client, tools=[other, TOOL], tool_choice=choice, parallel_tool_calls=False)
+    assert [call.name for call in response.output] == ["get_weather"]
+    assert response.tool_choice.mode == "required"

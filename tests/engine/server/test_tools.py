@@ -127,6 +127,22 @@ def test_a_named_function_is_called_once(client: openai.OpenAI, name: str) -> No
         assert streamed(client, tool_choice=choice, seed=seed)[1:3] == ([call], "tool_calls")
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_only_allowed_tools_are_shown_and_called(client: openai.OpenAI, mode: Any) -> None:
+    allowed: Any = {"mode": mode, "tools": [{"type": "function", "function": {"name": "now"}}]}
+    options: dict[str, Any] = {"tool_choice": {"type": "allowed_tools", "allowed_tools": allowed}}
+    stop: Any = {"stop": ["</tool_call>\n<tool_call>"]}
+    reply = ask(client, **options, **({"extra_body": saying("Hm.")} if mode == "auto" else stop))
+    assert calls_in(reply) == ([] if mode == "auto" else [("now", "{}")])
+    alone = ask(client, tools=TOOLS[1:], extra_body=saying("Hm."))
+    assert reply.usage is not None
+    assert alone.usage is not None
+    assert reply.usage.prompt_tokens == alone.usage.prompt_tokens
+    allowed["tools"][0]["function"]["name"] = "later"
+    with pytest.raises(openai.BadRequestError, match="tool_choice must name one of the tools, got 'later'"):
+        ask(client, **options)
+
+
 def test_strict_arguments_are_valid_where_a_call_is_the_models_own_choice(client: openai.OpenAI) -> None:
     strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
     bias = {"29": 100}  # "<": the model would begin a tag again and again
