@@ -117,7 +117,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[object, ...]]] = {
     "triode_pack_groups": (None, (c_int32, c_int64, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p)),
     "triode_scratch_bytes": (c_int64, (POINTER(ModelStruct), c_int64, c_int32)),
     "triode_model_error": (c_char_p, (POINTER(ModelStruct),)),
-    "triode_open_team": (c_int32, (c_int32, POINTER(c_int32), POINTER(c_void_p))),
+    "triode_open_team": (c_void_p, (c_int32, POINTER(c_int32), POINTER(c_int32))),
     "triode_close_team": (None, (c_void_p,)),
     "triode_read": (c_uint32, (c_void_p, c_int64, c_void_p)),
     "triode_forward": (c_int32, (POINTER(ModelStruct), POINTER(BatchStruct), c_void_p, c_void_p)),
@@ -190,11 +190,12 @@ class NativeLibrary:
             OSError: the system starts no more; none is left.
         """
         places = None if cpus is None else (c_int32 * num_helpers)(*cpus)
-        team = c_void_p()
-        if code := self._library.triode_open_team(num_helpers, places, byref(team)):
+        error = c_int32()
+        team = self._library.triode_open_team(num_helpers, places, byref(error))
+        if team is None:
             reason = f"the system does not start {num_helpers} threads, lower num_threads or raise its limits"
-            raise OSError(code, f"{reason}: {os.strerror(code)}")
-        return int(team.value or 0)
+            raise OSError(error.value, f"{reason}: {os.strerror(error.value)}")
+        return int(team)
 
     def close_team(self, team: int) -> None:
         """End them."""

@@ -66,9 +66,9 @@ def held_elsewhere(cpus: Sequence[int]) -> tuple[int, ...]:
 
 def _lock(cpu: int) -> int | None:
     """The open file that is the lock; None if somebody has it, or if there can be none."""
-    if fcntl is None:
-        return None
     try:
+        if fcntl is None:
+            raise OSError("this system has no such locks")
         # Nothing is ever written there: whoever else can make such a folder or file can at most keep places from us.
         folder = Path(tempfile.gettempdir()) / f"triode-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -172,16 +172,17 @@ int64_t triode_scratch_bytes(const TriodeModel* model, int64_t num_tokens, int32
 const char* triode_model_error(const TriodeModel* model) { return model_error(*model); }
 
 // Threads for `triode_forward` and `triode_logits`, one call at a time. `cpus`: where each helper stays, or null.
-// Returns 0, or the system's number of the error if it does not start them all; then none is left.
-int32_t triode_open_team(int32_t num_helpers, const int32_t* cpus, void** team) {
+// Null if the system does not start them all; then none is left, and `error`, which may be null, holds its number.
+void* triode_open_team(int32_t num_helpers, const int32_t* cpus, int32_t* error) {
+    int32_t code = ENOMEM;
     try {
-        *team = new Team(num_helpers, cpus);
-        return 0;
-    } catch (const std::system_error& error) {
-        return error.code().value();
+        return new Team(num_helpers, cpus);
+    } catch (const std::system_error& failure) {
+        code = failure.code().value();
     } catch (const std::bad_alloc&) {
-        return ENOMEM;
     }
+    if (error) *error = code;
+    return nullptr;
 }
 
 // Reads whole MiB of memory once, to be timed.
