@@ -10,7 +10,16 @@ from native_steps import native_library
 from triode.kernels.native import build as build_module
 from triode.kernels.native import library
 from triode.kernels.native.build import NativeUnavailable, UnknownInstructions, build, find_compiler, flags_for
-from triode.kernels.native.isa import ARM, INSTRUCTION_SETS, VARIABLE, X86, InstructionSet, candidates, features, fitting
+from triode.kernels.native.isa import (
+    ARM,
+    INSTRUCTION_SETS,
+    VARIABLE,
+    X86,
+    InstructionSet,
+    candidates,
+    features,
+    fitting,
+)
 
 NEON = "fp asimd evtstrm aes pmull sha1 sha2 crc32"
 DOT = f"{NEON} atomics fphp asimdhp asimdrdm asimddp"
