@@ -28,6 +28,7 @@ from rich.table import Table
 
 import triode
 from triode.engine import host
+from triode.engine.cli.opening import settle
 from triode.engine.config import EngineConfig
 from triode.engine.parts import EngineParts
 from triode.engine.server.config import ServerConfig
@@ -85,6 +86,8 @@ async def measure(connections: int, tokens: int, runs: int) -> Table:
         multiprocessing.get_context("spawn").Pool(1) as clients,
     ):
         async with triode.aio.open_engine("null", **settings) as engine:
+            # As `triode serve` does.
+            settle()
             server = Server(engine, ServerConfig(log_requests=False), lambda _: None)
             serving = asyncio.create_task(run_server(server, bound))
             port = bound.getsockname()[1]
