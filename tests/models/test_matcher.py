@@ -98,7 +98,7 @@ def test_an_ambiguous_guide_runs_out_of_fuel_at_the_same_token_each_time() -> No
     assert ends[0] == ends[1]
     num_tokens, error = ends[0]
     assert 20 < num_tokens < 200
-    assert "items; max is 300" in (error or "")
+    assert "items; max is 200" in (error or "")
 
 
 def test_a_well_meant_guide_has_fuel_to_spare() -> None:
