@@ -42,7 +42,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     so on, and head. The first that matches counts."""
     packed_cache: str | None = None
     """A file for the matrices as native kernels keep them, which the next start reads instead of the model's own files; it
-    is written if it is not there, or was made of something else."""
+    is written if it is not there, or was made of something else. With tensor_parallel each process has one, named after it."""
     max_context_tokens: int | None = None
     """The longest sequence to serve; None takes what the model is made for."""
     weights_seed: int = 0

@@ -26,7 +26,8 @@ Quantization = Literal["none", "a16w8", "a8w8", "a16w4", "a8w4", "a16gguf", "a8g
 
 GGUF_FORMATS = {"Q4_0": GGUF_Q4_0, "Q4_1": GGUF_Q4_1, "Q8_0": GGUF_Q8_0}
 """The blocks that can be kept."""
-_BLOCK = 32
+BLOCK = 32
+"""Weights of such a block."""
 _KEEPS_BLOCKS = {"a16gguf": False, "a8gguf": True}
 _HEAD_FORMATS: dict[Quantization, Quantization] = {"a16w4": "a16w8", "a8w4": "a8w8"}
 _MATRICES = ("qkv", "o", "gate_up", "down")
@@ -49,7 +50,7 @@ _GROUPED = {
 
 def _packing(quantization: Quantization, group: int | None, stored: str | None) -> Packing:
     if quantization in _KEEPS_BLOCKS and stored is not None:
-        return Packing(GGUF_FORMATS[stored], _BLOCK, _KEEPS_BLOCKS[quantization])
+        return Packing(GGUF_FORMATS[stored], BLOCK, _KEEPS_BLOCKS[quantization])
     if quantization == "a16w8":
         return Packing(CHANNEL8) if group is None else Packing(GROUP8, group)
     if (kind := _GROUPED.get(quantization)) is None:

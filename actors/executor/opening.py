@@ -7,16 +7,16 @@ import torch
 
 from triode.actors.executor.protocol import Built, Open
 from triode.models.build import build_runner, freed_one_by_one
-from triode.models.config import ModelConfig, ModelOptions
+from triode.models.config import ModelConfig
 from triode.models.grammar import GuideCompiler
 from triode.models.loader import Checkpoint, open_checkpoint, resolve_device, resolve_dtype
 from triode.models.packed_load import load_packed
 from triode.models.parallel import Follower, RankOrder, check_shares, share_of
 from triode.models.progress import Progress
-from triode.models.quantization import WeightPlan, matrix_names, plan_weights
+from triode.models.quantization import WeightPlan, plan_weights
 from triode.models.ranked_build import build_follower
 from triode.models.runner import Runner
-from triode.models.shares import SharedTensors
+from triode.models.shares import shared
 from triode.models.weights import DecoderWeights
 
 
@@ -102,22 +102,14 @@ def _resolve(checkpoint: Checkpoint, order: Open) -> tuple[torch.device, torch.d
     device = resolve_device(options.device)
     plan = plan_weights(options.quantization, options.quantization_group, options.quantization_overrides)
     if order.ranks is not None:
-        _check_ranks(checkpoint.config, options, device, plan, order.ranks.num_ranks)
+        _check_ranks(checkpoint.config, device, order.ranks.num_ranks)
     return device, resolve_dtype(options.dtype, checkpoint.config, device), plan
 
 
-def _check_ranks(
-    config: ModelConfig, options: ModelOptions, device: torch.device, plan: WeightPlan, num_ranks: int
-) -> None:
+def _check_ranks(config: ModelConfig, device: torch.device, num_ranks: int) -> None:
     check_shares(config, num_ranks)
     if device.type != "cpu":
         raise ValueError(f"tensor_parallel must be 1 on a GPU, got {num_ranks}")
-    if options.packed_cache is not None:
-        raise ValueError(f"packed_cache must be None with tensor_parallel = {num_ranks}, got {options.packed_cache!r}")
-    if any(plan.keeps_blocks(name) for name in matrix_names(config.num_layers)):
-        raise ValueError(
-            f"quantization must not be that of a GGUF file with tensor_parallel = {num_ranks}, got '{plan}'"
-        )
 
 
 def _load_weights(
@@ -130,13 +122,13 @@ def _load_weights(
 ) -> DecoderWeights:
     """All of them, or this rank's share."""
     options = order.options
+    share = (0, 1)
     if order.ranks is not None:
-        place = (order.ranks.rank, order.ranks.num_ranks)
-        tensors = SharedTensors(checkpoint.config, checkpoint.tensors, *place)
-        share = dataclasses.replace(checkpoint, config=share_of(checkpoint.config, place[1]), tensors=tensors)
-        return share.load_weights(dtype, device, progress, plan)
+        share = order.ranks.rank, order.ranks.num_ranks
+        tensors = shared(checkpoint.config, checkpoint.tensors, *share)
+        checkpoint = dataclasses.replace(checkpoint, config=share_of(checkpoint.config, share[1]), tensors=tensors)
     if options.packed_cache is None:
         return checkpoint.load_weights(dtype, device, progress, plan)
     if device.type != "cpu":
         raise ValueError(f"packed_cache must be None on a GPU, got {options.packed_cache!r}")
-    return load_packed(checkpoint, options, dtype, plan, progress)
+    return load_packed(checkpoint, options, dtype, plan, progress, share)

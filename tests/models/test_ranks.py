@@ -1,21 +1,28 @@
 """Ranks of the compiled step: the numbers of float64, the same bits in all company, and every copy everywhere."""
 
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from exact_decoder import logits_float64
+from model_files import write_tiny_gguf
 from paged_decoding import PagedSequence
-from ranked_decoders import RankedDecoding, ranked
+from ranked_decoders import CPU, RankedDecoding, ranked, ranks_of, read_share
 from tiny_decoders import tiny_config, tiny_weights
 from triode.cache.messages import BlockCopy
 from triode.ids import BlockId
-from triode.models.config import ModelConfig
+from triode.models.config import ModelConfig, ModelOptions
+from triode.models.loader import open_checkpoint
+from triode.models.packed_load import load_packed
 from triode.models.parallel import check_shares, outputs_of, share_of
-from triode.models.quantization import Quantization
+from triode.models.progress import NullProgress
+from triode.models.quantization import Quantization, plan_weights
 from triode.models.random_model import random_config
 from triode.models.ranks import LeadProgram
+from triode.models.shares import shared
 
 CONFIGS = {
     "llama": (2, tiny_config()),
@@ -72,6 +79,55 @@ def test_chunks_neighbours_and_another_start_change_no_bit(
             rows = [(other, their_count) for other in others]
             got.append(decoding.step([*rows[:2], (ours, count), *rows[2:]])[2])
     assert torch.equal(torch.cat(got), expected)
+
+
+def test_ranks_keep_the_blocks_of_a_file(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf", "llama", "Q8_0")
+    checkpoint = open_checkpoint(ModelOptions(model=str(path)))
+    config = checkpoint.config
+    token_ids = tokens(3, config, 50)
+    expected = logits_float64(config, checkpoint.load_weights(torch.float32, CPU), token_ids)
+    # A rank's part of the inner features, 48, is no multiple of a block.
+    plan = plan_weights("a16gguf", None, {r".*\.down": "none"})
+    shares = [read_share(config, checkpoint.tensors, torch.float32, rank, 2, plan) for rank in range(2)]
+    assert {name.rpartition(".")[2] for name in shares[1].stored} == {"qkv", "o", "gate_up", "head"}
+    with ranks_of(config, shares, plan) as lead:
+        got = logits_alone(lead, token_ids, [49, 1])
+    assert float((got.double() - expected).norm() / expected.norm()) < 2e-5
+    plan = plan_weights("a8gguf")
+    share = read_share(config, checkpoint.tensors, torch.float32, 1, 2, plan)
+    with pytest.raises(
+        ValueError, match=r"a multiple of 32 inputs of model\.layers\.0\.mlp\.down_proj\.weight, .* leaves 48"
+    ):
+        share.stored["layers.0.down"].read()
+
+
+def test_each_rank_has_a_file_of_packed_weights(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(ModelOptions(model="random:tiny-llama"))
+    options = ModelOptions(model="random:tiny-llama", packed_cache=str(tmp_path / "packed"))
+    plan = plan_weights("a8w8")
+    token_ids = tokens(4, checkpoint.config, 20)
+
+    def logits() -> tuple[torch.Tensor, bool]:
+        shares = []
+        for rank in range(2):
+            tensors = shared(checkpoint.config, checkpoint.tensors, rank, 2)
+            share = replace(checkpoint, config=share_of(checkpoint.config, 2), tensors=tensors)
+            shares.append(load_packed(share, options, torch.float32, plan, NullProgress(), (rank, 2)))
+        with ranks_of(checkpoint.config, shares, plan) as lead:
+            return logits_alone(lead, token_ids, [20]), all(share.packed for share in shares)
+
+    expected, were_packed = logits()
+    assert not were_packed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed.0of2", "packed.1of2"]
+    again, were_packed = logits()
+    assert were_packed
+    assert torch.equal(again, expected)
+    # One rank's file is not another's.
+    (tmp_path / "packed.0of2").replace(tmp_path / "packed.1of2")
+    again, were_packed = logits()
+    assert not were_packed
+    assert torch.equal(again, expected)
 
 
 def test_blocks_are_copied_in_every_rank() -> None:

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,11 +14,11 @@ from triode.models.config import ModelConfig
 from triode.models.cpu import NativeChoice
 from triode.models.parallel import RankOrder, share_of
 from triode.models.progress import NullProgress
-from triode.models.quantization import Quantization, plan_weights
+from triode.models.quantization import NOT_QUANTIZED, Quantization, WeightPlan, plan_weights
 from triode.models.ranked_build import build_lead, build_share
 from triode.models.ranks import FollowingRank, LeadProgram
-from triode.models.shares import SharedTensors
-from triode.models.tensors import load_weights
+from triode.models.shares import shared
+from triode.models.tensors import TensorReader, load_weights
 from triode.models.weights import DecoderWeights, places
 
 CPU = torch.device("cpu")
@@ -30,14 +30,22 @@ def ranked(
     config: ModelConfig, weights: DecoderWeights, num_ranks: int, quantization: Quantization = "none"
 ) -> Iterator[LeadProgram]:
     """A program of so many ranks, for steps of up to `MAX_TOKENS` tokens."""
-    native, plan = NativeChoice(native_library()), plan_weights(quantization)
+    tensors, dtype = HeldTensors(config, weights), weights.embed_VD.dtype
+    shares = [read_share(config, tensors, dtype, rank, num_ranks) for rank in range(num_ranks)]
+    with ranks_of(config, shares, plan_weights(quantization)) as lead:
+        yield lead
+
+
+@contextmanager
+def ranks_of(config: ModelConfig, shares: Sequence[DecoderWeights], plan: WeightPlan) -> Iterator[LeadProgram]:
+    """The same of shares that have been read."""
+    native = NativeChoice(native_library())
     with torch.inference_mode():
-        with Ties(num_ranks) as ties:
-            orders = [_own(ties.order(rank)) for rank in range(num_ranks)]
-        shares = [share_of_weights(config, weights, rank, num_ranks) for rank in range(num_ranks)]
+        with Ties(len(shares)) as ties:
+            orders = [_own(ties.order(rank)) for rank in range(len(shares))]
         followers = [
             FollowingRank(*build_share(config, share, share.layers, native, plan, order, MAX_TOKENS))
-            for share, order in list(zip(shares, orders, strict=True))[1:]
+            for share, order in zip(shares[1:], orders[1:], strict=True)
         ]
         lead = build_lead(config, shares[0], shares[0].layers, native, plan, orders[0], MAX_TOKENS)
     threads = [threading.Thread(target=_obey, args=(follower,), daemon=True) for follower in followers]
@@ -49,6 +57,19 @@ def ranked(
         lead.close()
         for thread in threads:
             thread.join()
+
+
+def read_share(
+    config: ModelConfig,
+    tensors: TensorReader,
+    dtype: torch.dtype,
+    rank: int,
+    num_ranks: int,
+    plan: WeightPlan = NOT_QUANTIZED,
+) -> DecoderWeights:
+    """What a rank reads of a checkpoint."""
+    reader = shared(config, tensors, rank, num_ranks)
+    return load_weights(share_of(config, num_ranks), reader, dtype, CPU, NullProgress(), plan)
 
 
 class HeldTensors:
@@ -66,12 +87,6 @@ class HeldTensors:
 
     def read_into(self, name: str, destination: torch.Tensor) -> None:
         destination.copy_(self._tensors[name])
-
-
-def share_of_weights(config: ModelConfig, weights: DecoderWeights, rank: int, num_ranks: int) -> DecoderWeights:
-    """What a rank reads of a checkpoint."""
-    reader = SharedTensors(config, HeldTensors(config, weights), rank, num_ranks)
-    return load_weights(share_of(config, num_ranks), reader, weights.embed_VD.dtype, CPU, NullProgress())
 
 
 def _own(order: RankOrder) -> RankOrder:
