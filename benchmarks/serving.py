@@ -5,7 +5,8 @@
 The engine is the real one around the null runner of `null_model.py`; the client is another process, which reads the sockets
 and looks for nothing but the ends of the streams. Every token is detokenized, and crosses from the engine's thread to the
 server's loop and from there, as JSON in a server-sent event, over a socket of its connection. Tokens that a busy loop finds
-together share an event. The lag is how much later than asked a task of the server's loop wakes up.
+together share an event. The lag is how much later than asked a task of the server's loop wakes up. After that, how long it
+takes from a client's leaving in the middle of its stream, by FIN or RST, until the engine has no request of it.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import multiprocessing
 import selectors
 import socket
+import struct
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +30,7 @@ from rich.table import Table
 
 import triode
 from triode.engine import host
+from triode.engine.aio import Engine
 from triode.engine.cli.opening import settle
 from triode.engine.config import EngineConfig
 from triode.engine.parts import EngineParts
@@ -39,17 +42,23 @@ from triode.models.loader import open_checkpoint
 from triode.models.progress import Progress
 
 LAG_PERIOD_S = 0.002
+NUM_LEAVING = 100
+
+
+def request_for(tokens: int) -> bytes:
+    """A streamed completion, as it goes over the socket."""
+    body = json.dumps({"prompt": "Once", "max_tokens": tokens, "ignore_eos": True, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
 def read_streams(port: int, connections: int, tokens: int) -> tuple[float, int]:
     """Seconds until every stream has ended, and how many events came. Runs in a process of its own."""
-    body = json.dumps({"prompt": "Once", "max_tokens": tokens, "ignore_eos": True, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     selector = selectors.DefaultSelector()
     began_at_s = time.perf_counter()
     for _ in range(connections):
         connection = socket.create_connection(("127.0.0.1", port))
-        connection.sendall(head.encode() + body)
+        connection.sendall(request_for(tokens))
         selector.register(connection, selectors.EVENT_READ)
     num_events = 0
     while selector.get_map():
@@ -71,13 +80,15 @@ async def watch_lag(lags_s: list[float]) -> None:
         lags_s.append(time.perf_counter() - asked_at_s)
 
 
-async def measure(connections: int, tokens: int, runs: int) -> Table:
+async def measure(connections: int, tokens: int, runs: int) -> list[Table]:
     """Serve, and have a client read; the first run warms up."""
     tokenizer = open_checkpoint(ModelOptions(model="random:tiny")).tokenizer
     text_ids = tokenizer.encode(TEXT, add_special_tokens=False)
 
     async def load_null(config: EngineConfig, _: Progress | None) -> EngineParts:
-        return build_parts(NullRunner(connections, text_ids), tokenizer, config, 2 + connections * (tokens // 16 + 3))
+        return build_parts(
+            NullRunner(connections, text_ids), tokenizer, config, max(2 + connections * (tokens // 16 + 3), 4000)
+        )
 
     settings: dict[str, Any] = {"max_running": connections, "max_step_tokens": connections + 512, "executor": "thread"}
     with (
@@ -93,11 +104,35 @@ async def measure(connections: int, tokens: int, runs: int) -> Table:
             port = bound.getsockname()[1]
             read = partial(clients.apply, read_streams, (port, connections, tokens))
             rows = [await measure_run(read, connections * tokens) for _ in range(runs + 1)][1:]
+            leaving = await measure_leaving(engine, port)
             server.should_exit = True
             await serving
     table = Table("tokens/s", "tokens an event", "CPU us a token", "lag p50, ms", "lag p99, ms")
     table.add_row(*(f"{median(column):.1f}" for column in zip(*rows, strict=True)))
+    return [table, leaving]
+
+
+async def measure_leaving(engine: Engine, port: int) -> Table:
+    """What a client's leaving takes to end its request, while nobody else is served."""
+    table = Table("left by", "p50, ms", "p99, ms", "longest, ms")
+    for name, linger in (("FIN", None), ("RST", struct.pack("ii", 1, 0))):
+        took_ms = [1e3 * await asyncio.to_thread(leave, engine, port, linger) for _ in range(NUM_LEAVING)]
+        percentiles = quantiles(took_ms, n=100)
+        table.add_row(name, *(f"{value:.1f}" for value in (percentiles[49], percentiles[98], max(took_ms))))
     return table
+
+
+def leave(engine: Engine, port: int, linger: bytes | None) -> float:
+    """Seconds from closing a stream's connection until the engine has nothing unfinished."""
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(request_for(50_000))
+        connection.recv(2**16)
+        if linger is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    left_at_s = time.perf_counter()
+    while engine.statistics().num_unfinished:
+        time.sleep(0.0002)
+    return time.perf_counter() - left_at_s
 
 
 async def measure_run(read: Callable[[], tuple[float, int]], num_tokens: int) -> tuple[float, ...]:
@@ -125,7 +160,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    Console().print(uvloop.run(measure(arguments.connections, arguments.tokens, arguments.runs)))
+    for table in uvloop.run(measure(arguments.connections, arguments.tokens, arguments.runs)):
+        Console().print(table)
 
 
 if __name__ == "__main__":
