@@ -41,6 +41,56 @@ def token_tile(x_row, real, k, in_features, WHOLE: tl.constexpr, DOT: tl.constex
     return tl.load(x_row + k[:, None], mask=mask, other=0.0).to(DOT)
 
 
+@triton.jit
+def sums_in_order(
+    x_ptr,
+    weight_ptr,
+    row,
+    other_row,
+    token,
+    real,
+    in_features,
+    x_stride,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PAIRED: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """sum over k of weight[row, k] x[token, k], and with PAIRED the same of other_row. Waits for the previous kernels.
+
+    AHEAD features of the weights are fetched before; all of them if there are no more, and then FEATURES is 0.
+    """
+    let_next_start(PDL)
+    if AHEAD > 0:
+        head = tl.arange(0, AHEAD)
+        w_head = weight_tile(weight_ptr, row, head, in_features, WHOLE, DOT)
+        if PAIRED:
+            other_head = weight_tile(weight_ptr, other_row, head, in_features, WHOLE, DOT)
+    wait_for_previous(PDL)
+    x_row = x_ptr + token.to(tl.int64)[None, :] * x_stride
+    acc = tl.zeros([ROWS, TOKENS], tl.float32)
+    other_acc = tl.zeros([ROWS, TOKENS], tl.float32)
+    if AHEAD > 0:
+        x_head = token_tile(x_row, real, head, in_features, WHOLE, DOT)
+        acc = tl.dot(w_head, x_head, acc, input_precision="ieee")
+        if PAIRED:
+            other_acc = tl.dot(other_head, x_head, other_acc, input_precision="ieee")
+    if FEATURES > 0:
+        for first in range(AHEAD, in_features, FEATURES):
+            k = first + tl.arange(0, FEATURES)
+            x = token_tile(x_row, real, k, in_features, WHOLE, DOT)
+            w = weight_tile(weight_ptr, row, k, in_features, WHOLE, DOT)
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+            if PAIRED:
+                other = weight_tile(weight_ptr, other_row, k, in_features, WHOLE, DOT)
+                other_acc = tl.dot(other, x, other_acc, input_precision="ieee")
+    return acc, other_acc
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def linear_in_order(
     x_ptr,
@@ -57,10 +107,9 @@ def linear_in_order(
     FEATURES: tl.constexpr,
     WHOLE: tl.constexpr,
     AHEAD: tl.constexpr,
-    ALL_AHEAD: tl.constexpr,
+    DOT: tl.constexpr,
     SWIGLU: tl.constexpr,
     BIAS: tl.constexpr,
-    DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out[m, n] = sum over k of weight[n, k] x[m, k], or with SWIGLU silu of the first half's times the second half's.
@@ -72,30 +121,10 @@ def linear_in_order(
     up_row = last_row + out_features
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     real = token < num_tokens
-    let_next_start(PDL)
-    if AHEAD > 0:
-        head = tl.arange(0, AHEAD)
-        w_head = weight_tile(weight_ptr, last_row, head, in_features, WHOLE, DOT)
-        if SWIGLU:
-            up_head = weight_tile(weight_ptr, up_row, head, in_features, WHOLE, DOT)
-    wait_for_previous(PDL)
-    x_row = x_ptr + token.to(tl.int64)[None, :] * x_stride
-    acc = tl.zeros([ROWS, TOKENS], tl.float32)
-    up_acc = tl.zeros([ROWS, TOKENS], tl.float32)
-    if AHEAD > 0:
-        x_head = token_tile(x_row, real, head, in_features, WHOLE, DOT)
-        acc = tl.dot(w_head, x_head, acc, input_precision="ieee")
-        if SWIGLU:
-            up_acc = tl.dot(up_head, x_head, up_acc, input_precision="ieee")
-    if not ALL_AHEAD:
-        for first in range(AHEAD, in_features, FEATURES):
-            k = first + tl.arange(0, FEATURES)
-            x = token_tile(x_row, real, k, in_features, WHOLE, DOT)
-            w = weight_tile(weight_ptr, last_row, k, in_features, WHOLE, DOT)
-            acc = tl.dot(w, x, acc, input_precision="ieee")
-            if SWIGLU:
-                up = weight_tile(weight_ptr, up_row, k, in_features, WHOLE, DOT)
-                up_acc = tl.dot(up, x, up_acc, input_precision="ieee")
+    acc, up_acc = sums_in_order(
+        x_ptr, weight_ptr, last_row, up_row, token, real, in_features, x_stride,
+        ROWS, TOKENS, FEATURES, WHOLE, AHEAD, SWIGLU, DOT, PDL,
+    )  # fmt: skip
     if BIAS:
         acc += tl.load(bias_ptr + last_row).to(tl.float32)[:, None]
         if SWIGLU:
@@ -104,6 +133,27 @@ def linear_in_order(
         acc = silu_times(acc, up_acc, x_ptr.dtype.element_ty)
     out_at = out_ptr + token.to(tl.int64)[None, :] * out_stride + row[:, None]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=real[None, :] & (row[:, None] < out_features))
+
+
+def tile_options(tile: LinearTile, x_MK: torch.Tensor, traits: GpuTraits, *, paired: bool) -> dict[str, object]:
+    """How a product's kernel is compiled for this tile; `paired` if a program takes twice as many weight rows."""
+    in_features = x_MK.shape[1]
+    feature_bytes = (tile.rows * (2 if paired else 1) + tile.tokens) * x_MK.element_size()
+    most_features = traits.shared_memory_bytes // feature_bytes
+    ahead = tile.ahead if tile.ahead <= most_features else 0
+    num_left = max(0, in_features - ahead)
+    return {
+        "ROWS": tile.rows,
+        "TOKENS": tile.tokens,
+        "FEATURES": tile.features if num_left else 0,
+        "WHOLE": ahead <= in_features and num_left % tile.features == 0,
+        "AHEAD": ahead,
+        "DOT": dot_dtype(x_MK.dtype, traits),
+        "PDL": traits.dependent_launch,
+        "num_warps": tile.num_warps,
+        "num_stages": max(1, min(tile.num_stages, most_features // tile.features)),
+        **traits.launch_options,
+    }
 
 
 def linear_sequential(
@@ -129,8 +179,6 @@ def linear_sequential(
         raise ValueError("the weight must be contiguous, and x and out along their last axis")
     if out_MN.shape != (num_tokens, out_features) or weight_NK.shape[1] != in_features:
         raise ValueError(f"out must be {(num_tokens, out_features)}, got {tuple(out_MN.shape)}")
-    step_bytes = (tile.rows * (2 if swiglu else 1) + tile.tokens) * tile.features * x_MK.element_size()
-    num_stages = max(1, min(tile.num_stages, traits.shared_memory_bytes // step_bytes))
     linear_in_order[(triton.cdiv(out_features, tile.rows), triton.cdiv(num_tokens, tile.tokens))](
         x_MK,
         weight_NK,
@@ -141,17 +189,7 @@ def linear_sequential(
         out_features,
         x_MK.stride(0),
         out_MN.stride(0),
-        ROWS=tile.rows,
-        TOKENS=tile.tokens,
-        FEATURES=tile.features,
-        WHOLE=in_features >= tile.ahead and (in_features - tile.ahead) % tile.features == 0,
-        AHEAD=tile.ahead,
-        ALL_AHEAD=tile.ahead >= in_features,
         SWIGLU=swiglu,
         BIAS=bias_N is not None,
-        DOT=dot_dtype(x_MK.dtype, traits),
-        PDL=traits.dependent_launch,
-        num_warps=tile.num_warps,
-        num_stages=num_stages,
-        **traits.launch_options,
+        **tile_options(tile, x_MK, traits, paired=swiglu),
     )

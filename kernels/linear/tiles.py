@@ -135,6 +135,17 @@ MEASURED_SWIGLU: dict[tuple[int, int], dict[int, LinearTile]] = {
 """The same for gate-up products with SwiGLU; out features are those of one half."""
 
 
+QKV_FUSED_TOKENS = 8
+"""Up to this many tokens, rotating and storing in the projection itself is faster than a kernel of its own."""
+
+MEASURED_QKV: dict[tuple[int, int], LinearTile] = {
+    # Qwen2.5-7B, Llama-3.1-8B.
+    (2304, 3584): LinearTile(16, 8, 128, 1, 6),
+    (3072, 4096): LinearTile(16, 8, 256, 2, 3),
+}
+"""(pairs of out features, in features) → tile of the fused projection, whose rows are pairs."""
+
+
 def triton_tokens(out_features: int, in_features: int) -> int:
     """Up to how many tokens the sequential kernel is the faster one: what was measured beyond 32, or 32."""
     return max(TRITON_TOKENS, *MEASURED.get((out_features, in_features), {0: None}))
@@ -174,6 +185,15 @@ def swiglu_tile(out_features: int, in_features: int, num_tokens: int) -> LinearT
     if num_tokens > 32:
         return LinearTile(64, 64, 64, 4, 6)
     return LinearTile(32, 16 if num_tokens <= 16 else 32, min(128, _divisor(in_features)), 2, 4)
+
+
+def qkv_tile(num_pairs: int, in_features: int) -> LinearTile:
+    """The tile of a fused projection of up to QKV_FUSED_TOKENS tokens; its rows are pairs of out features."""
+    if (measured := MEASURED_QKV.get((num_pairs, in_features))) is not None:
+        return measured
+    if in_features <= _ONE_STEP:
+        return LinearTile(16, 8, _ONE_STEP, 2, 1, ahead=_ONE_STEP)
+    return LinearTile(16, 8, min(128, _divisor(in_features)), 1, 6)
 
 
 def _smallest_that_holds(by_tokens: dict[int, LinearTile], num_tokens: int) -> LinearTile | None:

@@ -39,17 +39,23 @@ def norm_part(x, inverse_rms, q_norm_ptr, k_norm_ptr, dim, in_part, is_q, is_v, 
     """Queries and keys normalised, values as they are."""
     q_weight = tl.load(q_norm_ptr + dim, mask=in_part, other=0.0).to(tl.float32)
     k_weight = tl.load(k_norm_ptr + dim, mask=in_part, other=0.0).to(tl.float32)
-    weight = tl.where(is_q[:, None], q_weight[None, :], k_weight[None, :])
+    weight = tl.where(is_q, q_weight[None, :], k_weight[None, :])
     normal = (x * inverse_rms[:, None]).to(DTYPE).to(tl.float32) * weight
-    return tl.where(is_v[:, None], x, normal.to(DTYPE).to(tl.float32))
+    return tl.where(is_v, x, normal.to(DTYPE).to(tl.float32))
 
 
 @triton.jit
 def store_part(qkv_ptr, key_ptr, value_ptr, x, at, kv_at, mask, is_q, is_k, is_v):
     """Each head to where its kind belongs."""
-    tl.store(qkv_ptr + at, x.to(qkv_ptr.dtype.element_ty), mask=mask & is_q[:, None])
-    tl.store(key_ptr + kv_at, x.to(key_ptr.dtype.element_ty), mask=mask & is_k[:, None])
-    tl.store(value_ptr + kv_at, x.to(value_ptr.dtype.element_ty), mask=mask & is_v[:, None])
+    tl.store(qkv_ptr + at, x.to(qkv_ptr.dtype.element_ty), mask=mask & is_q)
+    tl.store(key_ptr + kv_at, x.to(key_ptr.dtype.element_ty), mask=mask & is_k)
+    tl.store(value_ptr + kv_at, x.to(value_ptr.dtype.element_ty), mask=mask & is_v)
+
+
+@triton.jit
+def rotate(x1, x2, cos, sin, is_v):
+    """Pairs of dimensions of queries and keys rotated, values as they are."""
+    return tl.where(is_v, x1, x1 * cos - x2 * sin), tl.where(is_v, x2, x2 * cos + x1 * sin)
 
 
 @triton.jit
@@ -81,14 +87,14 @@ def finish_qkv(
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    is_q = head < NUM_HEADS
-    is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
-    is_v = (head >= NUM_HEADS + NUM_KV_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS)
+    is_q = (head < NUM_HEADS)[:, None]
+    is_v = (head >= NUM_HEADS + NUM_KV_HEADS)[:, None]
+    is_k = (is_q | is_v) == 0
     real = head < NUM_HEADS + 2 * NUM_KV_HEADS
     position = tl.load(position_ptr + token)
     slot = tl.load(slot_ptr + token).to(tl.int64)
-    kv_head = tl.where(is_k, head - NUM_HEADS, head - NUM_HEADS - NUM_KV_HEADS)
-
+    kv_head = head - NUM_HEADS
+    kv_head = tl.where(kv_head >= NUM_KV_HEADS, kv_head - NUM_KV_HEADS, kv_head)
     half = tl.arange(0, HALF_PADDED)
     in_half = half < HALF
     mask = real[:, None] & in_half[None, :]
@@ -118,12 +124,23 @@ def finish_qkv(
     rope_at = position.to(tl.int64) * HALF + half
     cos = tl.load(cos_ptr + rope_at, mask=in_half, other=0.0)[None, :]
     sin = tl.load(sin_ptr + rope_at, mask=in_half, other=0.0)[None, :]
-    y1 = tl.where(is_v[:, None], x1, x1 * cos - x2 * sin)
-    y2 = tl.where(is_v[:, None], x2, x2 * cos + x1 * sin)
+    y1, y2 = rotate(x1, x2, cos, sin, is_v)
     store_part(qkv_ptr, key_ptr, value_ptr, y1, at, kv_at, mask, is_q, is_k, is_v)
     store_part(qkv_ptr, key_ptr, value_ptr, y2, at + HALF, kv_at + HALF, mask, is_q, is_k, is_v)
     if REST_PADDED > 0:
         store_part(qkv_ptr, key_ptr, value_ptr, x3, rest_at, rest_kv_at, rest_mask, is_q, is_k, is_v)
+
+
+def check_layout(
+    qkv_TE: torch.Tensor, cos_Xr: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, num_heads: int
+) -> None:
+    """ValueError where shapes or layouts do not fit together."""
+    num_kv_heads, head_dim = key_PBKH.shape[2:]
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    if qkv_TE.shape[1] != width or 2 * cos_Xr.shape[1] > head_dim:
+        raise ValueError(f"qkv must have {width} columns, got {qkv_TE.shape[1]}")
+    if not (key_PBKH.is_contiguous() and value_PBKH.is_contiguous()):
+        raise ValueError("the KV pool must be contiguous")
 
 
 def qkv_epilogue(
@@ -158,15 +175,11 @@ def qkv_epilogue(
     num_tokens = qkv_TE.shape[0]
     num_kv_heads, head_dim = key_PBKH.shape[2:]
     rotated_half = cos_Xr.shape[1]
-    num_all_heads = num_heads + 2 * num_kv_heads
-    if qkv_TE.shape[1] != num_all_heads * head_dim or 2 * rotated_half > head_dim:
-        raise ValueError(f"qkv must have {num_all_heads * head_dim} columns, got {qkv_TE.shape[1]}")
-    if not (key_PBKH.is_contiguous() and value_PBKH.is_contiguous()):
-        raise ValueError("the KV pool must be contiguous")
+    check_layout(qkv_TE, cos_Xr, key_PBKH, value_PBKH, num_heads)
     if (q_norm_H is None) != (k_norm_H is None):
         raise ValueError("q_norm and k_norm must both be given or both be None")
     rest = head_dim - 2 * rotated_half
-    finish_qkv[(num_tokens, triton.cdiv(num_all_heads, HEADS_PER_PROGRAM))](
+    finish_qkv[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, HEADS_PER_PROGRAM))](
         qkv_TE,
         qkv_TE if bias_E is None else bias_E,
         qkv_TE if q_norm_H is None else q_norm_H,

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.linear.tiles import QKV_FUSED_TOKENS, qkv_tile
 from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
 from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS, decode_tile, prefill_tile, splits_for
+from triode.kernels.qkv_epilogue.fused import qkv_fused
 from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
 from triode.kernels.rms_norm.gpu import add_rms_norm, rms_norm
 from triode.models.config import ModelConfig
@@ -117,29 +119,16 @@ class CudaLayer:
         self._window_tokens = config.window_tokens(index) or 0
         # The bias of queries, keys and values is added after the product, by the kernel that rotates them.
         self._qkv = decoder.linear(weights.qkv_ED, None)
+        rotates_whole = 2 * decoder.rope.cos_XU.shape[1] == config.head_dim
+        self._fuses_qkv = weights.q_norm_H is None and rotates_whole
         self._o = decoder.linear(weights.o_DE, weights.o_bias_D)
         self._gate_up = GpuGateUp(decoder.linear(weights.gate_up_FD, weights.gate_up_bias_F))
         self._down = decoder.linear(weights.down_DF, weights.down_bias_D)
 
     def attend(self, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, places: TokenPlaces, buffers: Buffers) -> None:
         """From `hidden` to `x`: projections, rotation, cache, attention."""
-        config, weights = self._config, self._weights
-        self._qkv(buffers.hidden_TD, buffers.qkv_TE)
-        q_TNH = qkv_epilogue(
-            buffers.qkv_TE,
-            self._rope.cos_XU,
-            self._rope.sin_XU,
-            places.position_T,
-            places.kv_slot_T,
-            key_PBKH,
-            value_PBKH,
-            config.num_heads,
-            self._traits,
-            bias_E=weights.qkv_bias_E,
-            q_norm_H=weights.q_norm_H,
-            k_norm_H=weights.k_norm_H,
-            eps=config.rms_norm_eps,
-        )
+        config = self._config
+        q_TNH = self._project_qkv(key_PBKH, value_PBKH, places, buffers)
         for group in places.groups:
             paged_attention(
                 q_TNH[: group.num_tokens],
@@ -157,6 +146,39 @@ class CudaLayer:
                 workspace=self._workspace if group.max_query_tokens == 1 else self._prefill_workspace,
             )
         self._o(buffers.attended_TNH.flatten(1), buffers.x_TD)
+
+    def _project_qkv(
+        self, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, places: TokenPlaces, buffers: Buffers
+    ) -> torch.Tensor:
+        """Keys and values go to the cache; returns the rotated queries."""
+        config, weights, rope = self._config, self._weights, self._rope
+        slots = (places.position_T, places.kv_slot_T, key_PBKH, value_PBKH)
+        if self._fuses_qkv and len(buffers.hidden_TD) <= QKV_FUSED_TOKENS:
+            return qkv_fused(
+                buffers.hidden_TD,
+                weights.qkv_ED,
+                buffers.qkv_TE,
+                rope.cos_XU,
+                rope.sin_XU,
+                *slots,
+                config.num_heads,
+                qkv_tile(weights.qkv_ED.shape[0] // 2, config.hidden_size),
+                self._traits,
+                bias_E=weights.qkv_bias_E,
+            )
+        self._qkv(buffers.hidden_TD, buffers.qkv_TE)
+        return qkv_epilogue(
+            buffers.qkv_TE,
+            rope.cos_XU,
+            rope.sin_XU,
+            *slots,
+            config.num_heads,
+            self._traits,
+            bias_E=weights.qkv_bias_E,
+            q_norm_H=weights.q_norm_H,
+            k_norm_H=weights.k_norm_H,
+            eps=config.rms_norm_eps,
+        )
 
     def feed_forward(self, buffers: Buffers) -> None:
         """From `hidden` to `x`: the gated network."""

@@ -14,8 +14,17 @@ from cross_compile import AMPERE, HOPPER, fits, launches_compiled_for
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.guide_mask.gpu import forbid
 from triode.kernels.linear.gpu import linear_sequential
-from triode.kernels.linear.tiles import MEASURED, MEASURED_SWIGLU, LinearTile, linear_tile, swiglu_tile
+from triode.kernels.linear.tiles import (
+    MEASURED,
+    MEASURED_QKV,
+    MEASURED_SWIGLU,
+    LinearTile,
+    linear_tile,
+    qkv_tile,
+    swiglu_tile,
+)
 from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
+from triode.kernels.qkv_epilogue.fused import qkv_fused
 from triode.kernels.rms_norm.gpu import rms_norm
 from triode.kernels.swiglu.gpu import swiglu
 
@@ -116,6 +125,31 @@ def test_products_compile_for_every_tile_of_the_table(traits: GpuTraits) -> None
             product(tile, in_features, traits)
         for tile, in_features in fused:
             product(tile, in_features, traits, fused=True)
+    assert fits(compiled, traits)
+
+
+@GPUS
+def test_fused_projections_compile_for_every_tile_of_the_table(traits: GpuTraits) -> None:
+    shapes = [*((2 * pairs, hidden, 64) for pairs, hidden in MEASURED_QKV), (1152, 896, 32), (960, 1536, 32)]
+    with launches_compiled_for(traits) as compiled:
+        for width, hidden, half in shapes:
+            num_kv_heads = 2
+            pool = empty(4, 16, num_kv_heads, 2 * half)
+            qkv_fused(
+                empty(3, hidden),
+                empty(width, hidden),
+                empty(3, width),
+                empty(8, half, dtype=torch.float32),
+                empty(8, half, dtype=torch.float32),
+                indices(3),
+                indices(3),
+                pool,
+                pool,
+                width // (2 * half) - 2 * num_kv_heads,
+                qkv_tile(width // 2, hidden),
+                traits,
+                bias_E=empty(width),
+            )
     assert fits(compiled, traits)
 
 

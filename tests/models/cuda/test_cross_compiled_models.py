@@ -16,11 +16,11 @@ GPUS = pytest.mark.parametrize("traits", [AMPERE, HOPPER], ids=["sm80", "sm90"])
 MODELS = [
     *((name, torch.bfloat16) for name in RANDOM_NAMES),
     *(("tiny", torch.float16), ("llama-3.1-8b", torch.float16)),
-    *(("tiny", torch.float32), ("llama-3.1-8b", torch.float32)),
+    *(("tiny", torch.float32), ("smollm2-135m", torch.float32), ("llama-3.1-8b", torch.float32)),
 ]
 KERNELS = {
     *("embed_tokens", "scatter_pairs", "begin_rows", "copy_tables"),
-    *("normalise_row", "linear_in_order", "finish_qkv", "attend", "gate_columns"),
+    *("normalise_row", "linear_in_order", "project_qkv", "finish_qkv", "attend", "gate_columns"),
     *("peaks", "weigh", "truncate", "choose"),
 }
 
