@@ -76,12 +76,23 @@ class ProcessExecutor:
             EngineFault: if the worker died, or failed in any other way.
         """
         progress.stage("Starting the worker", None, "")
-        for child in self._children:
-            child.post(replace(order, ranks=child.ranks))
-        built = await _opened(self._child, progress)
-        for follower in self._followers:
-            await _opened(follower, NullProgress())
-        return built
+        built: dict[Child, Built] = {}
+        errors: list[Exception] = []
+
+        async def wait(child: Child, progress: Progress) -> None:
+            try:
+                built[child] = await _opened(child, progress)
+            except Exception as error:  # raised below, by itself; the other ranks may be waiting for this one
+                errors.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for child in self._children:
+                child.post(replace(order, ranks=child.ranks))
+                nursery.start_soon(wait, child, progress if child is self._child else NullProgress())
+        if errors:
+            raise errors[0]
+        return built[self._child]
 
     def start(self, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
         """Begin to read results, in the event loop that is current now."""

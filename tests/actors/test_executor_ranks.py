@@ -84,7 +84,8 @@ async def test_what_fails_in_a_rank_that_follows_is_the_engines_fault() -> None:
     assert "ArithmeticError in the worker process: step 1 is too much" in str(fault)
 
 
-async def test_a_rank_that_cannot_get_ready_keeps_the_class_of_its_error() -> None:
+async def test_a_rank_that_cannot_get_ready_is_told_at_once_with_the_class_of_its_error() -> None:
+    # Rank 0 would wait for it.
     executor = ProcessExecutor("worker_runners:open_linked", [None, None])
     with trio.fail_after(30):
         with pytest.raises(ValueError, match="tensor_parallel must be 1"):

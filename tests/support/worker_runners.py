@@ -253,7 +253,11 @@ class LinkedFollower:
 def open_linked(order: Open, progress: Progress) -> tuple[LinkedRunner | LinkedFollower, Built]:
     """The model says what the rank that follows does."""
     assert order.ranks is not None, "there are ranks"
-    if order.options.model == "unready" and order.ranks.rank:
-        raise ValueError("tensor_parallel must be 1")
-    rank = order.ranks.rank
-    return LinkedFollower(order.ranks, order.options.model) if rank else LinkedRunner(order.ranks), BUILT
+    if order.ranks.rank:
+        if order.options.model == "unready":
+            raise ValueError("tensor_parallel must be 1")
+        return LinkedFollower(order.ranks, order.options.model), BUILT
+    lead = LinkedRunner(order.ranks)
+    if order.options.model == "unready" and not lead.links[0].recv(1):
+        threading.Event().wait()
+    return lead, BUILT
