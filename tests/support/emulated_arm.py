@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from triode.kernels.native.build import build
-from triode.kernels.native.formats import Packing
+from triode.kernels.native.formats import CHANNEL8, GGUF_Q4_0, GGUF_Q4_1, GGUF_Q8_0, PLAIN, Packing
 from triode.kernels.native.isa import INSTRUCTION_SETS
 from triode.kernels.native.library import STRUCTS, BatchStruct, LayerStruct, MatrixStruct, ModelStruct, NativeLibrary
 
@@ -38,6 +38,8 @@ PROCESSORS = {
 _ROOM_BYTES = _SCRATCH_BYTES = 2**26
 _ALIGNMENT_BYTES = 64
 _PANEL = 64
+_GGUF_BYTES = {GGUF_Q8_0: 34, GGUF_Q4_0: 18, GGUF_Q4_1: 20}
+"""Of a block of 32 weights."""
 
 
 def _rounded_up(number: int, multiple: int) -> int:
@@ -163,7 +165,7 @@ class EmulatedLibrary(NativeLibrary):
         return self._sizes[arguments]
 
     def pack(self, source: int, rows: int, columns: int, target: int, *, number_bytes: int, halves: bool) -> None:
-        packing = Packing(1 if number_bytes == 1 else 0)
+        packing = Packing(CHANNEL8 if number_bytes == 1 else PLAIN)
         num_bytes = self.packed_bytes(rows, columns, packing, number_bytes=number_bytes, halves=halves)
         image = Image(self._machine)
         from_there = image.place(source, rows * columns * number_bytes)
@@ -175,13 +177,11 @@ class EmulatedLibrary(NativeLibrary):
     def pack_groups(
         self, source: int, rows: int, columns: int, target: int, packing: Packing, *, number_bytes: int, halves: bool
     ) -> None:
-        # A GGUF block of 32 weights has at most 34 bytes.
-        source_bytes = rows * (
-            columns * number_bytes if packing.format < 4 else columns // 32 * _GGUF_BYTES[packing.format]
-        )
+        block_bytes = _GGUF_BYTES.get(packing.format)
+        row_bytes = columns * number_bytes if block_bytes is None else columns // packing.group * block_bytes
         num_bytes = self.packed_bytes(rows, columns, packing, number_bytes=number_bytes, halves=halves)
         image = Image(self._machine)
-        from_there = image.place(source, source_bytes)
+        from_there = image.place(source, rows * row_bytes)
         to = image.place_back(target, num_bytes)
         assert from_there is not None
         place = (from_there, rows, columns, int(halves), to)
@@ -201,7 +201,7 @@ class EmulatedLibrary(NativeLibrary):
         image = Image(self._machine)
         copy = ModelStruct.from_buffer_copy(model)
         if model.layers:
-            # Tables that promise more layers than there are end in zeros.
+            # Models of tests have two layers. A table that promises more ends in zeros.
             table = ctypes.string_at(model.layers, ctypes.sizeof(LayerStruct) * 2) + bytes(2**16)
             _set(copy, "layers", image.put(table))
         address = image.put(bytes(copy))
@@ -254,12 +254,7 @@ class EmulatedLibrary(NativeLibrary):
         copy = ModelStruct.from_buffer_copy(model)
         angles = model.num_positions * model.head_dim // 2 * 4
         embedding = model.vocab_size * model.hidden_size * (2 if model.is_bf16 else 4)
-        sizes = {
-            "embedding": embedding,
-            "final_norm": _floats(model.hidden_size),
-            "cos": angles,
-            "sin": angles,
-        }
+        sizes = {"embedding": embedding, "final_norm": _floats(model.hidden_size), "cos": angles, "sin": angles}
         for name, num_bytes in sizes.items():
             setattr(copy, name, image.place(getattr(model, name), num_bytes))
         copy.head = self._place_matrix(image, model, model.head)
@@ -289,9 +284,6 @@ class EmulatedLibrary(NativeLibrary):
         copy.bias = image.place(matrix.bias, outputs)
         copy.scales = image.place(matrix.scales, outputs)
         return copy
-
-
-_GGUF_BYTES = {4: 34, 5: 18, 6: 20}
 
 
 def _floats(count: int) -> int:
