@@ -1,6 +1,5 @@
 """The end of service, as a first signal brings it: what is running may finish, until the deadline."""
 
-import time
 
 import httpx
 import pytest
@@ -46,10 +45,8 @@ def test_the_deadline_cuts_replies_short_but_ends_them_well(kind: str) -> None:
 
 
 def test_a_reader_that_is_stuck_cannot_hold_the_end_up() -> None:
-    with running(drain_s=0.1) as server, server.send(WIDE, receive_bytes=4096):
+    with running(drain_s=0.1, write_timeout_s=600) as server, server.send(WIDE, receive_bytes=4096):
         server.wait_until_running(4)
-        began_at_s = time.perf_counter()
         server.stop()
-        assert server.ended.wait(20)
-        # The deadline, two seconds for connections to close, and the engine's own end.
-        assert time.perf_counter() - began_at_s < 5
+        # The deadline, and two seconds for connections to close: long before a write is given up.
+        assert server.ended.wait(60)

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,15 +154,20 @@ def test_a_second_signal_ends_at_once(kind: str) -> None:
         parts = stream.iter_bytes()
         next(parts)
         process.send_signal(signal.SIGTERM)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=0.5)
+        with pytest.raises(httpx.TransportError):
+            while True:
+                httpx.get(f"{url}/health")
+        # It takes no more requests, and goes on with this one.
+        assert next(parts)
+        assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=2) == 128 + signal.SIGTERM
+        # Only what ends at once has this status, whatever else the machine does meanwhile.
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("kind", ["hypercorn", pytest.param("uvicorn", marks=pytest.mark.slow)])
-def test_a_stuck_reader_holds_the_end_up_for_two_seconds_at_most(kind: str) -> None:
-    with serving("--server", kind, "--drain-s", "0.1", "--write-timeout-s", "60") as (process, url):
+def test_a_stuck_reader_does_not_hold_the_end_up(kind: str) -> None:
+    with serving("--server", kind, "--drain-s", "0.1", "--write-timeout-s", "600") as (process, url):
         address = httpx.URL(url)
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -174,10 +178,8 @@ def test_a_stuck_reader_holds_the_end_up_for_two_seconds_at_most(kind: str) -> N
             while scraped(url, "vllm:num_requests_running") == 0:
                 pass
             process.send_signal(signal.SIGTERM)
-            began_at_s = time.perf_counter()
-            assert process.wait(timeout=20) == 0
-            # 0.1 s to drain and 2 s to close; the rest is a busy machine's.
-            assert time.perf_counter() - began_at_s < 6
+            # 0.1 s to drain and 2 s to close: long before the write is given up.
+            assert process.wait(timeout=60) == 0
 
 
 def scraped(url: str, name: str) -> float:
