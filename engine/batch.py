@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from functools import partial
+from typing import Generic, TypeVar
 
 import trio
 
@@ -54,48 +55,67 @@ async def run_batch(
         EngineBusy: if the queue is full and none of the batch's own requests is under way.
         Exception: what the first failing request raised; the others are cancelled.
     """
-    progress.stage("Generating", len(requests), "prompts")
-    results: dict[int, T] = {}
-    failures: list[Exception] = []
-    ended, wait_for_end = trio.open_memory_channel[None](math.inf)
-    num_under_way = 0
+    batch = _Batch(open_stream, read, max_under_way, progress)
+    return await batch.run(requests)
 
-    async with trio.open_nursery() as nursery:
 
-        async def finish(index: int, stream: RequestStream) -> None:
-            try:
-                async with stream:
-                    results[index] = await read(stream)
-                progress.advance(1)
-            except Exception as error:
-                failures.append(error)
-                nursery.cancel_scope.cancel()
-            ended.send_nowait(None)
+class _Batch(Generic[T]):
+    def __init__(
+        self,
+        open_stream: Callable[[Request], Awaitable[RequestStream]],
+        read: Callable[[RequestStream], Awaitable[T]],
+        max_under_way: int,
+        progress: Progress,
+    ) -> None:
+        self._open_stream = open_stream
+        self._read = read
+        self._max_under_way = max_under_way
+        self._progress = progress
+        self._num_under_way = 0
+        self._results: dict[int, T] = {}
+        self._ended, self._wait_for_end = trio.open_memory_channel[None](math.inf)
 
-        async def start(index: int, request: Request) -> None:
-            nonlocal num_under_way
-            while True:
-                if num_under_way < max_under_way:
-                    try:
-                        stream = await open_stream(request)
-                    except EngineBusy:
-                        if num_under_way == 0:
-                            raise
-                    else:
-                        num_under_way += 1
-                        nursery.start_soon(finish, index, stream)
-                        return
-                await wait_for_end.receive()
-                num_under_way -= 1
+    async def run(self, requests: Sequence[Request]) -> list[T]:
+        self._progress.stage("Generating", len(requests), "prompts")
+        failures: list[Exception] = []
+        async with trio.open_nursery() as nursery:
 
-        try:
-            for index, request in enumerate(requests):
-                await start(index, request)
-        except Exception as error:
-            failures.append(error)
-            nursery.cancel_scope.cancel()
-    if failures:
-        # Every reader fails when the engine does; the first one speaks for all.
-        raise failures[0]
-    progress.done()
-    return [results[index] for index in range(len(requests))]
+            async def unless_failed(call: Callable[[], Awaitable[None]]) -> None:
+                try:
+                    await call()
+                except Exception as error:
+                    failures.append(error)
+                    nursery.cancel_scope.cancel()
+
+            async def start_all() -> None:
+                for index, request in enumerate(requests):
+                    stream = await self._open(request)
+                    nursery.start_soon(unless_failed, partial(self._finish, index, stream))
+
+            await unless_failed(start_all)
+        if failures:
+            # Every reader fails when the engine does; the first one speaks for all.
+            raise failures[0]
+        self._progress.done()
+        return [self._results[index] for index in range(len(requests))]
+
+    async def _open(self, request: Request) -> RequestStream:
+        """The request's stream, once there is room for it."""
+        while True:
+            if self._num_under_way < self._max_under_way:
+                try:
+                    stream = await self._open_stream(request)
+                except EngineBusy:
+                    if self._num_under_way == 0:
+                        raise
+                else:
+                    self._num_under_way += 1
+                    return stream
+            await self._wait_for_end.receive()
+            self._num_under_way -= 1
+
+    async def _finish(self, index: int, stream: RequestStream) -> None:
+        async with stream:
+            self._results[index] = await self._read(stream)
+        self._progress.advance(1)
+        self._ended.send_nowait(None)
