@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py [--model smollm2-135m] [--windows 30] [--json]
 
-The text is the documentation that CPython carries (`pydoc_data.topics`). It is read in windows of 512 tokens that each begin
-anew. Perplexity is of all but a window's first token; agreement is how often the likeliest token is that of float32; KL is
+The text is the documentation that CPython carries (`pydoc_data.topics`), some 2.5 kB a window: windows are of 512 tokens, and
+each begins anew. Perplexity is of all but a window's first token; agreement is how often the likeliest token is that of float32; KL is
 the mean divergence of a format's distribution from that of float32, in nats.
 """
 
@@ -50,6 +50,8 @@ VARIANTS = {
     "a16w8": Variant("a16w8"),
     "a16w8 g64": Variant("a16w8", 64),
     "a8w8": Variant("a8w8"),
+    "a8w8 g32": Variant("a8w8", 32),
+    "a8w8 per channel": Variant("a8w8", 0),
     "a8w8, int8 KV cache": Variant("a8w8", kv_dtype=torch.int8),
     "a16w4 g32": Variant("a16w4", 32),
     "a16w4 g128": Variant("a16w4", 128),

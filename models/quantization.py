@@ -19,6 +19,7 @@ from triode.kernels.native.formats import (
     GROUP8,
     GROUPS,
     PLAIN,
+    WHOLE_ROW,
     Packing,
 )
 
@@ -30,6 +31,7 @@ BLOCK = 32
 """Weights of such a block."""
 _KEEPS_BLOCKS = {"a16gguf": False, "a8gguf": True}
 _HEAD_FORMATS: dict[Quantization, Quantization] = {"a16w4": "a16w8", "a8w4": "a8w8"}
+_OF_4_BITS = {"a16w4", "a8w4"}
 _MATRICES = ("qkv", "o", "gate_up", "down")
 _HEAD = "head"
 
@@ -52,10 +54,10 @@ def _packing(quantization: Quantization, group: int | None, stored: str | None) 
     if quantization in _KEEPS_BLOCKS and stored is not None:
         return Packing(GGUF_FORMATS[stored], BLOCK, _KEEPS_BLOCKS[quantization])
     if quantization == "a16w8":
-        return Packing(CHANNEL8) if group is None else Packing(GROUP8, group)
+        return Packing(GROUP8, group) if group else Packing(CHANNEL8)
     if (kind := _GROUPED.get(quantization)) is None:
         return Packing(PLAIN)
-    return Packing(kind.format, group or kind.default_group, kind.byte_inputs)
+    return Packing(kind.format, kind.default_group if group is None else group, kind.byte_inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class WeightPlan:
 
     quantization: Quantization = "none"
     group: int | None = None
-    """Inputs that share a scale; None takes each format's own."""
+    """Inputs that share a scale, 0 for all of an output's; None takes each format's own."""
     overrides: tuple[tuple[re.Pattern[str], Quantization], ...] = ()
     """The first pattern that matches a matrix's whole name gives its format."""
 
@@ -109,8 +111,11 @@ class WeightPlan:
         Raises:
             ValueError: there is no such size, or nothing that could have it.
         """
-        if group not in GROUPS:
-            raise ValueError(f"quantization_group must be one of {', '.join(map(str, GROUPS))}, got {group!r}")
+        if group not in (WHOLE_ROW, *GROUPS):
+            sizes = ", ".join(map(str, GROUPS))
+            raise ValueError(f"quantization_group must be one of {sizes}, or 0 for whole rows, got {group!r}")
+        if group == WHOLE_ROW and self._choices & _OF_4_BITS:
+            raise ValueError(f"quantization_group must be one of {', '.join(map(str, GROUPS))} for 4 bits, got 0")
         if not self._choices & {"a16w8", *_GROUPED}:
             raise ValueError(f"quantization_group must be None with quantization={self.quantization!r}, got {group}")
 
@@ -120,7 +125,8 @@ class WeightPlan:
         return self._choices == {"none"}
 
     def __str__(self) -> str:
-        name = self.quantization if self.group is None else f"{self.quantization} g{self.group}"
+        groups = {None: "", WHOLE_ROW: " per channel"}.get(self.group, f" g{self.group}")
+        name = self.quantization + groups
         return f"{name}, {len(self.overrides)} overrides" if self.overrides else name
 
 

@@ -19,8 +19,12 @@ inline const char* matrix_error(const TriodeMatrix& matrix, int64_t out, int64_t
     if (matrix.format < PLAIN || matrix.format > GGUF_Q4_1) return "a matrix has an unknown format";
     if (matrix.format == CHANNEL8 && !matrix.scales) return "a matrix of bytes lacks its scales";
     const bool has_groups = matrix.format != PLAIN && matrix.format != CHANNEL8;
-    if (has_groups && matrix.group != 32 && matrix.group != 64 && matrix.group != 128)
+    if (has_groups && !matrix.group) {
+        if (matrix.format != GROUP8 || !matrix.byte_inputs) return "a matrix has one group where it must have several";
+        if (in > MAX_WHOLE_ROW) return "a matrix has one group of too many inputs";
+    } else if (has_groups && matrix.group != 32 && matrix.group != 64 && matrix.group != 128) {
         return "a matrix has groups of another size than 32, 64 or 128";
+    }
     return nullptr;
 }
 

@@ -1,7 +1,7 @@
 // Weights of 4 or 8 bits with a scale for each group of inputs, and products of theirs with rows of 8 or more bits.
 //
 // A weight is scale * (stored - zero) + minimum, where `stored` has no sign. Panels of 64 outputs are packed as in
-// `panel.h`, but a panel is a run of groups of 32, 64 or 128 inputs. A group is its words, [words][64], then the scales of
+// `panel.h`, but a panel is a run of groups of 32, 64 or 128 inputs, or one group of all. A group is its words, [words][64], then the scales of
 // the 64 outputs in 16 bits each, then as many minimums where the format has them: one stream of memory. A word holds four
 // inputs of 8 bits, or eight of 4 bits, whose first four are the lower halves of its bytes.
 //
@@ -29,6 +29,8 @@ constexpr Format FORMATS[] = {
 
 constexpr long MAX_GROUP = 128;
 constexpr long MIN_GROUP = 32;
+// Sums of more products of bytes could be too large for 32 bits.
+constexpr long MAX_WHOLE_ROW = 1 << 15;
 
 // How a format is laid out with groups of one size.
 struct Layout {
@@ -36,7 +38,9 @@ struct Layout {
     long group;
     long words;  // of one output's group
 
-    Layout(long name, long group) : format(FORMATS[name]), group(group), words(group * format.bits / 32) {}
+    // `size` of 0 makes one group of all inputs.
+    Layout(long name, long size, long inputs)
+        : format(FORMATS[name]), group(size ? size : rounded_up(inputs, MIN_GROUP)), words(group * format.bits / 32) {}
 
     // In words of 32 bits.
     long group_size() const { return words * PANEL + (format.has_minimum ? 2 : 1) * PANEL / 2; }
@@ -267,7 +271,7 @@ struct GroupBlock {
 inline void multiply_grouped(const ByteRows& x, long rows, const uint32_t* panel, const Layout& layout, long inputs,
                              float* out) {
     const long size = layout.group_size(), count = layout.groups(inputs), parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    const long blocks = parts == 1 ? 1 : (count * size + CACHED_WORDS - 1) / CACHED_WORDS;
+    const long blocks = parts == 1 ? 1 : std::min(count, (count * size + CACHED_WORDS - 1) / CACHED_WORDS);
     for (long index = 0; index < blocks; index++)
         for (long part = 0; part < parts; part++) {
             const GroupBlock block{panel, layout, count * index / blocks, count * (index + 1) / blocks, part, parts};

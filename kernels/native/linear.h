@@ -71,7 +71,7 @@ void multiply(const LinearScratch& mine, const TriodeMatrix& matrix, const T* x,
     } else if (matrix.format == CHANNEL8) {
         multiply_bytes(mine, matrix, x + first * stride, stride, end - first, panel);
     } else {
-        const Layout layout(matrix.format, matrix.group);
+        const Layout layout(matrix.format, matrix.group, matrix.in_features);
         const uint32_t* groups = matrix.panels + panel * layout.groups(matrix.in_features) * layout.group_size();
         multiply_widened(mine, layout, matrix.in_features, x + first * stride, stride, end - first, groups);
     }
@@ -84,8 +84,9 @@ template <class T, class Inputs, class Write>
 void linear(Worker& worker, const LinearScratch& mine, const TriodeMatrix& matrix, Inputs inputs, long stride, long rows,
             Write write) {
     const long panels = (matrix.out_features + PANEL - 1) / PANEL, parts = (rows + ITEM_ROWS - 1) / ITEM_ROWS;
+    const Layout layout(matrix.format, matrix.group, matrix.in_features);
     auto quantize = [&](const ByteRows& to, const T* x, long row) {
-        quantize_row(x + row * stride, matrix.in_features, matrix.group, to.from(row));
+        quantize_row(x + row * stride, matrix.in_features, layout.group, to.from(row));
     };
     if (matrix.byte_inputs && rows > FEW_ROWS)
         worker.share((rows + ITEM_TOKENS - 1) / ITEM_TOKENS, [&](long item) {
@@ -100,7 +101,6 @@ void linear(Worker& worker, const LinearScratch& mine, const TriodeMatrix& matri
         if (matrix.byte_inputs) {
             for (long row = 0; !is_quantized && row < rows; row++) quantize(mine.few, inputs(), row);
             is_quantized = true;
-            const Layout layout(matrix.format, matrix.group);
             const ByteRows& x = rows > FEW_ROWS ? mine.shared : mine.few;
             multiply_grouped(x.from(first), end - first,
                              matrix.panels + panel * layout.groups(matrix.in_features) * layout.group_size(), layout,

@@ -16,7 +16,7 @@ struct TriodeMatrix {
     int64_t out_features;
     int64_t in_features;
     int64_t format;       // a `FormatName` of `grouped.h`
-    int64_t group;        // inputs that share a scale, if the format has groups
+    int64_t group;        // inputs that share a scale, if the format has groups; 0: all
     int64_t byte_inputs;  // whether rows are rounded to bytes, group by group, before they are multiplied
 };
 

@@ -1,13 +1,15 @@
 // Lays weights out as groups of 4 or 8 bits (`grouped.h`): rounded from numbers, or taken from a GGUF file's blocks.
 #pragma once
 
+#include <vector>
+
 #include "grouped.h"
 
 namespace triode {
 
 // One output's group, before its bits are spread over a panel.
 struct PackedGroup {
-    uint8_t stored[MAX_GROUP];
+    uint8_t* stored;
     uint16_t scale;
     uint16_t minimum;
 };
@@ -88,10 +90,12 @@ inline void write_group(const PackedGroup& from, const Layout& layout, long lane
 // One panel of a matrix, whose groups `read(row, group, PackedGroup&)` gives. Rows of padding are zero.
 template <class Read>
 void pack_groups(Read read, const Layout& layout, long rows, long columns, bool halves, long panel, uint32_t* to) {
+    std::vector<uint8_t> stored(layout.group);
     for (long lane = 0; lane < PANEL; lane++) {
         const long row = source_row(panel * PANEL + lane, rows, halves);
         for (long index = 0; index < layout.groups(columns); index++) {
-            PackedGroup group{};
+            std::fill(stored.begin(), stored.end(), 0);
+            PackedGroup group{stored.data(), 0, 0};
             if (row >= 0) read(row, index, group);
             write_group(group, layout, lane, to + index * layout.group_size());
         }

@@ -114,12 +114,12 @@ void triode_sizes(int64_t sizes[5]) {
     sizes[4] = sizeof(TriodeRanks);
 }
 
-// `number_bytes` is 2 for bfloat16, 4 for float: what the format PLAIN keeps. `group` is for formats that have groups.
+// `number_bytes` is 2 for bfloat16, 4 for float: what the format PLAIN keeps. `group` is for formats that have groups; 0 is all inputs.
 int64_t triode_packed_bytes(int32_t format, int64_t group, int32_t number_bytes, int64_t rows, int64_t columns,
                             int32_t halves) {
     if (format == PLAIN || format == CHANNEL8)
         return packed_rows(rows, halves) * rounded_up(columns * (format == PLAIN ? number_bytes : 1), 4);
-    const Layout layout(format, group);
+    const Layout layout(format, group, columns);
     return packed_rows(rows, halves) / PANEL * layout.groups(columns) * layout.group_size() * 4;
 }
 
@@ -145,7 +145,7 @@ void triode_pack(int32_t number_bytes, const void* source, int64_t rows, int64_t
 // Lays a matrix out in groups: of numbers of 4 or 2 bytes, or of a GGUF file's blocks in the same format.
 void triode_pack_groups(int32_t format, int64_t group, int32_t number_bytes, const void* source, int64_t rows,
                         int64_t columns, int32_t halves, void* to) {
-    const Layout layout(format, group);
+    const Layout layout(format, group, columns);
     const long panels = packed_rows(rows, halves) / PANEL, size = layout.groups(columns) * layout.group_size();
 #pragma omp parallel for
     for (long panel = 0; panel < panels; panel++) {

@@ -16,6 +16,8 @@ def test_a_format_has_its_own_group_unless_one_is_chosen() -> None:
     assert plan_weights("a16w8").packing("head") == Packing(CHANNEL8)
     assert plan_weights("a16w8", 128).packing("head") == Packing(GROUP8, 128)
     assert plan_weights("a8w8").packing("head") == Packing(GROUP8, 64, byte_inputs=True)
+    assert plan_weights("a8w8", 0).packing("head") == Packing(GROUP8, 0, byte_inputs=True)
+    assert plan_weights("a16w8", 0).packing("head") == Packing(CHANNEL8)
     assert plan_weights("a16w4").packing("layers.0.o") == Packing(GROUP4, 32)
     assert plan_weights("a8w4", 64).packing("layers.0.o") == Packing(GROUP4, 64, byte_inputs=True)
 
@@ -45,7 +47,8 @@ def test_a_pattern_must_match_some_matrix_of_the_model() -> None:
     ("options", "message"),
     [
         ({"quantization": "a4w4"}, "quantization must be one of none, a16w8, .*, got 'a4w4'"),
-        ({"quantization": "a8w8", "quantization_group": 16}, "quantization_group must be one of 32, 64, 128, got 16"),
+        ({"quantization": "a8w8", "quantization_group": 16}, "quantization_group must be one of 32, 64, 128, or 0 for whole rows, got 16"),
+        ({"quantization": "a8w4", "quantization_group": 0}, "quantization_group must be one of .* for 4 bits, got 0"),
         ({"quantization_group": 64}, "quantization_group must be None with quantization='none', got 64"),
         (
             {"quantization_overrides": {"head": "int8"}},

@@ -11,10 +11,10 @@ MATRICES = ("qkv_ED", "o_DE", "gate_up_FD", "down_DF")
 
 def rounded_weight(weight_ED: torch.Tensor, quantization: str, group: int | None) -> torch.Tensor:
     """The nearest matrix that the format can hold."""
-    if quantization == "a16w8" and group is None:
+    if quantization == "a16w8" and not group:
         scale = weight_ED.double().abs().amax(1, keepdim=True) / 127
         return (weight_ED.double() / scale).round() * scale
-    groups = _in_groups(weight_ED, group or (64 if quantization.endswith("w8") else 32))
+    groups = _in_groups(weight_ED, _size(weight_ED, group, 64 if quantization.endswith("w8") else 32))
     if quantization.endswith("w8"):
         scale = (groups.float().nan_to_num().abs().amax(-1, keepdim=True) / 127).bfloat16().double()
         stored = (groups / scale.where(scale > 0, 1)).round()
@@ -30,7 +30,7 @@ def rounded_weight(weight_ED: torch.Tensor, quantization: str, group: int | None
 
 def rounded_inputs(x_TD: torch.Tensor, group: int) -> torch.Tensor:
     """Rows as 8-bit activations: the nearest bytes, times a scale for each group."""
-    groups = _in_groups(x_TD, group).nan_to_num()
+    groups = _in_groups(x_TD, group or x_TD.shape[1]).nan_to_num()
     most = groups.abs().amax(-1, keepdim=True)
     # bfloat16 numbers often lie halfway between two bytes: these are chosen in the precision of the kernels. `127 / most`
     # would be a reciprocal times 127 in torch.
@@ -46,6 +46,11 @@ def rounded_weights(weights: DecoderWeights, quantization: str, group: int | Non
         for layer in weights.layers
     )
     return replace(weights, layers=tuple(layers), head_VD=rounded_weight(weights.head_VD, quantization, group))
+
+
+def _size(x_ED: torch.Tensor, group: int | None, default: int) -> int:
+    """Of groups: 0 stands for whole rows."""
+    return default if group is None else group or x_ED.shape[1]
 
 
 def _in_groups(x_ED: torch.Tensor, group: int) -> torch.Tensor:

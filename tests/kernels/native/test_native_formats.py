@@ -17,6 +17,7 @@ FORMATS: list[tuple[Quantization, int | None]] = [
     ("a16w8", None),
     ("a16w8", 64),
     ("a8w8", 64),
+    ("a8w8", 0),
     ("a16w4", 32),
     ("a8w4", 32),
 ]
@@ -63,7 +64,8 @@ def expected_product(
 ) -> torch.Tensor:
     weight = rounded_weight(weights.head_VD, quantization, group)
     if quantization.startswith("a8"):
-        x_TD = rounded_inputs(x_TD, group or (64 if quantization == "a8w8" else 32))
+        default = 64 if quantization == "a8w8" else 32
+        x_TD = rounded_inputs(x_TD, default if group is None else group)
     return x_TD.double() @ weight.T
 
 
