@@ -34,6 +34,7 @@ class BuiltRunner:
     """Block 0, which absorbs padding, included."""
     num_threads: int
     weights_bytes: int
+    """What is held of them, in whichever formats."""
     kv_cache_bytes: int
     kv_dtype: torch.dtype
     step_bytes: int | None
@@ -69,19 +70,16 @@ def build_runner(
         ValueError: `kernels` or `plan` asks for what this machine does not have.
     """
     progress = progress or NullProgress()
-    weights_bytes = _num_bytes(config, weights.embed_VD.dtype)
     if weights.embed_VD.device.type == "cuda":
-        if kernels != "auto":
-            raise ValueError(f"kernels must be auto on a GPU, got {kernels!r}")
-        if not plan.is_plain:
-            raise ValueError(f"quantization must be none on a GPU, got '{plan}'")
+        _check_for_gpu(kernels, plan, cache_config)
         return _build_on_gpu(config, weights, cache_config, max_running, max_step_tokens, guides, progress)
-    native = choose_native(weights.embed_VD.dtype, kernels, plan, progress)
+    dtype = weights.embed_VD.dtype
+    native = choose_native(dtype, kernels, plan, progress)
     num_threads = num_threads or usable_threads(torch.get_num_threads())
+    kv_dtype = _kv_dtype(cache_config, dtype, native.missing, is_native=native.library is not None)
     progress.stage("Preparing kernels", None, "")
     with torch.inference_mode(), cpu_threads(num_threads):
         num_threads_used = torch.get_num_threads()
-        kv_dtype = _kv_dtype(cache_config, weights.embed_VD.dtype, native.missing, is_native=native.library is not None)
         layers = deque(weights.layers)
         weights = replace(weights, layers=())
         rest = freed_one_by_one(layers)
@@ -93,25 +91,34 @@ def build_runner(
     del weights
     progress.done()
     pool = _build_pool(config, cache_config, max_running, decoder, kv_dtype)
-    runner = EagerRunner(
-        decoder,
-        pool,
-        max_running=max_running,
-        num_threads=num_threads,
-        # OpenMP's threads spin for milliseconds after an operation, on processors that the compiled step has threads on.
-        sampling_threads=None if native.library is None else 1,
-        guides=guides,
-    )
+    # OpenMP's threads spin for milliseconds after an operation, on processors that the compiled step has threads on.
+    sampling_threads = None if native.library is None else 1
     return BuiltRunner(
-        runner=runner,
+        runner=EagerRunner(
+            decoder,
+            pool,
+            max_running=max_running,
+            num_threads=num_threads,
+            sampling_threads=sampling_threads,
+            guides=guides,
+        ),
         num_blocks=pool.num_blocks,
         num_threads=num_threads_used,
-        weights_bytes=weights_bytes,
+        weights_bytes=_num_bytes(config, dtype) if isinstance(decoder, Decoder) else decoder.weights_bytes,
         kv_cache_bytes=pool.num_bytes * (1 if ranks is None else ranks.num_ranks),
         kv_dtype=kv_dtype,
         step_bytes=None if isinstance(decoder, Decoder) else decoder.matrices_bytes,
         kernels=describe_kernels(decoder.kernels.names, native.missing),
     )
+
+
+def _check_for_gpu(kernels: KernelChoice, plan: WeightPlan, cache_config: CacheConfig) -> None:
+    if kernels != "auto":
+        raise ValueError(f"kernels must be auto on a GPU, got {kernels!r}")
+    if not plan.is_plain:
+        raise ValueError(f"quantization must be none on a GPU, got '{plan}'")
+    if cache_config.kv_dtype != "auto":
+        raise ValueError(f"kv_dtype must be auto on a GPU, got {cache_config.kv_dtype!r}")
 
 
 def _build_on_gpu(
@@ -123,8 +130,6 @@ def _build_on_gpu(
     guides: GuideCompiler | None,
     progress: Progress,
 ) -> BuiltRunner:
-    if cache_config.kv_dtype != "auto":
-        raise ValueError(f"kv_dtype must be auto on a GPU, got {cache_config.kv_dtype!r}")
     progress.stage("Preparing kernels", None, "")
     # Imported here: no CPU path needs Triton.
     from triode.models.cuda.build import build_cuda

@@ -86,6 +86,11 @@ class NativeDecoder:
         """Of all that a token is multiplied with, which is read once a step."""
         return self._memory.matrices_bytes
 
+    @property
+    def weights_bytes(self) -> int:
+        """Of all that is kept of the weights."""
+        return self._memory.num_bytes
+
     def forward(
         self, batch: StepBatch, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]
     ) -> torch.Tensor:

@@ -35,7 +35,7 @@ class PackedModel:
         ranks: RanksStruct | None = None,
     ) -> None:
         plan.check(config.num_layers)
-        self._saved = saved = weights.packed
+        self._saved = weights.packed
         self._library = library
         self._plan = plan
         self._stored = weights.stored
@@ -43,24 +43,34 @@ class PackedModel:
         self._kept: list[torch.Tensor] = []
         self._packings: dict[str, Packing] = {}
         self.num_outputs = len(weights.head_VD)
-        num_bytes = self._num_bytes(config)
-        self.matrices_bytes = num_bytes
-        self._panels = torch.empty(num_bytes + ALIGNMENT_BYTES, dtype=torch.uint8)
-        self._next = rounded_up(self._panels.data_ptr(), ALIGNMENT_BYTES)
-        library.prefer_huge_pages(self._next, num_bytes)
-        start = self._next - self._panels.data_ptr()
-        self._matrices = self._panels[start : start + num_bytes]
-        if saved is None:
-            # What pads a matrix to whole cache lines is written to files.
-            self._matrices.zero_()
-        else:
-            self._matrices.copy_(saved.matrices)
-
-        rope = rope_table(config, torch.device("cpu"))
+        self.matrices_bytes = self._num_bytes(config)
+        self._matrices = self._allocate(self.matrices_bytes)
+        self._next = self._matrices.data_ptr()
         self.layers = (LayerStruct * config.num_layers)(
             *(self._layer(index, layer, config.window_tokens(index)) for index, layer in enumerate(layers))
         )
-        self.model = ModelStruct(
+        self.model = self._model(config, weights, ranks)
+        self._saved = None
+        if weights.pack_to is not None:
+            weights.pack_to.write(self._matrices, self._kept, self._packings)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of everything that is kept, the embedding and the tables of rotations included."""
+        return self.matrices_bytes + sum(tensor.nbytes for tensor in self._kept)
+
+    def _allocate(self, num_bytes: int) -> torch.Tensor:
+        """Memory for the matrices, in huge pages where the system grants them, with what was saved of them."""
+        memory = torch.empty(num_bytes + ALIGNMENT_BYTES, dtype=torch.uint8)
+        start = -memory.data_ptr() % ALIGNMENT_BYTES
+        self._library.prefer_huge_pages(memory.data_ptr() + start, num_bytes)
+        matrices = memory[start : start + num_bytes]
+        # What pads a matrix to whole cache lines is written to files.
+        return matrices.zero_() if self._saved is None else matrices.copy_(self._saved.matrices)
+
+    def _model(self, config: ModelConfig, weights: DecoderWeights, ranks: RanksStruct | None) -> ModelStruct:
+        rope = rope_table(config, torch.device("cpu"))
+        return ModelStruct(
             is_bf16=weights.embed_VD.dtype == torch.bfloat16,
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -80,9 +90,6 @@ class PackedModel:
             num_outputs=self.num_outputs,
             ranks=None if ranks is None else ctypes.pointer(ranks),
         )
-        self._saved = None
-        if weights.pack_to is not None:
-            weights.pack_to.write(self._matrices, self._kept, self._packings)
 
     def _num_bytes(self, config: ModelConfig) -> int:
         """Of all packed matrices."""

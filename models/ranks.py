@@ -87,6 +87,11 @@ class LeadProgram:
         """Of all ranks."""
         return self._own.matrices_bytes * self._room.order.num_ranks
 
+    @property
+    def weights_bytes(self) -> int:
+        """Of what all ranks keep of the weights."""
+        return self._own.weights_bytes * self._room.order.num_ranks
+
     def tell(self, command: Command) -> None:
         """Have all other ranks do it."""
         body = _encoder.encode(command)

@@ -47,7 +47,10 @@ def test_a_pattern_must_match_some_matrix_of_the_model() -> None:
     ("options", "message"),
     [
         ({"quantization": "a4w4"}, "quantization must be one of none, a16w8, .*, got 'a4w4'"),
-        ({"quantization": "a8w8", "quantization_group": 16}, "quantization_group must be one of 32, 64, 128, or 0 for whole rows, got 16"),
+        (
+            {"quantization": "a8w8", "quantization_group": 16},
+            "quantization_group must be one of 32, 64, 128, or 0 for whole rows, got 16",
+        ),
         ({"quantization": "a8w4", "quantization_group": 0}, "quantization_group must be one of .* for 4 bits, got 0"),
         ({"quantization_group": 64}, "quantization_group must be None with quantization='none', got 64"),
         (

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import torch
 
+from native_steps import native_library
 from runner_world import RunnerWorld, tiny_config, tiny_weights
 from triode.cache.config import CacheConfig
 from triode.cache.messages import BlockCopy
@@ -16,6 +17,7 @@ from triode.errors import InsufficientMemory
 from triode.kernels.threads import cpu_threads
 from triode.models import eager
 from triode.models.build import build_runner
+from triode.models.quantization import plan_weights
 from triode.models.sampler import ALL_FORBIDDEN, SampledRows
 from triode.models.sampling import SamplingParams
 from triode.models.slots import SlotState
@@ -322,13 +324,26 @@ def test_closing_twice_gives_the_pool_back_once() -> None:
 def test_a_built_runner_reports_what_it_takes() -> None:
     config = tiny_config()
     cache_config = CacheConfig(kv_cache_bytes=10 * 8192)
-    built = build_runner(config, tiny_weights(), cache_config=cache_config, max_running=4)
+    built = build_runner(config, tiny_weights(), cache_config=cache_config, max_running=4, kernels="torch")
     # 2 layers of keys and values, 16 tokens of 2 heads of 16 float32 numbers.
     assert (built.num_blocks, built.kv_cache_bytes, built.kv_dtype) == (10, 10 * 8192, torch.float32)
     layer = (2 + 1 + 1) * 32 * 64 + 64 * 64 + 3 * 128 * 64 + 2 * 64
     assert built.weights_bytes == 4 * (499 * 64 + 2 * layer + 64)
     assert built.num_threads == torch.get_num_threads()
     assert "paged_attention" in built.kernels
+
+
+def test_quantised_weights_count_as_what_they_take() -> None:
+    native_library()
+    built = [
+        build_runner(
+            tiny_config(), tiny_weights(), cache_config=CacheConfig(), max_running=1, plan=plan_weights(quantization)
+        )
+        for quantization in ("none", "a8w8")
+    ]
+    matrices = [runner.step_bytes or 0 for runner in built]
+    assert matrices[1] < matrices[0] / 3
+    assert built[0].weights_bytes - matrices[0] == built[1].weights_bytes - matrices[1] > 4 * 499 * 64
 
 
 def test_a_pool_is_no_larger_than_its_sequences_can_fill() -> None:
