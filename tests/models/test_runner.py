@@ -324,7 +324,7 @@ def test_closing_twice_gives_the_pool_back_once() -> None:
 def test_a_built_runner_reports_what_it_takes() -> None:
     config = tiny_config()
     cache_config = CacheConfig(kv_cache_bytes=10 * 8192)
-    built = build_runner(config, tiny_weights(), cache_config=cache_config, max_running=4, kernels="torch")
+    built = build_runner(config, tiny_weights(), cache_config=cache_config, max_running=4, kernels="reference")
     # 2 layers of keys and values, 16 tokens of 2 heads of 16 float32 numbers.
     assert (built.num_blocks, built.kv_cache_bytes, built.kv_dtype) == (10, 10 * 8192, torch.float32)
     layer = (2 + 1 + 1) * 32 * 64 + 64 * 64 + 3 * 128 * 64 + 2 * 64
