@@ -29,6 +29,7 @@ from triode.engine.server.bridge_messages import (
     FromClient,
     FromServer,
     Goodbye,
+    Id,
     Ping,
     Pong,
     Priority,
@@ -55,6 +56,7 @@ class Codec:
     """The key of ASGI's message: text or bytes."""
     encode: Callable[[FromServer], bytes]
     decode: Callable[[bytes], FromClient]
+    decode_name: Callable[[bytes], "_Named"]
 
     def to_frame(self, message: FromServer) -> Message:
         """A message as ASGI sends it."""
@@ -62,8 +64,25 @@ class Codec:
         return {"type": "websocket.send", self.frame: data.decode() if self.frame == "text" else data}
 
 
-_JSON = Codec("text", msgspec.json.Encoder().encode, msgspec.json.Decoder(FromClient).decode)
-_MSGPACK = Codec("bytes", msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(FromClient).decode)
+class _Named(msgspec.Struct):
+    """What tells whose request a message is that is none."""
+
+    type: str
+    id: Id
+
+
+_JSON = Codec(
+    "text",
+    msgspec.json.Encoder().encode,
+    msgspec.json.Decoder(FromClient).decode,
+    msgspec.json.Decoder(_Named).decode,
+)
+_MSGPACK = Codec(
+    "bytes",
+    msgspec.msgpack.Encoder().encode,
+    msgspec.msgpack.Decoder(FromClient).decode,
+    msgspec.msgpack.Decoder(_Named).decode,
+)
 CLOSE_S = 1
 """For the close of a socket that is stuck; most are beyond it."""
 SUBPROTOCOLS = {"triode.v1.json": _JSON, "triode.v1.msgpack": _MSGPACK}
@@ -172,7 +191,7 @@ class Bridge:
             try:
                 await self._handle(self._decode(frame), requests)
             except RequestError as error:
-                await self._send(Failed(None, error.status, error.detail))
+                await self._send(Failed(self._refused(frame), error.status, error.detail))
 
     async def _until_stuck(self) -> None:
         await self._paced.until_stuck()
@@ -195,6 +214,15 @@ class Bridge:
             return self._codec.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise wrong_value(error) from None
+
+    def _refused(self, frame: Message) -> str | None:
+        """Whose request has come to nothing with a frame, if it would have begun, or gone on, with it."""
+        content = frame.get(self._codec.frame) or b""
+        try:
+            named = self._codec.decode_name(content.encode() if isinstance(content, str) else content)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+        return named.id if named.type in ("submit", "resume") and named.id not in self._open else None
 
     async def _handle(self, message: FromClient, requests: anyio.abc.TaskGroup) -> None:
         match message:

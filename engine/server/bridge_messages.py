@@ -152,7 +152,7 @@ class Finished(ServerMessage, frozen=True):
 
 
 class Failed(ServerMessage, frozen=True):
-    """The request was refused or failed; or, without an id, a frame was no message."""
+    """The request was refused or failed; or, without an id, a frame was no message that could have begun one."""
 
     id: str | None
     status: int

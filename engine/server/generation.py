@@ -106,7 +106,11 @@ class Generation(Attended):
                 request_id=answer_id if len(job.prompts) == 1 else f"{answer_id}-{place}",
             )
         except ValueError as error:
+            self._timings[place].close(None)
             raise wrong_value(error, job.guide_field) from None
+        except TriodeError:
+            self._timings[place].close(None)
+            raise
         streams.append(stream)
         self._streams[place] = stream
 
@@ -114,6 +118,13 @@ class Generation(Attended):
         self, place: int, write: Callable[[Sequence[msgspec.Struct]], Awaitable[None]] | None = None
     ) -> None:
         """Read one prompt's output to its end; `write` gets the chunks of each step."""
+        try:
+            await self._follow(place, write)
+        except TriodeError:
+            self._timings[place].close(FinishReason.ERROR)
+            raise
+
+    async def _follow(self, place: int, write: Callable[[Sequence[msgspec.Struct]], Awaitable[None]] | None) -> None:
         stream, first_choice = self._streams[place], place * self._job.params.n
         unfinished = set(range(self._job.params.n))
         while deltas := await stream.batch():

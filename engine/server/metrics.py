@@ -122,11 +122,12 @@ class Timing:
         for sample in result.completions:
             metrics.count_end(sample.finish_reason or FinishReason.ERROR)
 
-    def close(self) -> None:
-        """The request is over; if it has no result, its client left or the engine failed it."""
+    def close(self, reason: FinishReason | None = FinishReason.CANCELLED) -> None:
+        """The request is over, without a result: its client has left, or it failed, or with None was never accepted."""
         if not self._is_closed:
             self._is_closed = True
-            self._metrics.count_end(FinishReason.CANCELLED)
+            if reason is not None:
+                self._metrics.count_end(reason)
             if self._span is not None:
                 self._span.end(None)
 

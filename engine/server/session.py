@@ -14,7 +14,7 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
-from triode.actors.messages import Delta, RequestStatus
+from triode.actors.messages import Delta, FinishReason, RequestStatus
 from triode.engine.server.bridge_messages import Failed, Finished, FromServer, SampleDelta, StreamDelta, Submit
 from triode.engine.server.errors import RequestError, engine_error
 from triode.engine.server.outbox import Outbox
@@ -164,6 +164,7 @@ class Session:
                     return
                 self._finish(await self._last_word(name))
             except TriodeError as error:
+                self._timing.close(FinishReason.ERROR)
                 failure = engine_error(error)
                 self._finish(Failed(name, failure.status, failure.detail))
 

@@ -116,7 +116,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     usage: ResponseUsage | None = None
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
-    top_logprobs: Literal[0] = 0
+    top_logprobs: int = 0
     service_tier: Literal["default"] = "default"
     reasoning: None = None
     max_tool_calls: None = None

@@ -44,6 +44,8 @@ def prepare(service: Service, asked: ResponseRequest, before: tuple[dict[str, ob
         RequestError: 400 or 404.
     """
     service.check_model(asked.model)
+    if asked.background:
+        raise refused("background", "background must be false: a response is made while its client waits for it")
     check_nesting("input", asked.input)
     items = (*before, *input_items(asked.input))
     tools = [chat_tools.Tool("function", _function(tool)) for tool in asked.tools or ()]
@@ -113,6 +115,7 @@ def _begin(service: Service, asked: ResponseRequest, params: SamplingParams) -> 
         max_output_tokens=asked.max_output_tokens,
         metadata=asked.metadata or {},
         store=asked.store is not False,
+        top_logprobs=asked.top_logprobs or 0,
     )
 
 

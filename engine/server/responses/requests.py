@@ -65,7 +65,8 @@ class ResponseRequest(SampledRequest, kw_only=True):
     """Comes back with the response."""
     stream_options: StreamOptions | None = None
     chat_template_kwargs: dict[str, object] | None = None
-    background: Literal[False] | None = None
+    background: bool | None = None
+    """Only false: a response is made while its client waits."""
     truncation: Literal["disabled"] | None = None
     """Nothing is left out of an input that is too long: it is refused."""
     top_logprobs: Count | None = None

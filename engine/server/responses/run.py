@@ -8,7 +8,7 @@ import msgspec
 
 from triode.actors.messages import Delta, FinishReason
 from triode.engine.completion import Result, Usage
-from triode.engine.server.errors import engine_error, wrong_value
+from triode.engine.server.errors import RequestError, engine_error, wrong_value
 from triode.engine.server.logprobs import chat_logprobs
 from triode.engine.server.replies.pieces import Content, Piece
 from triode.engine.server.responses import events
@@ -54,6 +54,9 @@ class ResponseRun:
         self._timing = self._service.metrics.timing()
         try:
             stream = await self._submit()
+        except RequestError:
+            self._timing.close(None)
+            raise
         except BaseException:
             self._timing.close()
             raise
@@ -102,6 +105,7 @@ class ResponseRun:
                     await send(found)
             result = await stream.result()
         except TriodeError as error:
+            self._timing.close(FinishReason.ERROR)
             self._end("failed", usage=None, error=error)
             await send([events.Failed(sequence_number=self._output.number(), response=self.response)])
             return self.response

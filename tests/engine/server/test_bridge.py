@@ -114,24 +114,27 @@ def test_status_priority_and_ping_are_answered(socket: Socket) -> None:
         assert socket.receive_kind("status")["status"] is None
 
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"type": "submit", "id": "a", "prompt": "x", "params": {"top_p": 3}}, "top_p must be a number > 0 and <= 1"),
-    ({"type": "submit", "id": "a", "prompt": "x", "params": {"topp": 3}}, "unknown field `topp`"),
-    ({"type": "submit", "id": "a"}, "missing required field `prompt`"),
-    ({"type": "submit", "id": "", "prompt": "x"}, "Expected `str` of length >= 1"),
-    ({"type": "sumbit"}, "Invalid value 'sumbit'"),
-    ({"id": "a"}, "missing required field `type`"),
+REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"type": "submit", "id": "a", "prompt": "x", "params": {"top_p": 3}}, "a", "top_p must be a number > 0 and <= 1"),
+    ({"type": "submit", "id": "a", "prompt": "x", "params": {"topp": 3}}, "a", "unknown field `topp`"),
+    ({"type": "submit", "id": "a"}, "a", "missing required field `prompt`"),
+    ({"type": "resume", "id": "a", "token": "x", "seq": 0}, "a", "no request waits to be resumed"),
+    ({"type": "submit", "id": "", "prompt": "x"}, None, "Expected `str` of length >= 1"),
+    ({"type": "cancel", "id": "a", "now": True}, None, "unknown field `now`"),
+    ({"type": "sumbit", "id": "a"}, None, "Invalid value 'sumbit'"),
+    ({"id": "a"}, None, "missing required field `type`"),
 ]
 
 
-@pytest.mark.parametrize(("message", "reason"), REFUSED)
+@pytest.mark.parametrize(("message", "name", "reason"), REFUSED)
 def test_a_frame_that_is_no_message_is_refused_and_the_socket_goes_on(
-    server: Running, message: dict[str, Any], reason: str
+    server: Running, message: dict[str, Any], name: str | None, reason: str
 ) -> None:
     with open_socket(server) as connection:
         connection.send(json.dumps(message))
         answer = json.loads(connection.recv(timeout=30))
-        assert (answer["type"], answer["id"], answer["status"]) == ("failed", None, 400)
+        assert (answer["type"], answer["id"]) == ("failed", name)
+        assert answer["status"] in (400, 404)
         assert reason in answer["error"]["message"]
         connection.send(b"\x00")
         assert "must be text" in json.loads(connection.recv(timeout=30))["error"]["message"]

@@ -1,6 +1,5 @@
 """The end of service, as a first signal brings it: what is running may finish, until the deadline."""
 
-
 import httpx
 import pytest
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from engines import LONG, greedy, open_tiny
 from servers import SERVERS, Running, running
+from triode.actors.messages import FinishReason
 from triode.engine.server import completions
 from triode.engine.server.budget import Budget
 from triode.engine.server.config import ServerConfig
@@ -146,9 +147,10 @@ def test_a_refused_request_leaves_no_timing_open(monkeypatch: pytest.MonkeyPatch
         open_timings.append(made := Timing(self, None))
         return made
 
-    def closed(self: Timing) -> None:
-        open_timings.remove(self)
-        close(self)
+    def closed(self: Timing, *reason: FinishReason | None) -> None:
+        if self in open_timings:
+            open_timings.remove(self)
+        close(self, *reason)
 
     monkeypatch.setattr(Metrics, "timing", timing)
     monkeypatch.setattr(Timing, "close", closed)

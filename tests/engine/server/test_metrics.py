@@ -49,6 +49,25 @@ def test_requests_are_counted_and_timed(server: Running) -> None:
     assert found["vllm:num_requests_running"] == found["vllm:num_requests_waiting"] == 0
 
 
+def test_a_request_that_fails_is_counted_as_such_and_one_that_is_refused_not_at_all(server: Running) -> None:
+    failing = {"prompt": "x", "max_tokens": 500, "structured_outputs": {"grammar": 'start: s\ns: s s | "x"'}}
+    with server.client() as client:
+        ends = [name for name in scrape(client) if name.startswith("vllm:request_success_total/")]
+        before = scrape(client)
+        assert client.post(TEXT, json={"prompt": "x", "max_tokens": 10**6}).status_code == 400
+        assert client.post("/v1/responses", json={"input": "x", "max_output_tokens": 10**6}).status_code == 400
+        # The special tokens, the end among them, are forbidden, so that it runs out of fuel.
+        bias = {str(token_id): -100 for token_id in range(17)}
+        assert client.post(TEXT, json={**failing, "logit_bias": bias}).status_code == 500
+        while (found := scrape(client))["vllm:request_success_total/error"] == before[
+            "vllm:request_success_total/error"
+        ]:
+            pass
+    assert {name: found[name] - before[name] for name in ends if found[name] != before[name]} == {
+        "vllm:request_success_total/error": 1
+    }
+
+
 def test_what_runs_now_shows(server: Running) -> None:
     with server.client() as client:
         with client.stream("POST", TEXT, json={**ENDLESS, "n": 2}) as stream:
