@@ -7,7 +7,6 @@ socket closes, every request of it is cancelled, but for those whose clients ask
 
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import cast
 
@@ -29,7 +28,6 @@ from triode.engine.server.bridge_messages import (
     FromClient,
     FromServer,
     Goodbye,
-    Id,
     Ping,
     Pong,
     Priority,
@@ -39,6 +37,7 @@ from triode.engine.server.bridge_messages import (
     StatusReply,
     Submit,
 )
+from triode.engine.server.codec import JSON, SUBPROTOCOLS, Codec
 from triode.engine.server.connection import PacedSend, first_of
 from triode.engine.server.errors import RequestError, engine_error, wrong_value
 from triode.engine.server.guard import caller_of
@@ -47,46 +46,8 @@ from triode.engine.server.session import Session, Sessions, check_submit, find_s
 from triode.engine.stream import RequestStream
 from triode.errors import TriodeError
 
-
-@dataclass(frozen=True, slots=True)
-class Codec:
-    """How one subprotocol writes messages."""
-
-    frame: str
-    """The key of ASGI's message: text or bytes."""
-    encode: Callable[[FromServer], bytes]
-    decode: Callable[[bytes], FromClient]
-    decode_name: Callable[[bytes], "_Named"]
-
-    def to_frame(self, message: FromServer) -> Message:
-        """A message as ASGI sends it."""
-        data = self.encode(message)
-        return {"type": "websocket.send", self.frame: data.decode() if self.frame == "text" else data}
-
-
-class _Named(msgspec.Struct):
-    """What tells whose request a message is that is none."""
-
-    type: str
-    id: Id
-
-
-_JSON = Codec(
-    "text",
-    msgspec.json.Encoder().encode,
-    msgspec.json.Decoder(FromClient).decode,
-    msgspec.json.Decoder(_Named).decode,
-)
-_MSGPACK = Codec(
-    "bytes",
-    msgspec.msgpack.Encoder().encode,
-    msgspec.msgpack.Decoder(FromClient).decode,
-    msgspec.msgpack.Decoder(_Named).decode,
-)
 CLOSE_S = 1
 """For the close of a socket that is stuck; most are beyond it."""
-SUBPROTOCOLS = {"triode.v1.json": _JSON, "triode.v1.msgpack": _MSGPACK}
-"""The first of the client's that is among these is taken; a client that names none gets JSON."""
 
 
 class BridgeEndpoint:
@@ -107,7 +68,7 @@ class BridgeEndpoint:
             return
         await socket.accept(chosen)
         with self._service.metrics.sockets.track_inprogress():
-            await Bridge(self._service, self._sessions, socket, SUBPROTOCOLS.get(chosen or "", _JSON)).run()
+            await Bridge(self._service, self._sessions, socket, SUBPROTOCOLS.get(chosen or "", JSON)).run()
 
     async def schema(self, request: Request) -> Response:
         """The messages of both directions, as JSON Schema."""
