@@ -22,7 +22,9 @@ import triton.language as tl
 from triode.kernels.device_code import wait_for_inputs
 from triode.kernels.gpu_traits import GpuTraits
 
-HEADS_PER_PROGRAM = 4
+# As many as keep memory busy: programs of 4 heads and one warp took 45 us instead of 28 for 4,096 tokens of Qwen2.5-7B on
+# an H100, and no less for few.
+HEADS_PER_PROGRAM = 16
 
 
 @triton.jit
@@ -202,7 +204,7 @@ def qkv_epilogue(
         BIAS=bias_E is not None,
         NORM=q_norm_H is not None,
         PDL=traits.dependent_launch,
-        num_warps=1,
+        num_warps=HEADS_PER_PROGRAM // 4,
         **traits.launch_options,
     )
     return qkv_TE[:, : num_heads * head_dim].view(num_tokens, num_heads, head_dim)
