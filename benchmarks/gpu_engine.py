@@ -3,7 +3,7 @@
     PYTHONPATH=src python benchmarks/gpu_engine.py [--executor thread|process] [--tests latency ...] [MODEL ...]
 
 Workloads are those of `triode bench`, at full size. While it runs, every run is a line that also says what the device
-was busy with, as its own events tell: the rest of a step is launching, or waiting for the host. The table at the end is
+was busy with, as its own events tell: the rest of a step is launching, or waiting for the host. The table behind each model is
 Markdown; a figure is the median of the runs after the first one, which compiles and captures. `starts` come first: two
 processes one after the other, the first with an empty kernel cache. `--small --device cpu` tries the script anywhere.
 """
@@ -64,7 +64,7 @@ class Results:
 
     def show(self) -> None:
         names = [model.removeprefix("random:") for model in self._models]
-        print("\n| | " + " | ".join(names) + " |")
+        print("\n| | " + " | ".join(names) + " |", flush=True)
         print("|---" * (1 + len(names)) + "|")
         for row, cells in self._cells.items():
             print(f"| {row} | " + " | ".join(cells.get(model, "") for model in self._models) + " |")
@@ -292,7 +292,7 @@ def main() -> None:
         trio.run(measure_model, model, options, results)
         num_bytes = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
         print(f"allocated after close: {num_bytes} bytes", flush=True)
-    results.show()
+        results.show()
 
 
 if __name__ == "__main__":

@@ -10,9 +10,13 @@ import itertools
 import multiprocessing
 import os
 import sys
+from typing import TypeAlias
 
 import torch
-from gpu_kernels import (
+from gpu_gates import EpilogueRun
+from gpu_kernels import time_decode_attention, time_prefill_attention
+from gpu_timing import (
+    BLOCK,
     DEVICE,
     LLAMA,
     QWEN,
@@ -21,8 +25,6 @@ from gpu_kernels import (
     graph_us,
     products,
     random,
-    time_decode_attention,
-    time_prefill_attention,
     unwritten,
 )
 
@@ -30,27 +32,66 @@ from cross_compile import HOPPER, launches_compiled_for
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.linear.blas import linear_blas, split_k_refused
 from triode.kernels.linear.gpu import linear_sequential
-from triode.kernels.linear.tiles import LinearTile
+from triode.kernels.linear.tiles import LinearTile, linear_tile
 from triode.kernels.paged_attention.tiles import AttentionTile
+from triode.kernels.qkv_epilogue.fused import qkv_fused
+from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
 from triode.kernels.rms_norm.gpu import add_rms_norm
 from triode.kernels.swiglu.gpu import swiglu
 
-PLAIN = {
-    16: [(64, 256, 4, 4), (64, 128, 4, 8), (64, 128, 4, 10), (64, 128, 8, 8), (64, 256, 8, 4), (64, 256, 4, 5), (32, 256, 4, 6),
-         (32, 256, 4, 8), (32, 512, 8, 4), (32, 128, 4, 12), (32, 128, 4, 8), (128, 128, 8, 5), (16, 512, 2, 4), (16, 512, 1, 3)],
+SMALL_QWEN = Shape("Qwen2.5-0.5B", 896, 14, 2, 64, 4864, 151936, 24)
+SMOL = Shape("SmolLM2-135M", 576, 9, 3, 64, 1536, 49152, 30)
+SHAPES = (QWEN, LLAMA, SMALL_QWEN, SMOL)
+ONE_STEP = 1024
+
+Choice: TypeAlias = tuple[int, ...]
+"""Rows, features, warps, stages, and features fetched ahead if any are."""
+# By the tokens of a tile.
+PLAIN: dict[int, list[Choice]] = {
+    8: [(32, 128, 2, 6), (32, 256, 2, 3), (16, 256, 1, 3, 256), (16, 512, 1, 3, 512), (32, 256, 2, 6), (32, 512, 4, 4), (64, 128, 4, 6, 256)],
+    16: [(64, 256, 4, 4), (64, 128, 4, 8), (64, 128, 4, 10), (64, 128, 8, 8), (64, 128, 4, 6, 256), (32, 256, 4, 6), (32, 256, 4, 6, 256),
+         (32, 256, 4, 8), (32, 512, 8, 4), (128, 128, 8, 5), (16, 512, 2, 4), (16, 512, 1, 3)],
     32: [(64, 128, 4, 6), (64, 128, 4, 8), (64, 128, 8, 8), (64, 256, 4, 4), (128, 128, 8, 5), (128, 64, 8, 6), (32, 256, 4, 6)],
     64: [(64, 128, 4, 5), (64, 128, 4, 7), (64, 128, 8, 6), (128, 64, 4, 6), (128, 64, 8, 8), (128, 128, 8, 4), (64, 64, 4, 10)],
 }  # fmt: skip
-HALVES = {
-    16: [(32, 128, 2, 4), (32, 128, 2, 6), (32, 128, 4, 8), (32, 256, 4, 4), (16, 256, 1, 3), (16, 256, 1, 4), (64, 128, 4, 5), (64, 64, 4, 8), (64, 128, 8, 5)],
+HALVES: dict[int, list[Choice]] = {
+    8: [(32, 128, 2, 4), (32, 128, 2, 4, 256), (16, 256, 1, 3), (16, 256, 1, 3, 256), (64, 128, 4, 4, 128)],
+    16: [(32, 128, 2, 4), (32, 128, 2, 6), (32, 128, 2, 4, 128), (32, 128, 4, 8), (32, 256, 4, 4), (16, 256, 1, 3), (64, 128, 4, 5), (64, 128, 4, 4, 128)],
     32: [(16, 256, 1, 3), (32, 128, 2, 3), (32, 128, 2, 4), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 8, 4), (32, 64, 4, 6)],
     64: [(32, 128, 4, 3), (64, 64, 4, 4), (64, 64, 4, 6), (64, 64, 8, 6), (64, 128, 8, 3), (64, 128, 4, 3), (128, 64, 8, 4)],
 }  # fmt: skip
+SMALL_PLAIN: list[Choice] = [(16, ONE_STEP, warps, 1, ONE_STEP) for warps in (1, 2, 4)] + [
+    (16, 128, 1, 4),
+    (16, 256, 2, 4),
+    (64, 128, 4, 6),
+]
+SMALL_HALVES: list[Choice] = [(16, ONE_STEP, warps, 1, ONE_STEP) for warps in (2, 4)] + [
+    (16, 128, 1, 4),
+    (32, 128, 2, 4),
+    (16, 128, 2, 4, 256),
+]
+LONG_IN: list[Choice] = [
+    (16, 256, 4, 6, 2048),
+    (16, 256, 4, 6, 1024),
+    (16, 256, 4, 8, 512),
+    (16, 512, 4, 6),
+    (16, 256, 2, 8),
+    (64, 128, 4, 6),
+]
+FUSED: list[Choice] = [(16, 128, 1, 6), (16, 256, 2, 3), (16, 256, 1, 3, 256), (32, 128, 2, 4), (32, 128, 4, 4, 256)]
 
 
-def tiles(tokens: int, swiglu_fused: bool) -> list[LinearTile]:
-    chosen = (HALVES if swiglu_fused else PLAIN)[tokens]
-    return [LinearTile(rows, tokens, features, warps, stages) for rows, features, warps, stages in chosen]
+def tiles(shape: Shape, name: str, tokens: int) -> list[LinearTile]:
+    """What is tried for a product, or for the fused projection of queries, keys and values."""
+    _, in_features = products(shape)[name.removesuffix(" fused")]
+    chosen = (HALVES if name == "gate_up" else PLAIN)[tokens]
+    if name.endswith("fused"):
+        chosen = FUSED
+    if shape.hidden <= ONE_STEP and tokens <= 32:
+        chosen = LONG_IN if in_features > ONE_STEP else SMALL_HALVES if name == "gate_up" else SMALL_PLAIN
+    return [
+        LinearTile(rows, tokens, features, warps, stages, *ahead) for rows, features, warps, stages, *ahead in chosen
+    ]
 
 
 def compile_ahead(job: tuple[int, int, LinearTile, bool]) -> None:
@@ -64,11 +105,11 @@ def compile_ahead(job: tuple[int, int, LinearTile, bool]) -> None:
 
 def compile_all() -> None:
     jobs = {}
-    for shape, tokens in itertools.product((QWEN, LLAMA), PLAIN):
+    for shape, tokens in itertools.product(SHAPES, PLAIN):
         for name, (_, in_features) in products(shape).items():
             fused = name == "gate_up"
-            for tile in tiles(tokens, fused):
-                jobs[in_features % tile.features == 0, tile, fused] = (64, in_features, tile, fused)
+            for tile in tiles(shape, name, tokens):
+                jobs[in_features, tile, fused] = (64, in_features, tile, fused)
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         pool.map(compile_ahead, list(jobs.values()), chunksize=1)
 
@@ -77,7 +118,7 @@ def sweep(shape: Shape, name: str, tokens: int, traits: GpuTraits) -> None:
     out_features, in_features = products(shape)[name]
     fused = name == "gate_up"
     weights = copies_of(out_features, in_features)
-    num_tokens = 1 if tokens == 16 else tokens
+    num_tokens = 1 if tokens == 8 else tokens
     x = random(num_tokens, in_features)
     out = unwritten(num_tokens, out_features // (2 if fused else 1))
     many, residual, weight_D = (
@@ -104,7 +145,7 @@ def sweep(shape: Shape, name: str, tokens: int, traits: GpuTraits) -> None:
                 swiglu(many, out, traits)
 
     times: dict[LinearTile, float] = {}
-    for tile in tiles(tokens, fused):
+    for tile in tiles(shape, name, tokens):
         try:
             times[tile] = timed(tile)
         except Exception as error:
@@ -112,12 +153,45 @@ def sweep(shape: Shape, name: str, tokens: int, traits: GpuTraits) -> None:
     with split_k_refused():
         blas_us = graph_us(blas, 8) / len(weights)
     print(f"{shape.name} {name} M={num_tokens} floor {weights[0].nbytes / 2.98e6:.1f} cuBLASLt {blas_us:.1f}; ", end="")
+    show(times)
+
+
+def show(times: dict[LinearTile, float]) -> None:
     row = sorted(times, key=times.__getitem__)
     print(
-        "; ".join(f"{(t.rows, t.features, t.num_warps, t.num_stages)} {times[t]:.1f}" for t in row[:8]),
+        "; ".join(f"{(t.rows, t.features, t.num_warps, t.num_stages, t.ahead)} {times[t]:.1f}" for t in row[:8]),
         f"... {times[row[-1]]:.1f}",
         flush=True,
     )
+
+
+def sweep_fused(shape: Shape, traits: GpuTraits) -> None:
+    """The projection of one token with all that lies between it and attention, against two kernels."""
+    weights = copies_of(shape.qkv, shape.hidden)
+    run, x, delta = EpilogueRun(shape, 1, False, traits), random(1, shape.hidden), random(1, shape.hidden)
+    residual, weight_D = random(1, shape.hidden), random(shape.hidden)
+    pool = (2, BLOCK, shape.num_kv_heads, shape.head_dim)
+    places = (run.cos, run.sin, run.position, run.slot, unwritten(*pool), unwritten(*pool), shape.num_heads)
+
+    def norm() -> None:
+        add_rms_norm(delta, residual, weight_D, 1e-6, x, traits)
+
+    def two() -> None:
+        for weight in weights:
+            norm()
+            linear_sequential(x, weight, run.qkv, linear_tile(shape.qkv, shape.hidden, 1), traits)
+            qkv_epilogue(run.qkv, *places, traits, bias_E=run.bias)
+
+    def timed(tile: LinearTile) -> float:
+        def one() -> None:
+            for weight in weights:
+                norm()
+                qkv_fused(x, weight, run.qkv, *places, tile, traits, bias_E=run.bias)
+
+        return graph_us(one, 8) / len(weights)
+
+    print(f"{shape.name} fused qkv M=1, two kernels {graph_us(two, 8) / len(weights):.1f}; ", end="")
+    show({tile: timed(tile) for tile in tiles(shape, "qkv fused", 8)})
 
 
 def sweep_attention(shape: Shape, traits: GpuTraits) -> None:
@@ -137,9 +211,11 @@ def main() -> None:
     traits = GpuTraits.of(DEVICE)
     if "attention" not in sys.argv:
         compile_all()
-        for shape, tokens in itertools.product((QWEN, LLAMA), PLAIN):
+        for shape, tokens in itertools.product(SHAPES, PLAIN):
             for name in products(shape):
                 sweep(shape, name, tokens, traits)
+        for shape in SHAPES:
+            sweep_fused(shape, traits)
     sweep_attention(QWEN, traits)
 
 
