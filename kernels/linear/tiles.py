@@ -116,8 +116,8 @@ MEASURED_SWIGLU: dict[tuple[int, int], dict[int, LinearTile]] = {
         64: LinearTile(64, 64, 64, 4, 6),
     },
     (14336, 4096): {
-        8: LinearTile(32, 8, 128, 2, 4, ahead=256),
-        16: LinearTile(64, 16, 128, 4, 4, ahead=128),
+        # Alone, tiles that fetch ahead are 5 % faster; within a step of batch 1 they took 6 µs more.
+        16: LinearTile(32, 16, 128, 2, 6),
         32: LinearTile(64, 32, 128, 4, 4),
         64: LinearTile(64, 64, 128, 4, 3),
     },
