@@ -64,10 +64,15 @@ def build_batch(
     num_tokens = len(token_ids_T)
     if num_tokens == 0 or num_tokens != int(num_query_R.sum()):
         raise ValueError(f"token_ids_T must have sum(num_query_R) = {num_query_R.sum()} >= 1 tokens, got {num_tokens}")
-    query_start_R1 = np.zeros(len(num_query_R) + 1, np.int64)
-    np.cumsum(num_query_R, out=query_start_R1[1:])
-    row_T = np.repeat(np.arange(len(num_query_R)), num_query_R)
-    position_T = np.arange(num_tokens) - query_start_R1[row_T] + start_R[row_T]
+    if num_tokens == len(num_query_R):
+        # Each row decodes: with a small model what is done here between two steps counts.
+        query_start_R1 = np.arange(num_tokens + 1)
+        row_T, position_T = query_start_R1[:-1], start_R
+    else:
+        query_start_R1 = np.zeros(len(num_query_R) + 1, np.int64)
+        np.cumsum(num_query_R, out=query_start_R1[1:])
+        row_T = np.repeat(np.arange(len(num_query_R)), num_query_R)
+        position_T = np.arange(num_tokens) - query_start_R1[row_T] + start_R[row_T]
     block_T = block_table_RC[row_T, position_T // block_size_tokens].astype(np.int64)
 
     padded = -(-num_tokens // row_multiple) * row_multiple

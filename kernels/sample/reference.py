@@ -14,6 +14,8 @@ Everything is a function of one row, so a row's token does not depend on its nei
     B tokens of a block of the prefix sum    X blocks    W = XB >= V
 """
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 IMPOSSIBLE = -1
@@ -30,11 +32,19 @@ _NUCLEUS_CANDIDATES = 1024
 
 def greedy(logits_RV: torch.Tensor) -> torch.Tensor:
     """The most probable token of each row, the lowest id among equals; IMPOSSIBLE where there is none."""
-    # NumPy's argmax is vectorised, ten times as fast as torch's on a CPU; both take the first of equals.
-    on_cpu = logits_RV.device.type == "cpu"
-    token_R = torch.from_numpy(logits_RV.numpy().argmax(-1)) if on_cpu else logits_RV.argmax(-1)
+    if logits_RV.device.type == "cpu":
+        return _greedy_on_cpu(logits_RV.numpy())
+    token_R = logits_RV.argmax(-1)
     top_R = logits_RV.gather(-1, token_R[:, None])[:, 0]
     return token_R.where(top_R.isfinite(), IMPOSSIBLE)
+
+
+def _greedy_on_cpu(logits_RV: npt.NDArray[np.float32]) -> torch.Tensor:
+    """NumPy's argmax is vectorised, ten times as fast as torch's on a CPU; both take the first of equals."""
+    token_R = logits_RV.argmax(-1)
+    top_R = logits_RV[np.arange(len(token_R)), token_R]
+    token_R[~np.isfinite(top_R)] = IMPOSSIBLE
+    return torch.from_numpy(token_R)
 
 
 def draw(
