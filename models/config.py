@@ -35,8 +35,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     a8w4; the head to 8), or in the blocks of a GGUF file (a16gguf, a8gguf). With a8, activations are rounded to 8 bits as
     well, which is faster."""
     quantization_group: int | None = None
-    """Inputs of a matrix that share a scale: 32, 64 or 128; None takes the format's own, which is 64 for a8w8, 32 for 4
-    bits, and one scale an output for a16w8."""
+    """Inputs of a matrix that share a scale: 32, 64 or 128, or 0 for all inputs of an output (8 bits only; then activations
+    of 8 bits have one scale a token, too). None takes the format's own: 64 for a8w8, 32 for 4 bits, 0 for a16w8."""
     quantization_overrides: dict[str, str] = {}
     """Other formats for the matrices whose whole names a regular expression matches: layers.0.qkv, .o, .gate_up, .down, and
     so on, and head. The first that matches counts."""

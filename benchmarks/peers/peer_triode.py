@@ -2,7 +2,8 @@
 
     peer_triode.py MODEL FORMAT THREADS
 
-FORMAT is bfloat16 or float32, or what `quantization` takes; "+int8kv" behind it keeps keys and values as int8.
+FORMAT is bfloat16 or float32, or what `quantization` takes, with "-g" and `quantization_group` behind it if it is to be
+another than the format's own; "+int8kv" at the end keeps keys and values as int8.
 """
 
 import sys
@@ -16,9 +17,11 @@ import triode
 def settings_of(form: str) -> dict[str, Any]:
     """What the engine is told for it."""
     weights, _, cache = form.partition("+")
-    is_dtype = weights in ("bfloat16", "float32")
-    settings = {"dtype": weights} if is_dtype else {"dtype": "bfloat16", "quantization": weights}
-    return settings | ({"kv_dtype": "int8"} if cache == "int8kv" else {})
+    name, _, group = weights.partition("-g")
+    is_dtype = name in ("bfloat16", "float32")
+    settings: dict[str, Any] = {"dtype": name} if is_dtype else {"dtype": "bfloat16", "quantization": name}
+    groups = {"quantization_group": int(group)} if group else {}
+    return settings | groups | ({"kv_dtype": "int8"} if cache == "int8kv" else {})
 
 
 def main() -> None:
