@@ -80,6 +80,115 @@ class SampleWorkspace:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The rows of one launch, and what all four kernels are told of them."""
+
+    logits_RV: torch.Tensor
+    slot_R: torch.Tensor
+    columns: SlotColumns
+    workspace: SampleWorkspace
+    traits: GpuTraits
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.logits_RV.shape[1] // BLOCK_TOKENS)
+
+    @property
+    def options(self) -> dict[str, object]:
+        return {
+            "VOCAB": self.logits_RV.shape[1],
+            "NUM_BLOCKS": self.num_blocks,
+            "BLOCK": BLOCK_TOKENS,
+            "PDL": self.traits.dependent_launch,
+            **self.traits.launch_options,
+        }
+
+    @property
+    def padded_blocks(self) -> int:
+        """A power of two: one program sees the sums of all blocks."""
+        return 1 << (self.num_blocks - 1).bit_length()
+
+    @property
+    def truncation(self) -> tuple[torch.Tensor, ...]:
+        return (self.columns.top_k_S, self.columns.top_p_S, self.columns.min_p_S)
+
+    @property
+    def reduced(self) -> tuple[torch.Tensor, ...]:
+        return (self.workspace.peak_RX, self.workspace.mass_RX)
+
+    def reduce_blocks(self) -> None:
+        """`peaks`, then `weigh`."""
+        grid = (len(self.logits_RV), self.num_blocks)
+        temperature_S, stride = self.columns.temperature_S, self.logits_RV.stride(0)
+        peaks[grid](
+            self.logits_RV,
+            self.slot_R,
+            temperature_S,
+            *self.reduced,
+            self.workspace.best_RX,
+            stride,
+            num_warps=4,
+            **self.options,
+        )
+        weigh[grid](
+            self.logits_RV,
+            self.slot_R,
+            temperature_S,
+            *self.truncation,
+            *self.reduced,
+            self.workspace.weight_RX,
+            stride,
+            BLOCKS=self.padded_blocks,
+            num_warps=4,
+            **self.options,
+        )
+
+    def truncate(self) -> None:
+        workspace = self.workspace
+        truncate[(len(self.logits_RV),)](
+            self.logits_RV,
+            self.slot_R,
+            self.columns.temperature_S,
+            *self.truncation,
+            *self.reduced,
+            workspace.weight_RX,
+            workspace.key_R,
+            workspace.cutoff_R,
+            self.logits_RV.stride(0),
+            BLOCKS=self.padded_blocks,
+            TILE=min(8192, triton.next_power_of_2(self.logits_RV.shape[1])),
+            num_warps=16,
+            **self.options,
+        )
+
+    def choose(self, end_R: torch.Tensor, token_R: torch.Tensor, nobody: int) -> None:
+        columns, workspace = self.columns, self.workspace
+        choose[(len(self.logits_RV),)](
+            self.logits_RV,
+            self.slot_R,
+            end_R,
+            columns.temperature_S,
+            *self.truncation,
+            columns.seed_S,
+            columns.sample_index_S,
+            *self.reduced,
+            workspace.best_RX,
+            workspace.weight_RX,
+            workspace.key_R,
+            workspace.cutoff_R,
+            columns.last_token_S,
+            columns.position_S,
+            token_R,
+            self.logits_RV.stride(0),
+            nobody,
+            PURPOSE=TOKEN,
+            BLOCKS=self.padded_blocks,
+            num_warps=8,
+            **self.options,
+        )
+
+
 def sample(
     logits_RV: torch.Tensor,
     slot_R: torch.Tensor,
@@ -98,69 +207,7 @@ def sample(
         end_R: int32, the position that the new token takes: it is also the draw's place in its sequence.
         nobody: the slot of padding rows, which does not advance.
     """
-    num_rows, vocab = logits_RV.shape
-    num_blocks = triton.cdiv(vocab, BLOCK_TOKENS)
-    blocks = triton.next_power_of_2(num_blocks)
-    stride = logits_RV.stride(0)
-    truncation = (columns.top_k_S, columns.top_p_S, columns.min_p_S)
-    reduced = (workspace.peak_RX, workspace.mass_RX)
-    options = {
-        "VOCAB": vocab,
-        "NUM_BLOCKS": num_blocks,
-        "BLOCK": BLOCK_TOKENS,
-        "PDL": traits.dependent_launch,
-        **traits.launch_options,
-    }
-    peaks[(num_rows, num_blocks)](
-        logits_RV, slot_R, columns.temperature_S, *reduced, workspace.best_RX, stride, num_warps=4, **options
-    )
-    weigh[(num_rows, num_blocks)](
-        logits_RV,
-        slot_R,
-        columns.temperature_S,
-        *truncation,
-        *reduced,
-        workspace.weight_RX,
-        stride,
-        BLOCKS=blocks,
-        num_warps=4,
-        **options,
-    )
-    truncate[(num_rows,)](
-        logits_RV,
-        slot_R,
-        columns.temperature_S,
-        *truncation,
-        *reduced,
-        workspace.weight_RX,
-        workspace.key_R,
-        workspace.cutoff_R,
-        stride,
-        BLOCKS=blocks,
-        TILE=min(8192, triton.next_power_of_2(vocab)),
-        num_warps=16,
-        **options,
-    )
-    choose[(num_rows,)](
-        logits_RV,
-        slot_R,
-        end_R,
-        columns.temperature_S,
-        *truncation,
-        columns.seed_S,
-        columns.sample_index_S,
-        *reduced,
-        workspace.best_RX,
-        workspace.weight_RX,
-        workspace.key_R,
-        workspace.cutoff_R,
-        columns.last_token_S,
-        columns.position_S,
-        token_R,
-        stride,
-        nobody,
-        PURPOSE=TOKEN,
-        BLOCKS=blocks,
-        num_warps=8,
-        **options,
-    )
+    rows = _Rows(logits_RV, slot_R, columns, workspace, traits)
+    rows.reduce_blocks()
+    rows.truncate()
+    rows.choose(end_R, token_R, nobody)
