@@ -13,9 +13,11 @@ from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.linear.blas import linear_blas, split_k_refused
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.proof import prove
-from triode.kernels.linear.tiles import linear_tile, swiglu_tile
+from triode.kernels.linear.tiles import QKV_FUSED_TOKENS, linear_tile, qkv_tile, swiglu_tile
 from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
 from triode.kernels.paged_attention.tiles import AttentionTile
+from triode.kernels.qkv_epilogue.fused import qkv_fused
+from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
 from triode.kernels.rms_norm.gpu import add_rms_norm
 from triode.kernels.swiglu.gpu import swiglu
 
@@ -123,7 +125,10 @@ def test_long_rows_have_the_bits_of_every_tile_and_ignore_what_nobody_wrote(
         assert torch.equal(attend(*call, window_tokens=window_tokens, tile=tile), whole)
 
 
-@pytest.mark.parametrize(("out_features", "in_features"), [(4608, 3584), (1152, 896), (960, 576), (4096, 14336)])
+@pytest.mark.parametrize(
+    ("out_features", "in_features"),
+    [(4608, 3584), (1152, 896), (896, 4864), (960, 576), (576, 1536), (4096, 14336), (512, 2560)],
+)
 def test_cublaslt_in_order_agrees_with_the_triton_kernel_or_is_named(
     out_features: int, in_features: int, traits: GpuTraits
 ) -> None:
@@ -132,12 +137,42 @@ def test_cublaslt_in_order_agrees_with_the_triton_kernel_or_is_named(
     assert (proof.triton_tokens is None) == bool(proof.differing_tokens)
     x = torch.randn(64, in_features, device="cuda").bfloat16()
     outs = []
-    for num_tokens in (1, 16, 33, 64):
+    for num_tokens in (1, 8, 16, 32, 33, 64):
         out = torch.full((num_tokens, out_features), torch.nan, dtype=torch.bfloat16, device="cuda")
         linear_sequential(x[:num_tokens], weight, out, linear_tile(out_features, in_features, num_tokens), traits)
         outs.append(out)
-    assert all(torch.equal(out[:1], outs[0]) and torch.equal(out, outs[3][: len(out)]) for out in outs)
-    assert relative_error(outs[3], x.double() @ weight.double().T) < 3e-3
+    assert all(torch.equal(out[:1], outs[0]) and torch.equal(out, outs[-1][: len(out)]) for out in outs)
+    assert relative_error(outs[-1], x.double() @ weight.double().T) < 3e-3
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "hidden"),
+    [(28, 4, 128, 3584), (32, 8, 128, 4096), (14, 2, 64, 896), (9, 3, 64, 576)],
+)
+def test_the_fused_projection_gives_the_bits_of_product_and_epilogue(
+    num_heads: int, num_kv_heads: int, head_dim: int, hidden: int, with_bias: bool, traits: GpuTraits
+) -> None:
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    weight = torch.randn(width, hidden, device="cuda").bfloat16() * 0.03
+    bias = torch.randn(width, device="cuda").bfloat16() if with_bias else None
+    angle = torch.rand(64, head_dim // 2, device="cuda") * 6
+    for num_tokens in (1, 5, QKV_FUSED_TOKENS):
+        x = torch.randn(num_tokens, hidden, device="cuda").bfloat16()
+        position = torch.randint(0, 64, (num_tokens,), device="cuda", dtype=torch.int32)
+        slot = (torch.randperm(32, device="cuda")[:num_tokens] + 16).int()
+        outs = []
+        for fused in (False, True):
+            qkv = torch.full((num_tokens, width), torch.nan, dtype=torch.bfloat16, device="cuda")
+            key, value = (torch.zeros(3, 16, num_kv_heads, head_dim, dtype=torch.bfloat16, device="cuda") for _ in "kv")
+            places = (angle.cos(), angle.sin(), position, slot, key, value, num_heads)
+            if fused:
+                q = qkv_fused(x, weight, qkv, *places, qkv_tile(width // 2, hidden), traits, bias_E=bias)
+            else:
+                linear_sequential(x, weight, qkv, linear_tile(width, hidden, num_tokens), traits)
+                q = qkv_epilogue(qkv, *places, traits, bias_E=bias)
+            outs.append((q, key, value))
+        assert all(torch.equal(got, want) for got, want in zip(outs[1], outs[0], strict=True))
 
 
 def test_the_proof_can_fail(traits: GpuTraits) -> None:
