@@ -39,5 +39,6 @@ def test_every_draw_is_one_that_float64_explains(options: tuple[float, int, floa
     tokens = token_R.cpu().tolist()
     assert all(
         is_explained(logits[row], tokens[row], float(uniform[row]), temperature, top_k, top_p, min_p)
-        for row in range(rows)
+        # Each takes float64 a tenth of a second on the CPU.
+        for row in range(0, rows, 4)
     )
