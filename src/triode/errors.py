@@ -25,7 +25,7 @@ class TriodeError(Exception):
 
 
 class EngineBusy(TriodeError):
-    """The engine has as many unfinished requests as it accepts; nothing was queued."""
+    """The engine has as many unfinished requests, or guides of such, as it accepts; nothing was queued."""
 
 
 class EngineClosed(TriodeError):

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 import triode
-from engines import SMALL, check_nothing_is_left, complete, drawn, open_gated, open_tiny
+from engines import SMALL, check_nothing_is_left, complete, drawn, open_gated, open_tiny, rested
 from triode.engine.completion import Completion, Result
 from triode.engine.engine import Engine
 from triode.models import grammar
@@ -273,6 +273,31 @@ async def test_guided_requests_can_be_cancelled_while_their_guide_compiles() -> 
                 await engine.submit(PROMPT, guided(guide=triode.Regex(f"[a-z]{{{seed + 1}}}")))
         check((await complete(engine, PROMPT, guided())).completion)
         await check_nothing_is_left(engine)
+
+
+def held_bytes(engine: Engine) -> int:
+    """Of the guides that requests have."""
+    guides: grammar.GuideCompiler = engine._hub.parts.executor._runner._slots.guides  # type: ignore[attr-defined]
+    return guides._held_bytes
+
+
+async def test_however_a_request_ends_its_guide_is_let_go() -> None:
+    async with open_tiny(executor="thread") as engine:
+        async with engine.submit(PROMPT, guided(n=3)) as stream:
+            await stream.batch()
+            assert held_bytes(engine) > 0
+        await complete(engine, PROMPT, guided(stop=('"age":',), n=2))
+        await complete(engine, PROMPT, guided(), deadline_s=0.001)
+        with pytest.raises(ValueError, match="guide cannot be compiled"):
+            await engine.submit(PROMPT, guided(guide=triode.Regex("(")))
+        with pytest.raises(triode.RequestFailed):
+            await complete(engine, PROMPT, guided(guide=triode.Choices(("é",)), bad_words=("é",)))
+        for number in range(5):
+            with trio.move_on_after(0):
+                await engine.submit(PROMPT, guided(guide=triode.Regex(f"{number}")))
+        await complete(engine, PROMPT, guided())
+        await rested(engine)
+        assert held_bytes(engine) == 0
 
 
 @pytest.mark.parametrize(

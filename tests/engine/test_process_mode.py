@@ -22,6 +22,7 @@ REQUESTS: Sequence[tuple[Prompt, triode.SamplingParams]] = (
     (range(1000, 1200), drawn(24, logprobs=0, top_p=0.9, presence_penalty=0.5)),
     ("The", drawn(12, n=3, logit_bias={5: -100.0, 7: float("-inf")}, bad_words=("the", "a"))),
     ([{"role": "user", "content": "Hello!"}], drawn(16, top_k=40, min_p=0.01, stop=("e",))),
+    ("Say: ", triode.SamplingParams(max_tokens=20, seed=3, guide=triode.Regex("[a-z]{3,9}!"))),
 )
 
 
