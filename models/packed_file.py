@@ -3,6 +3,8 @@
 The file is in safetensors' format, one tensor for all packed matrices and one for each of the small arrays, in the order in
 which they are packed. What it was made of is its key; a file with another key, or a damaged one, is made anew. It is read into
 memory of huge pages rather than mapped: a step reads all of it, and small pages cost a fifth of the bandwidth.
+
+safetensors is imported where a file is read or written: a start that does neither goes without.
 """
 
 import json
@@ -13,8 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from triode.kernels.native.formats import Packing
 
@@ -42,6 +42,8 @@ class PackedFile:
 
     def read(self) -> PackedArrays | str:
         """The packed weights, or why they cannot be taken from the file."""
+        from safetensors import SafetensorError, safe_open
+
         if not self.path.exists():
             return f"there is no {self.path}"
         try:
@@ -64,6 +66,9 @@ class PackedFile:
         Raises:
             OSError: the folder cannot be written to, or is full.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
         tensors = {f"{index:08}": array for index, array in enumerate(arrays)}
         metadata = {
             "key": self.key,
