@@ -15,7 +15,8 @@ class Function(msgspec.Struct, forbid_unknown_fields=True):
     parameters: dict[str, object] | None = None
     """A JSON schema of the arguments; null takes none."""
     strict: bool | None = None
-    """Whether the arguments of every call must validate. Those of a call that was asked for always do."""
+    """Whether the arguments of every call must validate. Those of a call that was asked for always do. Such objects have at
+    most some 50 optional properties."""
 
 
 class Tool(msgspec.Struct, forbid_unknown_fields=True):
