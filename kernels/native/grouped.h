@@ -234,23 +234,21 @@ struct GroupBlock {
     long part;
     long parts;
 
-    // While a group is multiplied: of few rows what follows it, otherwise a share of the next block.
-    Ahead<4> a_little_ahead(long index) const { return triode::a_little_ahead(panel + index * layout.group_size()); }
-
-    Ahead<2> next_block(long index) const {
-        const long word_bytes = layout.group_size() * 4 / layout.words;
-        const long done = (part * (end - first) + index - first) * layout.words;
-        return share_of(panel + end * layout.group_size(), word_bytes, done, parts);
-    }
-
     template <class Kind, int ROWS>
     void multiply(const ByteRows& x, float* out) const {
+        const long size = layout.group_size();
+        if constexpr (ROWS > MAX_ROWS / 2 - 1)
+            if (parts > 1) {
+                // A share of the next block is fetched meanwhile.
+                const long done = part * (end - first) * layout.words;
+                Ahead<2> ahead = share_of(panel + end * size, size * 4 / layout.words, done, parts);
+                for (long index = first; index < end; index++, ahead.at += layout.words * ahead.step)
+                    GroupProduct<Kind, ROWS, 2>{x, index, panel + index * size, layout, out, ahead}.run(index == 0);
+                return;
+            }
         for (long index = first; index < end; index++) {
-            const uint32_t* at = panel + index * layout.group_size();
-            if (parts == 1)
-                GroupProduct<Kind, ROWS, 4>{x, index, at, layout, out, a_little_ahead(index)}.run(index == 0);
-            else if constexpr (ROWS > MAX_ROWS / 2 - 1)
-                GroupProduct<Kind, ROWS, 2>{x, index, at, layout, out, next_block(index)}.run(index == 0);
+            const uint32_t* at = panel + index * size;
+            GroupProduct<Kind, ROWS, 4>{x, index, at, layout, out, a_little_ahead(at)}.run(index == 0);
         }
     }
 
