@@ -1,5 +1,7 @@
 """Asking a runner about guides, in whichever thread or process it lives."""
 
+from dataclasses import dataclass
+
 from triode.errors import EngineBusy
 from triode.models.guide import Guide, Refusal
 from triode.models.runner import Runner
@@ -16,3 +18,49 @@ def refusal(runner: Runner, guide: Guide) -> Refusal | None:
     except Exception as error:  # whatever a compiler makes of one caller's guide, the others' engine goes on
         return Refusal(f"guide cannot be compiled: {error!r}")
     return None
+
+
+MAX_UNASKED = 3
+"""Requests with a guide that the worker keeps already, for each one about which it is asked."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    num_requests: int = 0
+    num_asked: int = 0
+    """Checks that the worker has seen: so often it must be told that the guide is released."""
+    num_unasked: int = 0
+    """Requests since the last of them."""
+
+
+class KeptGuides:
+    """Guides that a worker keeps for unfinished requests. It is far away while it launches steps, and most requests have a
+    guide that others have."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Guide, _Kept] = {}
+
+    def share(self, guide: Guide) -> bool:
+        """Whether one more request may have the guide without the worker being asked. It has it then."""
+        kept = self._kept.get(guide)
+        if kept is None or kept.num_unasked == MAX_UNASKED:
+            return False
+        kept.num_requests += 1
+        kept.num_unasked += 1
+        return True
+
+    def keep(self, guide: Guide) -> None:
+        """The worker was asked, and keeps it for one more request."""
+        kept = self._kept.setdefault(guide, _Kept())
+        kept.num_requests += 1
+        kept.num_asked += 1
+        kept.num_unasked = 0
+
+    def release(self, guide: Guide) -> int:
+        """A request has ended. Returns how often the worker must be told: not before the last one."""
+        kept = self._kept[guide]
+        kept.num_requests -= 1
+        if kept.num_requests:
+            return 0
+        del self._kept[guide]
+        return kept.num_asked

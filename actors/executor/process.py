@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from triode.actors.channels import Put
 from triode.actors.executor.child import Child
+from triode.actors.executor.guides import KeptGuides
 from triode.actors.executor.protocol import (
     OPEN_RUNNER,
     Built,
@@ -56,6 +57,7 @@ class ProcessExecutor:
         self._statistics = RunnerStatistics()
         self._is_closing = False
         self._guide_numbers = itertools.count()
+        self._guides = KeptGuides()
         self._answers: dict[int, Callable[[Refusal | None], None]] = {}
 
     @property
@@ -101,7 +103,15 @@ class ProcessExecutor:
             trio.lowlevel.spawn_system_task(self._read, child, results, fault, name="triode worker's results")
 
     async def check_guide(self, guide: Guide) -> Refusal | None:
-        """Have the worker compile it. If the worker dies, the engine does, and this is cancelled."""
+        """Have the worker compile it, unless it keeps it already. If the worker dies, the engine does, and this is cancelled."""
+        if self._guides.share(guide):
+            return None
+        refusal = await self._ask(guide)
+        if refusal is None:
+            self._guides.keep(guide)
+        return refusal
+
+    async def _ask(self, guide: Guide) -> Refusal | None:
         number = next(self._guide_numbers)
         answered = trio.Event()
         refusal: Refusal | None = None
@@ -120,8 +130,9 @@ class ProcessExecutor:
         return refusal
 
     def release_guide(self, guide: Guide) -> None:
-        """Have the worker let go of a guide."""
-        self._child.post(ReleaseGuide(guide))
+        """Have the worker let go of a guide, if nobody has it any more."""
+        for _ in range(self._guides.release(guide)):
+            self._child.post(ReleaseGuide(guide))
 
     def launch(self, plan: StepPlan) -> None:
         """Send a step."""

@@ -1,8 +1,12 @@
 """What a runner says of a guide, as the tokenizer hears it."""
 
-import pytest
+from collections import Counter
 
-from triode.actors.executor.guides import refusal
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from triode.actors.executor.guides import MAX_UNASKED, KeptGuides, refusal
 from triode.errors import EngineBusy
 from triode.models.guide import Guide, Refusal, Regex
 from worker_runners import EchoRunner
@@ -24,3 +28,35 @@ def test_any_failure_to_compile_is_the_callers(error: Exception | None, reason: 
                 raise error
 
     assert refusal(Runner(), Regex("a")) == reason
+
+
+requests = st.lists(st.tuples(st.sampled_from("ab"), st.booleans()), max_size=60)
+
+
+@given(requests)
+def test_the_worker_is_told_as_often_as_it_was_asked_when_nobody_has_a_guide_any_more(
+    steps: list[tuple[str, bool]],
+) -> None:
+    kept, held, asked = KeptGuides(), Counter[str](), Counter[str]()
+    for name, begins in steps:
+        guide = Regex(name)
+        if begins:
+            if not kept.share(guide):
+                kept.keep(guide)
+                asked[name] += 1
+            held[name] += 1
+            assert asked[name] >= 1, "nobody has a guide that the worker does not keep"
+        elif held[name]:
+            held[name] -= 1
+            told = kept.release(guide)
+            assert told == (0 if held[name] else asked[name])
+            asked[name] -= told
+
+
+def test_of_many_requests_with_one_guide_the_worker_sees_a_few() -> None:
+    kept, num_asked = KeptGuides(), 0
+    for _ in range(64):
+        if not kept.share(Regex("a")):
+            kept.keep(Regex("a"))
+            num_asked += 1
+    assert num_asked == 64 / (1 + MAX_UNASKED)
