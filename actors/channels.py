@@ -25,6 +25,8 @@ from triode.actors.statistics import InboxStatistics
 
 T = TypeVar("T")
 
+MAX_CHECKING = 8
+"""Guides that the executor is asked about at a time: a worker process reads its messages between steps."""
 MAX_COMPILING = 2
 """Guides that are compiled at a time, in threads: each takes a core for milliseconds, at worst for a tenth of a second."""
 

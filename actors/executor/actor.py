@@ -21,7 +21,7 @@ class Executor(Protocol):
 
     async def check_guide(self, guide: Guide) -> Refusal | None:
         """Have a guide compiled beside the runner, before any plan has it, and kept. The reason why it cannot be, or
-        None. Called at most MAX_COMPILING times at once."""
+        None. Called at most MAX_CHECKING times at once."""
 
     def release_guide(self, guide: Guide) -> None:
         """A request whose guide was checked has ended."""

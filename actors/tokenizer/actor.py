@@ -10,7 +10,7 @@ from typing import NoReturn
 import msgspec
 import trio
 
-from triode.actors.channels import MAX_COMPILING, Inbox, Put
+from triode.actors.channels import MAX_CHECKING, Inbox, Put
 from triode.actors.messages import Rejected, Submit, Tokenized, TokenizerInbox
 from triode.models.conversation import Conversation
 from triode.models.guide import Guide, Refusal
@@ -49,7 +49,7 @@ class _Slow:
         self._scheduler = scheduler
         # One at a time: a thread that encodes uses every core it can get.
         self._encoding = trio.CapacityLimiter(1)
-        self._compiling = trio.CapacityLimiter(MAX_COMPILING)
+        self._checking = trio.CapacityLimiter(MAX_CHECKING)
         self._waiting: dict[int, trio.CancelScope] = {}
 
     def begin(self, submit: Submit) -> trio.CancelScope:
@@ -72,7 +72,7 @@ class _Slow:
                 prepared = await self._encoded(submit)
                 guide = prepared.params.guide if isinstance(prepared, Tokenized) else None
                 if guide is not None:
-                    await self._compiling.acquire()
+                    await self._checking.acquire()
             finally:
                 del self._waiting[submit.arrival]
         if waiting.cancelled_caught or prepared is None:
@@ -81,7 +81,7 @@ class _Slow:
             try:
                 refusal = await self._check_guide(guide)
             finally:
-                self._compiling.release()
+                self._checking.release()
             if refusal is not None:
                 prepared = Rejected(submit.request_id, submit.arrival, refusal.reason, refusal.is_busy)
         self._scheduler(prepared)
