@@ -97,9 +97,7 @@ class LeadProgram:
         body = _encoder.encode(command)
         data = len(body).to_bytes(_LENGTH_BYTES, "big") + body
         for link in self._links:
-            try:
-                link.sendall(data)
-            except ConnectionError:
+            if not _sent(link, data):
                 _await_the_end()
 
     def make_pool(self, num_blocks: int, block_size_tokens: int, dtype: torch.dtype) -> KVPool:
@@ -134,7 +132,7 @@ class LeadProgram:
         self.tell(Logits(num_rows))
         parts = [self._own.logits(hidden_RD)]
         for rank, link in enumerate(self._links, 1):
-            if link.recv(1) != _DONE:
+            if _receive(link, len(_DONE)) != _DONE:
                 _await_the_end()
             parts.append(room.logits_RV[rank][:num_rows, : len(room.parts[rank])])
         return torch.cat(parts, 1)
@@ -184,8 +182,8 @@ class FollowingRank:
     @torch.inference_mode()
     def obey(self) -> bool:
         """Do what rank 0 says next; False if it has hung up."""
-        length = self._receive(_LENGTH_BYTES)
-        body = self._receive(int.from_bytes(length, "big")) if length else b""
+        length = _receive(self._link, _LENGTH_BYTES)
+        body = _receive(self._link, int.from_bytes(length, "big")) if length else b""
         if not body:
             return False
         match _decoder.decode(body):
@@ -200,7 +198,7 @@ class FollowingRank:
                 room, rank = self._room, self._room.order.rank
                 logits_RV = self._own.logits(room.hidden_RD[:num_rows])
                 room.logits_RV[rank][:num_rows, : logits_RV.shape[1]] = logits_RV
-                self._link.sendall(_DONE)
+                return _sent(self._link, _DONE)
         return True
 
     def _make_pool(self, num_blocks: int, block_size_tokens: int, dtype: torch.dtype) -> KVPool:
@@ -231,15 +229,28 @@ class FollowingRank:
         )
         return StepBatch(tokens, positions[None], slots, rows)
 
-    def _receive(self, num_bytes: int) -> bytes:
-        """So many bytes; none if the other end is gone."""
-        data = bytearray()
-        while len(data) < num_bytes:
-            some = self._link.recv(num_bytes - len(data))
-            if not some:
-                return b""
-            data += some
-        return bytes(data)
+
+def _receive(link: socket.socket, num_bytes: int) -> bytes:
+    """So many bytes; none if the other end is gone."""
+    data = bytearray()
+    while len(data) < num_bytes:
+        try:
+            some = link.recv(num_bytes - len(data))
+        except ConnectionError:
+            return b""
+        if not some:
+            return b""
+        data += some
+    return bytes(data)
+
+
+def _sent(link: socket.socket, data: bytes) -> bool:
+    """Whether the other end was there to get it."""
+    try:
+        link.sendall(data)
+    except ConnectionError:
+        return False
+    return True
 
 
 def _await_the_end() -> NoReturn:

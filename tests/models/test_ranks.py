@@ -1,8 +1,11 @@
 """Ranks of the compiled step: the numbers of float64, the same bits in all company, and every copy everywhere."""
 
 import random
+import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -16,12 +19,14 @@ from triode.cache.messages import BlockCopy
 from triode.ids import BlockId
 from triode.models.config import ModelConfig, ModelOptions
 from triode.models.loader import open_checkpoint
+from triode.models.native import NativeDecoder
 from triode.models.packed_load import load_packed
-from triode.models.parallel import check_shares, outputs_of, share_of
+from triode.models.parallel import RankOrder, check_shares, outputs_of, share_of
 from triode.models.progress import NullProgress
 from triode.models.quantization import Quantization, plan_weights
 from triode.models.random_model import random_config
-from triode.models.ranks import LeadProgram
+from triode.models.ranks import FollowingRank, LeadProgram
+from triode.models.room import Room
 from triode.models.shares import shared
 
 CONFIGS = {
@@ -152,6 +157,17 @@ def test_a_step_of_more_tokens_than_there_is_room_for_is_refused() -> None:
         pytest.raises(ValueError, match="batch must hold"),
     ):
         logits_alone(lead, tokens(0, config, 300), [257])
+
+
+def test_a_rank_takes_the_death_of_the_first_one_for_a_hangup() -> None:
+    ours, theirs = socket.socketpair()
+    # What a dead process has not read makes its end of the socket a reset one.
+    theirs.send(b".")
+    order = RankOrder(rank=1, num_ranks=2, memory_fd=-1, links=(theirs.detach(),))
+    follower = FollowingRank(cast(NativeDecoder, None), cast(Room, SimpleNamespace(order=order)))
+    ours.close()
+    assert not follower.obey()
+    follower.close()
 
 
 def test_a_model_that_cannot_be_divided_is_refused_by_name() -> None:
