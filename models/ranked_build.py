@@ -12,8 +12,8 @@ from triode.models.native import NativeDecoder
 from triode.models.parallel import RankOrder, share_of
 from triode.models.progress import Progress
 from triode.models.quantization import WeightPlan
+from triode.models.rank_memory import RankMemory
 from triode.models.ranks import FollowingRank, LeadProgram
-from triode.models.room import Room
 from triode.models.shares import with_share_of_head
 from triode.models.weights import DecoderWeights, LayerWeights
 
@@ -32,8 +32,8 @@ def build_lead(
     Raises:
         ValueError: the model cannot be divided by the number of ranks, or there is no compiled step.
     """
-    own, room = build_share(config, weights, layers, native, plan, order, max_step_tokens)
-    return LeadProgram(config, own, room)
+    own, memory = build_share(config, weights, layers, native, plan, order, max_step_tokens)
+    return LeadProgram(config, own, memory)
 
 
 def build_follower(
@@ -67,12 +67,12 @@ def build_share(
     plan: WeightPlan,
     order: RankOrder,
     max_step_tokens: int,
-) -> tuple[NativeDecoder, Room]:
+) -> tuple[NativeDecoder, RankMemory]:
     """A rank's decoder and what it shares with the others."""
     library = _library(native, order)
-    room = Room(order, config, weights.embed_VD.dtype, max_step_tokens)
+    memory = RankMemory(order, config, weights.embed_VD.dtype, max_step_tokens)
     weights = with_share_of_head(config, weights, order.rank, order.num_ranks)
-    return NativeDecoder(share_of(config, order.num_ranks), weights, library, layers, plan, room.struct), room
+    return NativeDecoder(share_of(config, order.num_ranks), weights, library, layers, plan, memory.struct), memory
 
 
 def _library(native: NativeChoice, order: RankOrder) -> NativeLibrary:

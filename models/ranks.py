@@ -2,7 +2,7 @@
 
 Rank 0 tells the others, over a socket each, what it computes: the arrays of a step, or how many rows of hidden states want
 logits. Then all of them make the same call. Sums over ranks are added up within it (kernels/native/ranks.h), so that every
-rank has the same hidden states, to the bit; logits of the other ranks come back by the room.
+rank has the same hidden states, to the bit; logits of the other ranks come back by their memory (`rank_memory.py`).
 
     T packed tokens     R rows     D hidden     V vocab     P blocks     B block size     K KV heads     H head dim
 """
@@ -23,7 +23,7 @@ from triode.kernels.paged_attention.rows import AttentionRows
 from triode.models.batch import StepBatch
 from triode.models.config import ModelConfig
 from triode.models.native import NativeDecoder, NativeKernels
-from triode.models.room import MAX_LOGIT_ROWS, Room
+from triode.models.rank_memory import MAX_LOGIT_ROWS, RankMemory
 
 _LENGTH_BYTES = 8
 _DONE = b"."
@@ -55,7 +55,7 @@ class Forward(msgspec.Struct, frozen=True, tag=True):
 
 
 class Logits(msgspec.Struct, frozen=True, tag=True):
-    """Compute your part of the logits of so many rows of the room's hidden states, and say when they are there."""
+    """Compute your part of the logits of so many rows of the hidden states in memory, and say when they are there."""
 
     num_rows: int
 
@@ -68,14 +68,14 @@ _encoder = msgspec.msgpack.Encoder()
 class LeadProgram:
     """The whole model as rank 0 computes it: a `StepProgram`."""
 
-    def __init__(self, config: ModelConfig, own: NativeDecoder, room: Room) -> None:
+    def __init__(self, config: ModelConfig, own: NativeDecoder, memory: RankMemory) -> None:
         self.config = config
         self.device, self.dtype = own.device, own.dtype
-        ranks = f"{room.order.num_ranks} ranks"
+        ranks = f"{memory.order.num_ranks} ranks"
         self.kernels = NativeKernels({name: f"{kernel}, {ranks}" for name, kernel in own.kernels.names.items()})
         self._own = own
-        self._room = room
-        self._links = [socket.socket(fileno=link) for link in room.order.links]
+        self._memory = memory
+        self._links = [socket.socket(fileno=link) for link in memory.order.links]
 
     def close(self) -> None:
         """Let the other ranks go."""
@@ -85,12 +85,12 @@ class LeadProgram:
     @property
     def matrices_bytes(self) -> int:
         """Of all ranks."""
-        return self._own.matrices_bytes * self._room.order.num_ranks
+        return self._own.matrices_bytes * self._memory.order.num_ranks
 
     @property
     def weights_bytes(self) -> int:
         """Of what all ranks keep of the weights."""
-        return self._own.weights_bytes * self._room.order.num_ranks
+        return self._own.weights_bytes * self._memory.order.num_ranks
 
     def tell(self, command: Command) -> None:
         """Have all other ranks do it."""
@@ -127,14 +127,14 @@ class LeadProgram:
         return torch.cat([self._some_logits(some_RD) for some_RD in hidden_RD.split(MAX_LOGIT_ROWS)])
 
     def _some_logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        num_rows, room = len(hidden_RD), self._room
-        room.hidden_RD[:num_rows] = hidden_RD
+        num_rows, memory = len(hidden_RD), self._memory
+        memory.hidden_RD[:num_rows] = hidden_RD
         self.tell(Logits(num_rows))
         parts = [self._own.logits(hidden_RD)]
         for rank, link in enumerate(self._links, 1):
             if _receive(link, len(_DONE)) != _DONE:
                 _await_the_end()
-            parts.append(room.logits_RV[rank][:num_rows, : len(room.parts[rank])])
+            parts.append(memory.logits_RV[rank][:num_rows, : len(memory.parts[rank])])
         return torch.cat(parts, 1)
 
 
@@ -165,10 +165,10 @@ class LeadPool(KVPool):
 class FollowingRank:
     """Another rank's part: a `Follower`."""
 
-    def __init__(self, own: NativeDecoder, room: Room) -> None:
+    def __init__(self, own: NativeDecoder, memory: RankMemory) -> None:
         self._own = own
-        self._room = room
-        (link,) = room.order.links
+        self._memory = memory
+        (link,) = memory.order.links
         self._link = socket.socket(fileno=link)
 
     def fileno(self) -> int:
@@ -195,9 +195,9 @@ class FollowingRank:
             case Forward() as command:
                 self._own.forward(self._batch(command), self._pool.keys, self._pool.values)
             case Logits(num_rows):
-                room, rank = self._room, self._room.order.rank
-                logits_RV = self._own.logits(room.hidden_RD[:num_rows])
-                room.logits_RV[rank][:num_rows, : logits_RV.shape[1]] = logits_RV
+                memory, rank = self._memory, self._memory.order.rank
+                logits_RV = self._own.logits(memory.hidden_RD[:num_rows])
+                memory.logits_RV[rank][:num_rows, : logits_RV.shape[1]] = logits_RV
                 return _sent(self._link, _DONE)
         return True
 

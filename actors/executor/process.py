@@ -27,7 +27,7 @@ from triode.actors.executor.protocol import (
     StageDone,
     Stepped,
 )
-from triode.actors.executor.ties import Ties
+from triode.actors.executor.rank_orders import rank_orders
 from triode.actors.messages import ReleaseGuide
 from triode.errors import EngineFault
 from triode.kernels.native.numa import Place
@@ -194,8 +194,16 @@ class ProcessExecutor:
 
 
 def _start_ranks(opener: str, places: Sequence[Place | None]) -> list[Child]:
-    with Ties(len(places)) as ties:
-        return [Child(opener, ties.order(rank), place) for rank, place in enumerate(places)]
+    children: list[Child] = []
+    with rank_orders(len(places)) as orders:
+        try:
+            for order, place in zip(orders, places, strict=True):
+                children.append(Child(opener, order, place))
+        except BaseException:
+            for child in children:
+                child.kill()
+            raise
+    return children
 
 
 async def _opened(child: Child, progress: Progress) -> Built:

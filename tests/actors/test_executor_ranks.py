@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from triode.actors.executor.process import ProcessExecutor
-from triode.actors.executor.ties import Ties
+from triode.actors.executor.rank_orders import rank_orders
 from triode.errors import EngineFault
 from triode.kernels.native.numa import Place
 from triode.models.progress import NullProgress
@@ -104,8 +104,8 @@ async def test_a_worker_runs_where_it_is_told_to() -> None:
 
 def test_nobody_keeps_what_ties_ranks_together() -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
-    with Ties(3) as ties:
-        orders = [ties.order(rank) for rank in range(3)]
+    with rank_orders(3) as orders:
+        assert [order.rank for order in orders] == [0, 1, 2]
         assert [len(order.links) for order in orders] == [2, 1, 1]
         assert len({link for order in orders for link in order.links}) == 4
     assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -25,8 +25,8 @@ from triode.models.parallel import RankOrder, check_shares, outputs_of, share_of
 from triode.models.progress import NullProgress
 from triode.models.quantization import Quantization, plan_weights
 from triode.models.random_model import random_config
+from triode.models.rank_memory import RankMemory
 from triode.models.ranks import FollowingRank, LeadProgram
-from triode.models.room import Room
 from triode.models.shares import shared
 
 CONFIGS = {
@@ -164,7 +164,7 @@ def test_a_rank_takes_the_death_of_the_first_one_for_a_hangup() -> None:
     # What a dead process has not read makes its end of the socket a reset one.
     theirs.send(b".")
     order = RankOrder(rank=1, num_ranks=2, memory_fd=-1, links=(theirs.detach(),))
-    follower = FollowingRank(cast(NativeDecoder, None), cast(Room, SimpleNamespace(order=order)))
+    follower = FollowingRank(cast(NativeDecoder, None), cast(RankMemory, SimpleNamespace(order=order)))
     ours.close()
     assert not follower.obey()
     follower.close()

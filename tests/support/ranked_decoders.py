@@ -9,7 +9,7 @@ import torch
 
 from native_steps import native_library
 from paged_decoding import BLOCK_SIZE_TOKENS, PagedDecoding
-from triode.actors.executor.ties import Ties
+from triode.actors.executor.rank_orders import rank_orders
 from triode.models.config import ModelConfig
 from triode.models.cpu import NativeChoice
 from triode.models.parallel import RankOrder, share_of
@@ -41,8 +41,8 @@ def ranks_of(config: ModelConfig, shares: Sequence[DecoderWeights], plan: Weight
     """The same of shares that have been read."""
     native = NativeChoice(native_library())
     with torch.inference_mode():
-        with Ties(len(shares)) as ties:
-            orders = [_own(ties.order(rank)) for rank in range(len(shares))]
+        with rank_orders(len(shares)) as theirs:
+            orders = [_own(order) for order in theirs]
         followers = [
             FollowingRank(*build_share(config, share, share.layers, native, plan, order, MAX_TOKENS))
             for share, order in zip(shares[1:], orders[1:], strict=True)

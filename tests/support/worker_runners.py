@@ -220,9 +220,12 @@ class LinkedRunner(EchoRunner):
         self.links = [socket.socket(fileno=link) for link in ranks.links]
 
     def launch(self, plan: StepPlan) -> None:
-        for link in self.links:
-            link.sendall(bytes([plan.step_id]))
-        answers = [link.recv(1) for link in self.links]
+        try:
+            for link in self.links:
+                link.sendall(bytes([plan.step_id]))
+            answers = [link.recv(1) for link in self.links]
+        except ConnectionError:
+            answers = [b""]
         if not all(answers):
             threading.Event().wait()
         super().launch(plan)
@@ -240,7 +243,10 @@ class LinkedFollower:
         return self.link.fileno()
 
     def obey(self) -> bool:
-        step = self.link.recv(1)
+        try:
+            step = self.link.recv(1)
+        except ConnectionError:
+            step = b""
         if step == b"\1" and self.name == "fails":
             raise ArithmeticError("step 1 is too much")
         if step == b"\2" and self.name == "sticks":

@@ -21,7 +21,7 @@ _LINE_BYTES = 64
 _PANEL = 64
 
 
-class Room:
+class RankMemory:
     """This process's view of it; the same everywhere, whoever is first."""
 
     def __init__(self, order: RankOrder, config: ModelConfig, dtype: torch.dtype, max_tokens: int) -> None:
