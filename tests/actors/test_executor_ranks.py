@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import trio
 
+from triode.actors.executor import process
+from triode.actors.executor.child import Child
 from triode.actors.executor.process import ProcessExecutor
 from triode.actors.executor.rank_orders import rank_orders
 from triode.errors import EngineFault
 from triode.kernels.native.numa import Place
+from triode.models.parallel import RankOrder
 from triode.models.progress import NullProgress
 from triode.models.step import StepResult
 from worker_runners import BUILT, order, plan
@@ -100,6 +103,26 @@ async def test_a_worker_runs_where_it_is_told_to() -> None:
         await executor.open(order(), NullProgress())
         assert os.sched_getaffinity(executor.pid) == {cpu}
         await executor.close()
+
+
+async def test_no_worker_is_left_when_not_all_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Child] = []
+
+    def start(opener: str, ranks: RankOrder, place: Place | None) -> Child:
+        if ranks.rank == 2:
+            raise OSError("no more processes")
+        started.append(Child(opener, ranks, place))
+        return started[-1]
+
+    monkeypatch.setattr(process, "Child", start)
+    with pytest.raises(OSError, match="no more processes"):
+        ProcessExecutor("worker_runners:open_linked", [None] * 3)
+    assert len(started) == 2
+    with trio.fail_after(30):
+        for child in started:
+            # Alive it would say nothing, and wait for a message.
+            assert await child.receive() is None
+            assert "was killed by SIGKILL" in str(await child.death())
 
 
 def test_nobody_keeps_what_ties_ranks_together() -> None:
