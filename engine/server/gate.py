@@ -87,8 +87,10 @@ class Gate:
         if self._max_concurrent is not None and self._num_unfinished(key) >= self._max_concurrent:
             raise _too_many(f"unfinished requests of one key must be <= {self._max_concurrent}", 1)
         now_s = self._clock()
-        # Tokens are not known before they are there: whoever has used up the minute's waits for the next ones.
-        self._tokens.check(key, 1, now_s)
+        # Tokens are not known before they are there: whoever has used up the minute's waits for the next ones. Those of
+        # requests that have not left yet count: their clients may have their last words already.
+        num_used = sum(map(_num_tokens, chain.from_iterable(self._entries.get(key, {}).values())))
+        self._tokens.check(key, num_used + 1, now_s)
         self._requests.check(key, 1, now_s)
         self._requests.spend(key, 1, now_s)
 

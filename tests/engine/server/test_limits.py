@@ -73,6 +73,24 @@ async def test_a_request_that_has_ended_leaves_its_place_before_its_last_byte() 
                 assert gate.num_admitted == 2
 
 
+async def test_tokens_count_as_soon_as_they_are_read() -> None:
+    now_s = 0.0
+    gate = Gate(ServerConfig(max_tokens_per_minute=10), clock=lambda: now_s)
+    async with open_tiny(executor="inline") as engine:
+        for num_spent in (0, 8):
+            with gate.admitted("key") as streams:
+                streams.append(await engine.submit([1, 2, 3], greedy(5)))
+                await streams[0].result()
+                if num_spent:
+                    with pytest.raises(RequestError, match="tokens of one key must be <= 10 a minute") as refused:
+                        gate.admitted("key").__enter__()
+                    # 16 were used of 10, and one more is wanted.
+                    assert refused.value.headers == {"Retry-After": "42"}
+                else:
+                    with gate.admitted("key"):
+                        pass
+
+
 def test_tokens_a_minute_are_those_that_were_used() -> None:
     with running(max_tokens_per_minute=10) as server, server.client() as client:
         # One in, three out.
