@@ -8,16 +8,21 @@ the process's own up to the root counts. A group's usage includes file pages tha
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
-def available_memory_bytes(root: Path = Path("/")) -> int:
+def available_memory_bytes(root: Path = Path("/"), nodes: Sequence[int] = ()) -> int:
     """Bytes of main memory that can be taken without swapping or being killed.
 
-    `root` is where `proc` and `sys` are looked for. Where there is no /proc/meminfo, all physical memory counts.
+    Args:
+        root: where `proc` and `sys` are looked for. Where there is no /proc/meminfo, all physical memory counts.
+        nodes: the only ones that memory comes from; none where it comes from all.
     """
-    return min([_system_available_bytes(root), *_group_rooms_bytes(root)])
+    rooms = [_system_available_bytes(root), *_group_rooms_bytes(root)]
+    if nodes:
+        rooms.append(sum(_node_available_bytes(root, node) for node in nodes))
+    return min(rooms)
 
 
 def return_freed_memory() -> None:
@@ -35,6 +40,13 @@ def _system_available_bytes(root: Path) -> int:
         return _fields(root / "proc/meminfo")["MemAvailable:"] * 1024
     except FileNotFoundError:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _node_available_bytes(root: Path, node: int) -> int:
+    """What is free, and what the kernel would drop: it has no MemAvailable of a node."""
+    lines = map(str.split, _lines(root / f"sys/devices/system/node/node{node}/meminfo"))
+    counted = {"MemFree:", "Active(file):", "Inactive(file):"}
+    return sum(int(kib) * 1024 for _, _, name, kib, *_ in lines if name in counted)
 
 
 def _group_rooms_bytes(root: Path) -> Iterator[int]:

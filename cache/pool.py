@@ -11,6 +11,7 @@ from triode.cache.config import CacheConfig
 from triode.cache.memory import available_memory_bytes
 from triode.cache.messages import BlockCopy
 from triode.errors import InsufficientMemory
+from triode.kernels.native.numa import bound_nodes
 
 
 class KVPool:
@@ -107,12 +108,13 @@ def num_blocks_for(config: CacheConfig, bytes_per_block: int, free_bytes: int, u
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`: of the GPU, or of main memory within the control group's limit."""
+    """Bytes that can still be allocated on `device`: of the GPU, or of main memory within the control group's limit, and of
+    the memory nodes that this thread is bound to."""
     if device.type == "cuda":
         # Blocks that torch has cached but does not use are free to us, and unknown to the driver.
         cached_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached_bytes
-    return available_memory_bytes()
+    return available_memory_bytes(nodes=bound_nodes())
 
 
 def _gib(num_bytes: int) -> str:

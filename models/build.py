@@ -189,9 +189,8 @@ def _build_pool(
         dtype=kv_dtype,
     )
     blocks_a_sequence = -(-config.max_context_tokens // cache_config.block_size_tokens)
-    num_blocks = num_blocks_for(
-        cache_config, block_bytes, free_memory_bytes(decoder.device), max_running * blocks_a_sequence
-    )
+    free_bytes = decoder.free_bytes if isinstance(decoder, LeadProgram) else free_memory_bytes(decoder.device)
+    num_blocks = num_blocks_for(cache_config, block_bytes, free_bytes, max_running * blocks_a_sequence)
     if isinstance(decoder, LeadProgram):
         return decoder.make_pool(num_blocks, cache_config.block_size_tokens, kv_dtype)
     return KVPool(

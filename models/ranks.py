@@ -1,6 +1,6 @@
 """The ranks of a model at run time: rank 0's program, which has the others compute each step with it, and theirs.
 
-Rank 0 tells the others, over a socket each, what it computes: the arrays of a step, or how many rows of hidden states want
+Each of the others says, over a socket to rank 0, that it is ready. Then rank 0 tells them what it computes: the arrays of a step, or how many rows of hidden states want
 logits. Then all of them make the same call. Sums over ranks are added up within it (kernels/native/ranks.h), so that every
 rank has the same hidden states, to the bit; logits of the other ranks come back by their memory (`rank_memory.py`).
 
@@ -9,6 +9,7 @@ rank has the same hidden states, to the bit; logits of the other ranks come back
 
 import socket
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from typing import NoReturn, TypeAlias
 
@@ -18,7 +19,8 @@ import numpy.typing as npt
 import torch
 
 from triode.cache.messages import BlockCopy
-from triode.cache.pool import KVPool
+from triode.cache.pool import KVPool, free_memory_bytes
+from triode.kernels.native.numa import bound_nodes
 from triode.kernels.paged_attention.rows import AttentionRows
 from triode.models.batch import StepBatch
 from triode.models.config import ModelConfig
@@ -60,8 +62,18 @@ class Logits(msgspec.Struct, frozen=True, tag=True):
     num_rows: int
 
 
+class Ready(msgspec.Struct, frozen=True):
+    """A rank has its share of the weights."""
+
+    free_bytes: int
+    """What it could still take of the memory that is left."""
+    nodes: tuple[int, ...]
+    """Where that comes from; empty where from anywhere."""
+
+
 Command: TypeAlias = UsePool | CopyBlocks | Forward | Logits
 _decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_ready_decoder: msgspec.msgpack.Decoder[Ready] = msgspec.msgpack.Decoder(Ready)
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -76,6 +88,14 @@ class LeadProgram:
         self._own = own
         self._memory = memory
         self._links = [socket.socket(fileno=link) for link in memory.order.links]
+        others = [self._hear_ready(link) for link in self._links]
+        self.free_bytes = free_for_all([_ready(self.device), *others])
+        """What all ranks together could still take, each as much as every other, when the last of them had its weights."""
+
+    def _hear_ready(self, link: socket.socket) -> Ready:
+        if not (body := _receive_message(link)):
+            _await_the_end()
+        return _ready_decoder.decode(body)
 
     def close(self) -> None:
         """Let the other ranks go."""
@@ -94,8 +114,7 @@ class LeadProgram:
 
     def tell(self, command: Command) -> None:
         """Have all other ranks do it."""
-        body = _encoder.encode(command)
-        data = len(body).to_bytes(_LENGTH_BYTES, "big") + body
+        data = _message(command)
         for link in self._links:
             if not _sent(link, data):
                 _await_the_end()
@@ -170,6 +189,8 @@ class FollowingRank:
         self._memory = memory
         (link,) = memory.order.links
         self._link = socket.socket(fileno=link)
+        # Where rank 0 is gone already, `obey` tells.
+        _sent(self._link, _message(_ready(own.device)))
 
     def fileno(self) -> int:
         """Of the socket to rank 0."""
@@ -182,9 +203,7 @@ class FollowingRank:
     @torch.inference_mode()
     def obey(self) -> bool:
         """Do what rank 0 says next; False if it has hung up."""
-        length = _receive(self._link, _LENGTH_BYTES)
-        body = _receive(self._link, int.from_bytes(length, "big")) if length else b""
-        if not body:
+        if not (body := _receive_message(self._link)):
             return False
         match _decoder.decode(body):
             case UsePool(num_blocks, block_size_tokens, is_int8):
@@ -228,6 +247,27 @@ class FollowingRank:
             torch.from_numpy(array(data)) for data in (command.token_ids, command.positions, command.slots)
         )
         return StepBatch(tokens, positions[None], slots, rows)
+
+
+def free_for_all(ranks: Sequence[Ready]) -> int:
+    """What ranks could still take together, each as much as every other: those that share memory divide it."""
+    sharing = Counter(each.nodes for each in ranks)
+    return min(each.free_bytes // sharing[each.nodes] for each in ranks) * len(ranks)
+
+
+def _ready(device: torch.device) -> Ready:
+    return Ready(free_memory_bytes(device), bound_nodes())
+
+
+def _message(content: Command | Ready) -> bytes:
+    body = _encoder.encode(content)
+    return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+
+
+def _receive_message(link: socket.socket) -> bytes:
+    """What `_message` has encoded; nothing if the other end is gone."""
+    length = _receive(link, _LENGTH_BYTES)
+    return _receive(link, int.from_bytes(length, "big")) if length else b""
 
 
 def _receive(link: socket.socket, num_bytes: int) -> bytes:

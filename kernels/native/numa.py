@@ -15,10 +15,12 @@ import msgspec
 
 from triode.kernels.native.cpus import allowed_cpus
 
-_SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237}
+# By processor, `set_mempolicy` and `get_mempolicy`, which no C library has.
+_SYSTEM_CALLS = {"x86_64": (238, 239), "aarch64": (237, 236)}
 _MPOL_BIND = 2
 MAX_NODES = 1024
 """Linux has no more."""
+_NodeSet = ctypes.c_ulong * (MAX_NODES // 64)
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -82,10 +84,29 @@ def bind(place: Place) -> None:
     os.sched_setaffinity(0, place.cpus)
     if place.node is None:
         return
-    nodes = (ctypes.c_ulong * (MAX_NODES // 64))()
+    if platform.machine() not in _SYSTEM_CALLS:
+        raise OSError(
+            f"memory of one node is to be had on {' and '.join(_SYSTEM_CALLS)} only, not {platform.machine()}"
+        )
+    nodes = _NodeSet()
     nodes[place.node // 64] = 1 << place.node % 64
     libc = ctypes.CDLL(None, use_errno=True)
-    number = ctypes.c_long(_SET_MEMPOLICY[platform.machine()])
+    number = ctypes.c_long(_SYSTEM_CALLS[platform.machine()][0])
     if libc.syscall(number, ctypes.c_int(_MPOL_BIND), ctypes.byref(nodes), ctypes.c_ulong(MAX_NODES)):
         code = ctypes.get_errno()
         raise OSError(code, f"the system refuses memory of node {place.node} alone: {os.strerror(code)}")
+
+
+def bound_nodes() -> tuple[int, ...]:
+    """The nodes that this thread has memory from, and from nowhere else; none where the system is to choose."""
+    if platform.system() != "Linux" or platform.machine() not in _SYSTEM_CALLS:
+        return ()
+    policy, nodes = ctypes.c_int(), _NodeSet()
+    number = ctypes.c_long(_SYSTEM_CALLS[platform.machine()][1])
+    size, nowhere, no_flags = ctypes.c_ulong(MAX_NODES), ctypes.c_void_p(), ctypes.c_ulong()
+    # An error is that of a system without such policies.
+    if ctypes.CDLL(None).syscall(number, ctypes.byref(policy), ctypes.byref(nodes), size, nowhere, no_flags):
+        return ()
+    if policy.value != _MPOL_BIND:
+        return ()
+    return tuple(node for node in range(MAX_NODES) if nodes[node // 64] >> node % 64 & 1)

@@ -62,3 +62,15 @@ def test_a_group_over_its_limit_leaves_nothing(tmp_path: Path) -> None:
 
 def test_where_there_is_no_proc_all_physical_memory_counts(tmp_path: Path) -> None:
     assert available_memory_bytes(tmp_path) > 0
+
+
+def test_a_process_that_is_bound_to_nodes_has_what_they_have_free(tmp_path: Path) -> None:
+    def node(number: int, free_mib: int) -> dict[str, str]:
+        fields = {"MemFree": free_mib, "Active(file)": 5, "Inactive(file)": 10, "Inactive(anon)": 500}
+        lines = [f"Node {number} {name}: {mib * 1024} kB\n" for name, mib in fields.items()]
+        return {f"sys/devices/system/node/node{number}/meminfo": "".join(lines)}
+
+    root = machine(tmp_path, {"proc/self/cgroup": "0::/job\n", **node(0, 300), **node(1, 200)})
+    assert available_memory_bytes(root) == 1000 * MIB
+    assert available_memory_bytes(root, [1]) == 215 * MIB
+    assert available_memory_bytes(root, [0, 1]) == 530 * MIB

@@ -16,6 +16,7 @@ from paged_decoding import PagedSequence
 from ranked_decoders import CPU, RankedDecoding, ranked, ranks_of, read_share
 from tiny_decoders import tiny_config, tiny_weights
 from triode.cache.messages import BlockCopy
+from triode.cache.pool import free_memory_bytes
 from triode.ids import BlockId
 from triode.models.config import ModelConfig, ModelOptions
 from triode.models.loader import open_checkpoint
@@ -26,7 +27,7 @@ from triode.models.progress import NullProgress
 from triode.models.quantization import Quantization, plan_weights
 from triode.models.random_model import random_config
 from triode.models.rank_memory import RankMemory
-from triode.models.ranks import FollowingRank, LeadProgram
+from triode.models.ranks import FollowingRank, LeadProgram, Ready, free_for_all
 from triode.models.shares import shared
 
 CONFIGS = {
@@ -161,13 +162,25 @@ def test_a_step_of_more_tokens_than_there_is_room_for_is_refused() -> None:
 
 def test_a_rank_takes_the_death_of_the_first_one_for_a_hangup() -> None:
     ours, theirs = socket.socketpair()
-    # What a dead process has not read makes its end of the socket a reset one.
-    theirs.send(b".")
     order = RankOrder(rank=1, num_ranks=2, memory_fd=-1, links=(theirs.detach(),))
-    follower = FollowingRank(cast(NativeDecoder, None), cast(RankMemory, SimpleNamespace(order=order)))
+    own, memory = SimpleNamespace(device=CPU), SimpleNamespace(order=order)
+    follower = FollowingRank(cast(NativeDecoder, own), cast(RankMemory, memory))
+    # What a dead process has not read makes its end of the socket a reset one: that this rank is ready, here.
     ours.close()
     assert not follower.obey()
     follower.close()
+
+
+def test_ranks_that_share_a_node_divide_what_it_has_free() -> None:
+    assert free_for_all([Ready(900, ()), Ready(800, ())]) == 800
+    assert free_for_all([Ready(500, (0,)), Ready(400, (1,))]) == 800
+    assert free_for_all([Ready(500, (0,)), Ready(400, (1,)), Ready(510, (0,))]) == 750
+
+
+def test_the_first_rank_knows_what_is_free_when_the_others_are_ready() -> None:
+    config = tiny_config()
+    with ranked(config, tiny_weights(config, torch.float32), 2) as lead:
+        assert 0 < lead.free_bytes <= 2 * free_memory_bytes(CPU)
 
 
 def test_a_model_that_cannot_be_divided_is_refused_by_name() -> None:
