@@ -28,6 +28,7 @@ PURE_ELSEWHERE = {
     "triode.kernels.native.numa",
     "triode.models.config",
     "triode.models.parallel",
+    "triode.models.rank_link",
     "triode.models.runner",
     "triode.models.sampling",
     "triode.models.step",

@@ -26,8 +26,9 @@ from triode.models.parallel import RankOrder, check_shares, outputs_of, share_of
 from triode.models.progress import NullProgress
 from triode.models.quantization import Quantization, plan_weights
 from triode.models.random_model import random_config
+from triode.models.rank_link import Ready, free_together
 from triode.models.rank_memory import RankMemory
-from triode.models.ranks import FollowingRank, LeadProgram, Ready, free_for_all
+from triode.models.ranks import FollowingRank, LeadProgram
 from triode.models.shares import shared
 
 CONFIGS = {
@@ -172,9 +173,9 @@ def test_a_rank_takes_the_death_of_the_first_one_for_a_hangup() -> None:
 
 
 def test_ranks_that_share_a_node_divide_what_it_has_free() -> None:
-    assert free_for_all([Ready(900, ()), Ready(800, ())]) == 800
-    assert free_for_all([Ready(500, (0,)), Ready(400, (1,))]) == 800
-    assert free_for_all([Ready(500, (0,)), Ready(400, (1,)), Ready(510, (0,))]) == 750
+    assert free_together([Ready(900, ()), Ready(800, ())]) == 800
+    assert free_together([Ready(500, (0,)), Ready(400, (1,))]) == 800
+    assert free_together([Ready(500, (0,)), Ready(400, (1,)), Ready(510, (0,))]) == 750
 
 
 def test_the_first_rank_knows_what_is_free_when_the_others_are_ready() -> None:
