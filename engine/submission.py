@@ -2,7 +2,7 @@
 
 from collections.abc import Coroutine, Generator
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 
 class _Cancellable(Protocol):
@@ -15,11 +15,11 @@ StreamT = TypeVar("StreamT", bound=_Cancellable)
 class Submission(Generic[StreamT]):
     """What `submit` returns: await it for the stream, or enter it to have the request cancelled on leaving."""
 
-    def __init__(self, opening: Coroutine[Any, Any, StreamT]) -> None:
+    def __init__(self, opening: Coroutine[object, object, StreamT]) -> None:
         self._opening = opening
         self._stream: StreamT | None = None
 
-    def __await__(self) -> Generator[Any, None, StreamT]:
+    def __await__(self) -> Generator[object, object, StreamT]:
         return self._opening.__await__()
 
     async def __aenter__(self) -> StreamT:

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher, LLParserLimits
 
 from triode.ids import TokenId
+from triode.kernels.native.cpus import usable_threads
 
 MaskWords = npt.NDArray[np.int32]
 
@@ -53,7 +54,7 @@ MAX_MASK_S = 0.02
 MAX_TOKEN_S = 2e-5
 """Added for each token that is read beyond the first, as after a preemption: these take a microsecond or two."""
 MAX_FILL_S = 0.01
-"""What a step's masks may take together, spread over the machine's cores."""
+"""What a step's masks may take together, spread over the cores that this process may use."""
 CHEAP_MASK_S = 0.002
 """Whose mask takes no longer is not to blame, however many they are."""
 
@@ -137,7 +138,7 @@ class MaskMaker:
         """W."""
         self.eos_token_id = eos_token_id
         """What an output ends with."""
-        self._num_cores = os.cpu_count() or 1
+        self._num_cores = usable_threads(os.cpu_count() or 1)
 
     def fill(self, matchers: Sequence[Matcher], mask_GW: MaskWords) -> None:
         """Each matcher's mask of what may come next. Nothing may where a matcher has an error, which this may bring."""

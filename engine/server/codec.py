@@ -10,7 +10,7 @@ from triode.engine.server.bridge_messages import FromClient, FromServer, Id
 
 
 class Named(msgspec.Struct):
-    """What tells whose request a message is that is none."""
+    """What a frame that is no message may still have of one: enough to tell whose request it was for."""
 
     type: str
     id: Id

@@ -139,10 +139,12 @@ def check_layout(
     """ValueError where shapes or layouts do not fit together."""
     num_kv_heads, head_dim = key_PBKH.shape[2:]
     width = (num_heads + 2 * num_kv_heads) * head_dim
-    if qkv_TE.shape[1] != width or 2 * cos_Xr.shape[1] > head_dim:
+    if qkv_TE.shape[1] != width:
         raise ValueError(f"qkv must have {width} columns, got {qkv_TE.shape[1]}")
+    if 2 * cos_Xr.shape[1] > head_dim:
+        raise ValueError(f"rope tables must have at most {head_dim // 2} columns, got {cos_Xr.shape[1]}")
     if not (key_PBKH.is_contiguous() and value_PBKH.is_contiguous()):
-        raise ValueError("the KV pool must be contiguous")
+        raise ValueError(f"the KV pool must be contiguous, got strides {key_PBKH.stride()} and {value_PBKH.stride()}")
 
 
 def qkv_epilogue(
