@@ -30,7 +30,8 @@ from triode.kernels.paged_attention import attend
 
 LOWEST = gl.constexpr(attend.LOWEST.value)
 ONES = gl.constexpr(attend.ONES.value)
-GROUP_PAIRS = gl.constexpr(64)  # Pairs of one warp group: the rows of its instruction.
+# Pairs of one warp group: the rows of its instruction.
+GROUP_PAIRS = gl.constexpr(64)
 row_of_tile = gluon.jit(attend.row_of_tile.fn)
 # Triton 3.9 and 3.7 call them as given first; before, they had other names.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -348,6 +349,7 @@ def attend_long_rows(
                 HEAD, BLOCK, QUERY_TOKENS, WINDOW, TILE, STAGES,
             )),
         ],
-        [4, 1],  # Warps and registers of those after the first, which has four warps and the registers that are left.
+        # Warps and registers of those after the first, which has four warps and the registers that are left.
+        [4, 1],
         [240, 24],
     )  # fmt: skip
