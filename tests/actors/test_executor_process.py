@@ -15,6 +15,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from executor_inboxes import Inboxes
 from triode import errors
 from triode.actors.executor import process as process_module
 from triode.actors.executor.process import ProcessExecutor
@@ -48,24 +49,6 @@ def wait_for_end(pidfd: int, within_s: float) -> bool:
     """Whether the process ends in time. It need not be a child."""
     ended, _, _ = select.select([pidfd], [], [], within_s)
     return bool(ended)
-
-
-class Inboxes:
-    """What an executor hands over."""
-
-    def __init__(self) -> None:
-        self._send_result, self.results = trio.open_memory_channel[StepResult](100)
-        self._send_fault, self.faults = trio.open_memory_channel[BaseException](100)
-
-    def put(self, result: StepResult) -> None:
-        self._send_result.send_nowait(result)
-
-    def fault(self, error: BaseException) -> None:
-        self._send_fault.send_nowait(error)
-
-    async def token(self) -> int:
-        (token_id,) = (await self.results.receive()).token_ids
-        return token_id
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from executor_inboxes import Inboxes
 from triode.actors.executor import process
 from triode.actors.executor.child import Child
 from triode.actors.executor.process import ProcessExecutor
@@ -19,24 +20,9 @@ from triode.errors import EngineFault
 from triode.kernels.native.numa import Place
 from triode.models.parallel import RankOrder
 from triode.models.progress import NullProgress
-from triode.models.step import StepResult
 from worker_runners import BUILT, order, plan
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks share a file in memory")
-
-
-class Inboxes:
-    """What an executor hands over."""
-
-    def __init__(self) -> None:
-        self._send_result, self.results = trio.open_memory_channel[StepResult](100)
-        self._send_fault, self.faults = trio.open_memory_channel[BaseException](100)
-
-    def put(self, result: StepResult) -> None:
-        self._send_result.send_nowait(result)
-
-    def fault(self, error: BaseException) -> None:
-        self._send_fault.send_nowait(error)
 
 
 @asynccontextmanager
@@ -61,7 +47,7 @@ async def test_ranks_compute_each_step_together_and_leave_together() -> None:
     async with started() as (executor, inboxes):
         for step_id in range(5):
             executor.launch(plan(step_id, step_id, 10))
-        tokens = [(await inboxes.results.receive()).token_ids[0] for _ in range(5)]
+        tokens = [await inboxes.token() for _ in range(5)]
     assert tokens == [10, 11, 12, 13, 14]
     assert inboxes.faults.statistics().current_buffer_used == 0
 
