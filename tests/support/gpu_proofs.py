@@ -13,8 +13,6 @@ from engines import drawn
 from triode.engine.completion import Result
 from triode.engine.engine import Engine
 
-BFLOAT16_ULP = 2.0**-8
-"""The distance of neighbours, relative to the larger; half of it is the most that rounding moves a value."""
 Record = Callable[[str, object], None]
 """pytest's `record_property`: what it is told stands at the end of the run's output."""
 _salts = itertools.count()

@@ -1,12 +1,6 @@
 """What quantised weights stand for, in float64, by the formats' definitions and not by the kernels' code."""
 
-from dataclasses import replace
-
 import torch
-
-from triode.models.weights import DecoderWeights
-
-MATRICES = ("qkv_ED", "o_DE", "gate_up_FD", "down_DF")
 
 
 def rounded_weight(weight_ED: torch.Tensor, quantization: str, group: int | None) -> torch.Tensor:
@@ -37,15 +31,6 @@ def rounded_inputs(x_TD: torch.Tensor, group: int) -> torch.Tensor:
     inverse = torch.tensor(127.0).div(most.where(most > 0, 1).float())
     stored = (groups.float() * inverse).round()
     return (stored.double() * most / 127).flatten(1)[:, : x_TD.shape[1]]
-
-
-def rounded_weights(weights: DecoderWeights, quantization: str, group: int | None = None) -> DecoderWeights:
-    """A whole decoder in float64, its embedding as it is."""
-    layers = (
-        replace(layer, **{name: rounded_weight(getattr(layer, name), quantization, group) for name in MATRICES})
-        for layer in weights.layers
-    )
-    return replace(weights, layers=tuple(layers), head_VD=rounded_weight(weights.head_VD, quantization, group))
 
 
 def _size(x_ED: torch.Tensor, group: int | None, default: int) -> int:
