@@ -63,7 +63,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"triode {triode.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in _COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.summary, description=f"{command.summary.capitalize()}.")
+        subparser = commands.add_parser(
+            name, help=command.summary, description=f"{command.summary[0].upper()}{command.summary[1:]}."
+        )
         if name in words[:1]:
             module = import_module(command.module)
             module.add_arguments(subparser)

@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A subcommand for each test, with its sizes as flags."""
     tests = parser.add_subparsers(metavar="TEST", required=True)
     for name, test in _TESTS.items():
-        subparser = tests.add_parser(name, help=test.summary, description=f"{test.summary.capitalize()}.")
+        subparser = tests.add_parser(
+            name, help=test.summary, description=f"{test.summary[0].upper()}{test.summary[1:]}."
+        )
         subparser.add_argument(
             "--full", action="store_true", help="the sizes of a large GPU instead of those of a laptop; flags override"
         )

@@ -27,6 +27,12 @@ def test_help_imports_no_torch(words: list[str]) -> None:
     assert result.stdout.endswith("[]\n")
 
 
+def test_help_keeps_the_capitals_of_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["serve", "--help"])
+    assert "Serve a model over HTTP, as OpenAI's clients expect it." in capsys.readouterr().out
+
+
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
