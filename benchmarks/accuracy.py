@@ -3,8 +3,8 @@
     python benchmarks/accuracy.py [--model smollm2-135m] [--windows 30] [--json]
 
 The text is the documentation that CPython carries (`pydoc_data.topics`), some 2 kB a window: windows are of 512 tokens, and
-each begins anew. Perplexity is of all but a window's first token; agreement is how often the likeliest token is that of float32; KL is
-the mean divergence of a format's distribution from that of float32, in nats.
+each begins anew. Perplexity is of all but a window's first token; agreement is how often the likeliest token is that of
+float32; KL is the mean divergence of a format's distribution from that of float32, in nats.
 """
 
 import argparse

@@ -7,8 +7,9 @@ cost is the CPU time of the whole process, all threads, from one launch to the n
 whose model is infinitely fast. Steps are launched two at a time or one, as the executor has room, so each is given the
 mean of the ten launches that begin with it. The 10th percentile of the steps is reported, because other processes'
 interference only ever adds. *To launch* is the part that a device may have to wait for: the event loop's CPU time from a
-result to the launch that follows, the median; `--step-ms` has the model take its time, as a device does. Where it goes is each actor's busy time a step, as `engine.statistics()`
-has it: time of the clock, in which other threads may have held the interpreter, and for the scheduler other tasks too.
+result to the launch that follows, the median; `--step-ms` has the model take its time, as a device does. Where it goes
+is each actor's busy time a step, as `engine.statistics()` has it: time of the clock, in which other threads may have
+held the interpreter, and for the scheduler other tasks too.
 """
 
 import argparse

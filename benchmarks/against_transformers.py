@@ -2,10 +2,10 @@
 
     python benchmarks/against_transformers.py [--dtypes bfloat16 float32] [--rounds 3] [--only prefill]
 
-Both have the weights of the SmolLM2 GGUF. Each test is a batch of random prompts and a number of new tokens, timed from handing the
-prompts over to having the last token; the two take turns (A B A B), so that whatever else the machine does meets both,
-and only ratios are to be quoted: the median of the rounds, beside the lowest and the highest. transformers gets its prompts as one batch without padding, and no
-streaming, which is its fastest way.
+Both have the weights of the SmolLM2 GGUF. Each test is a batch of random prompts and a number of new tokens, timed from
+handing the prompts over to having the last token; the two take turns (A B A B), so that whatever else the machine does
+meets both, and only ratios are to be quoted: the median of the rounds, beside the lowest and the highest. transformers
+gets its prompts as one batch without padding, and no streaming, which is its fastest way.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/formats.py [--model smollm2-135m] [--rounds 15] [--only "batch 1"]
 
-On a busy machine the time of the clock says little, and the processor's more: one step of each format after the other, again and
-again, in one process with one thread, and of each format's times the lower quartile. Steps are those of `NativeDecoder` alone,
-without engine and sampler.
+On a busy machine the time of the clock says little, and the processor's more: one step of each format after the other,
+again and again, in one process with one thread, and of each format's times the lower quartile. Steps are those of
+`NativeDecoder` alone, without engine and sampler.
 """
 
 import argparse

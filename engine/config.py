@@ -25,14 +25,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     scheduler: SchedulerConfig = SchedulerConfig()
     executor: ExecutorMode = "auto"
     """Where steps run: "thread" (a thread of their own), "process" (a process of their own, which also holds the weights) or
-    "inline" (in the event loop). auto takes process with tensor_parallel or numa_nodes, and where triode serve finds a GPU; else
-    thread."""
+    "inline" (in the event loop). auto takes process with tensor_parallel or numa_nodes, and where triode serve finds a
+    GPU; else thread."""
     num_threads: int | None = None
     """CPU threads for one step; None takes torch's number, or as many as this process may use processors if that is less.
     With tensor_parallel it is that of each process."""
     tensor_parallel: int = 1
-    """Processes that compute one model together on the CPU, each with its share of heads, inner features, processors and memory; it
-    must divide the model's heads, KV heads and inner features."""
+    """Processes that compute one model together on the CPU, each with its share of heads, inner features, processors
+    and memory; it must divide the model's heads, KV heads and inner features."""
     numa_nodes: tuple[int, ...] = ()
     """The memory node of each of these processes, as in 0,1: it has the node's processors, and memory from nowhere else; empty
     leaves memory to the system."""

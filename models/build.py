@@ -59,7 +59,8 @@ def build_runner(
 ) -> BuiltRunner:
     """A runner for `max_running` sequences, where the weights are. Keys and values are kept in the weights' dtype, or as int8.
 
-    On a GPU, and for `ranks`, buffers are made for steps of `max_step_tokens` tokens; else a step may have any number on the CPU.
+    On a GPU, and for `ranks`, buffers are made for steps of `max_step_tokens` tokens; else a step may have any number
+    on the CPU.
 
     The decoder lays matrices out anew. If the caller keeps no reference to `weights`, each layer is freed as soon as the
     decoder has its own, so that never more than one layer exists twice. `config` is the whole model's also where `weights` are

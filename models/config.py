@@ -1,7 +1,7 @@
 """What a decoder looks like: its sizes, and the few switches by which the supported families differ.
 
-`ModelOptions` is what a caller asks for; `ModelConfig` describes every model. The readers of config.json (`hf_config.py`) and of GGUF metadata (`gguf_config.py`)
-fill it and refuse, by name, whatever it cannot express.
+`ModelOptions` is what a caller asks for; `ModelConfig` describes every model. The readers of config.json
+(`hf_config.py`) and of GGUF metadata (`gguf_config.py`) fill it and refuse, by name, whatever it cannot express.
 """
 
 import math

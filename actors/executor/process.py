@@ -103,7 +103,7 @@ class ProcessExecutor:
             trio.lowlevel.spawn_system_task(self._read, child, results, fault, name="triode worker's results")
 
     async def check_guide(self, guide: Guide) -> Refusal | None:
-        """Have the worker compile it, unless it keeps it already. If the worker dies, the engine does, and this is cancelled."""
+        """Have the worker compile it, unless it keeps it. If the worker dies, the engine does, and this is cancelled."""
         if self._guides.share(guide):
             return None
         refusal = await self._ask(guide)

@@ -4,7 +4,8 @@
     worker → engine      stages of progress, Built, then a Stepped for every plan, in order; a GuideChecked for every
                          CheckGuide, in any order; Failed is the last word
 
-A worker that is another rank than the first takes no plans (`models/ranks.py`): Open, Built, Close are all that it says and hears.
+A worker that is another rank than the first takes no plans (`models/ranks.py`): Open, Built, Close are all that it says
+and hears.
 
 A message is msgpack behind its length, over a pair of connected stream sockets: a plan that admits 100,000 tokens is
 larger than a datagram may be. Plan and result of a step of 256 rows take about 50 µs to encode and decode, half of it in

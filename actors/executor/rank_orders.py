@@ -14,8 +14,8 @@ from triode.models.parallel import RankOrder
 
 @contextmanager
 def rank_orders(num_ranks: int) -> Iterator[tuple[RankOrder, ...]]:
-    """What the worker of each rank is told. The file descriptors are to be passed on under the same numbers; they are open until
-    the block is left, by when the workers have been started.
+    """What the worker of each rank is told. The file descriptors are to be passed on under the same numbers; they are
+    open until the block is left, by when the workers have been started.
 
     Raises:
         ValueError: the system has no files in memory.

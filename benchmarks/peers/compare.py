@@ -6,7 +6,8 @@
 
 All have the weights of the SmolLM2 GGUF, greedy, no prefix cache. A contestant is ENGINE:FORMAT. Each is a process that
 keeps its model loaded; they take turns (A B C A B C), so that whatever else the machine does meets all, and only ratios
-are to be quoted: for each contestant the median over the rounds of the first one's rate to its own, beside the lowest and the highest.
+are to be quoted: for each contestant the median over the rounds of the first one's rate to its own, beside the lowest
+and the highest.
 """
 
 import argparse

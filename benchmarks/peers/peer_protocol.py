@@ -1,7 +1,8 @@
 """What every contestant does: read one line of JSON, generate, answer with the seconds that it took.
 
 Contestants run in processes of their own, because each has an environment of its own; this file imports nothing that one
-of them could lack. A request is `{"prompts": [[token ids]], "new_tokens": n}`. All prompts of a request are as long as each other.
+of them could lack. A request is `{"prompts": [[token ids]], "new_tokens": n}`. All prompts of a request are as long as
+each other.
 """
 
 import json

@@ -11,8 +11,8 @@ It is one operation where `reference.py` takes a dozen, and keeps the promise wh
 Everything is computed in float32, from keys and values as they are stored: for lower precisions the kernel takes one of
 two matrix products according to the number of rows and threads, and their bits differ.
 
-Where the check finds otherwise, and for sliding windows, whose first tiles may be hidden altogether, `reference.py` computes. One
-layer is always served by one of them.
+Where the check finds otherwise, and for sliding windows, whose first tiles may be hidden altogether, `reference.py`
+computes. One layer is always served by one of them.
 
     T packed query tokens   N query heads   K KV heads   G = N / K   H head dim   P blocks   B block size
     R rows   Q queries a row   M rows of a product   L positions

@@ -2,8 +2,8 @@
 
 Bias, norm of queries and keys (Qwen3), rotary embedding, and the write of keys and values into the paged pool. Each
 value is read once and written once: rotated queries go back to where they were, so attention reads them as a view of the
-QKV buffer, and keys and values go straight to their slots. All arithmetic is float32; it is rounded at the end, and after the norm
-and its weight, where a model's own bfloat16 code rounds too.
+QKV buffer, and keys and values go straight to their slots. All arithmetic is float32; it is rounded at the end, and
+after the norm and its weight, where a model's own bfloat16 code rounds too.
 
 A program takes `HEADS` heads of one token, of whichever kind: a head's norm is summed in one order for every T.
 Rotation pairs dimension i with i + r/2 (r the rotated part of the head), so the two halves are separate tiles and no

@@ -6,8 +6,9 @@ anyone has seen its tokens. Prefill and mixed steps run the same kernels one by 
 
 Where the host waits. `launch` does so in two cases only. Rows whose logits depend on their tokens so far (guides,
 penalties, bad_words, no_repeat_ngram_size, min_tokens) have their masks and passes computed from the host's copy of the
-history: it waits for the tokens of the step before, while the forward of this one runs. And rows that want prompt logprobs or embeddings
-read their step's hidden states. Everything else is read in `collect`, which waits for its own step alone.
+history: it waits for the tokens of the step before, while the forward of this one runs. And rows that want prompt
+logprobs or embeddings read their step's hidden states. Everything else is read in `collect`, which waits for its own
+step alone.
 
 `launch` belongs to one thread and `collect` to one thread; they may differ.
 

@@ -1,4 +1,5 @@
-"""Engines for the proofs on a GPU, and the same in small on the CPU, so that a proof is known to work before a GPU is at hand."""
+"""Engines for the proofs on a GPU, and the same in small on the CPU, so that a proof is known to work before a GPU is
+at hand."""
 
 import itertools
 from collections.abc import Callable
