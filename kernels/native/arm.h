@@ -92,8 +92,8 @@ inline ArmFloats arm_dot_halves(ArmFloats acc, ArmHalves a, ArmHalves b) {
 #endif
 }
 
-// In each 16 bytes: two rows of four of `a` times two of `b`, as floats (a0 b0, a0 b1, a1 b0, a1 b1). Each is, to the bit, what two
-// `arm_dot_halves` give (Arm ARM, BFMatMulAdd).
+// In each 16 bytes: two rows of four of `a` times two of `b`, as floats (a0 b0, a0 b1, a1 b0, a1 b1). Each is, to the
+// bit, what two `arm_dot_halves` give (Arm ARM, BFMatMulAdd).
 inline ArmFloats arm_square_halves(ArmFloats acc, ArmHalves a, ArmHalves b) {
 #if defined(__ARM_FEATURE_SVE)
     return svbfmmla_f32(acc, a, b);

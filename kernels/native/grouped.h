@@ -1,9 +1,10 @@
 // Weights of 4 or 8 bits with a scale for each group of inputs, and products of theirs with rows of 8 or more bits.
 //
 // A weight is scale * (stored - zero) + minimum, where `stored` has no sign. Panels of 64 outputs are packed as in
-// `panel.h`, but a panel is a run of groups of 32, 64 or 128 inputs, or one group of all. A group is its words, [words][64], then the scales of
-// the 64 outputs in 16 bits each, then as many minimums where the format has them: one stream of memory. A word holds four
-// inputs of 8 bits, or eight of 4 bits, whose first four are the lower halves of its bytes.
+// `panel.h`, but a panel is a run of groups of 32, 64 or 128 inputs, or one group of all. A group is its words,
+// [words][64], then the scales of the 64 outputs in 16 bits each, then as many minimums where the format has them: one
+// stream of memory. A word holds four inputs of 8 bits, or eight of 4 bits, whose first four are the lower halves of
+// its bytes.
 //
 // Rows that are multiplied as bytes are cut into the same groups, each with a scale of its own. A product of a group is an
 // integer, hence exact; the groups are added up in order, in floats. So a row's result depends on no other row.

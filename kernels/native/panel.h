@@ -1,8 +1,9 @@
 // Matrix products over packed panels.
 //
 // A matrix of weights [out, in] is cut into panels of 64 outputs. A panel is a run of words of 32 bits, [in words][64]:
-// a word holds one float, two consecutive bfloat16 inputs of its output, or four bytes. So a register holds many outputs and never
-// has to be summed across, the panel is one stream of memory, and the input is broadcast word by word.
+// a word holds one float, two consecutive bfloat16 inputs of its output, or four bytes. So a register holds many
+// outputs and never has to be summed across, the panel is one stream of memory, and the input is broadcast word by
+// word.
 //
 // Every output is added up over its inputs in order, in one accumulator, however many rows are computed together and
 // however the words are cut into blocks: a partial sum that is stored and loaded again is the same number. Hence a row's

@@ -114,7 +114,8 @@ void triode_sizes(int64_t sizes[5]) {
     sizes[4] = sizeof(TriodeRanks);
 }
 
-// `number_bytes` is 2 for bfloat16, 4 for float: what the format PLAIN keeps. `group` is for formats that have groups; 0 is all inputs.
+// `number_bytes` is 2 for bfloat16, 4 for float: what the format PLAIN keeps. `group` is for formats that have groups;
+// 0 is all inputs.
 int64_t triode_packed_bytes(int32_t format, int64_t group, int32_t number_bytes, int64_t rows, int64_t columns,
                             int32_t halves) {
     if (format == PLAIN || format == CHANNEL8)
