@@ -37,7 +37,7 @@ MAX_KEPT_BYTES = 2**21
 """Text of the guides that stay compiled: a compiled one takes up to about 200 times as much."""
 
 MAX_SHARERS = 16
-"""Requests that share a prototype. Making another takes a millisecond or two, in the thread that checks guides."""
+"""Requests for which a prototype was asked. Making another takes a millisecond or two, in the thread that checks guides."""
 
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between tokens of JSON; without a bound, a model at a loss for words would fill its output with it."""

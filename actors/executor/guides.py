@@ -21,7 +21,8 @@ def refusal(runner: Runner, guide: Guide) -> Refusal | None:
 
 
 MAX_UNASKED = 3
-"""Requests with a guide that the worker keeps already, for each one about which it is asked."""
+"""Requests with a guide that the worker keeps already, for each one about which it is asked. A prototype whose lexer has
+given up (`models/grammar.py`) fails at most as many more before the worker makes another."""
 
 
 @dataclass(slots=True)
