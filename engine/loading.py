@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-import trio
 from msgspec.structs import replace
 
 from triode.actors.executor.actor import Executor
@@ -17,6 +16,7 @@ from triode.actors.executor.thread import ThreadExecutor
 from triode.actors.tokenizer.prepare import Limits
 from triode.cache.manager import CacheManager
 from triode.engine.config import EngineConfig
+from triode.engine.loading_thread import load_in_a_thread
 from triode.engine.parts import EngineParts, Report
 from triode.ids import TokenId
 from triode.kernels.native.numa import choose_places
@@ -58,7 +58,7 @@ async def load(config: EngineConfig, progress: Progress | None) -> EngineParts:
         loaded = await _load_in_worker(config, order, progress)
     else:
         is_inline = config.executor == "inline"
-        loaded = await trio.to_thread.run_sync(partial(_load_here, order, _Cancellable(progress), is_inline=is_inline))
+        loaded = await load_in_a_thread(partial(_load_here, order, is_inline=is_inline), progress)
     parts = _assemble(config, loaded, time.perf_counter() - start_s)
     _LOG.info("%s", parts.report)
     return parts
@@ -85,7 +85,7 @@ async def _load_in_worker(config: EngineConfig, order: Open, progress: Progress)
     executor = ProcessExecutor(places=choose_places(config.tensor_parallel, config.numa_nodes))
     try:
         # Before the worker opens the model, so that one process downloads it and the other one finds it.
-        tokenizer = await trio.to_thread.run_sync(open_tokenizer, order.options.model, _Cancellable(progress))
+        tokenizer = await load_in_a_thread(partial(open_tokenizer, order.options.model), progress)
         return _Loaded(tokenizer, executor, await executor.open(order, progress))
     except BaseException:
         await executor.kill()
@@ -123,21 +123,3 @@ def _assemble(config: EngineConfig, loaded: _Loaded, load_s: float) -> EnginePar
             step_bytes=built.step_bytes,
         ),
     )
-
-
-class _Cancellable:
-    """Passes progress on, and stops the loading between two tensors when its caller has been cancelled."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def stage(self, name: str, total: int | None, unit: str) -> None:
-        trio.from_thread.check_cancelled()
-        self._progress.stage(name, total, unit)
-
-    def advance(self, amount: int) -> None:
-        trio.from_thread.check_cancelled()
-        self._progress.advance(amount)
-
-    def done(self) -> None:
-        self._progress.done()

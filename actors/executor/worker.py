@@ -48,6 +48,7 @@ from triode.actors.executor.protocol import (
 )
 from triode.actors.messages import ReleaseGuide
 from triode.kernels.native.numa import Place, bind
+from triode.kernels.openmp import bound_spinning
 from triode.models.guide import Guide
 from triode.models.parallel import Follower
 from triode.models.progress import NullProgress, Progress
@@ -68,6 +69,7 @@ def main() -> NoReturn:
     # Ctrl-C reaches every process of the terminal; it is the engine that decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
+    bound_spinning(os.environ)
     socket_fd, opener, place = sys.argv[1:]
     # The lowest free number, because select() takes none above 1023 and the engine may have that many files open.
     connection = Connection(socket.socket(fileno=os.dup(int(socket_fd))))

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import triode
 from triode.engine.cli.flags import Parser
 from triode.errors import TriodeError
+from triode.kernels.openmp import bound_spinning
 
 
 class _Command(NamedTuple):
@@ -39,6 +40,7 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
+    bound_spinning(os.environ)
     try:
         arguments = _parser(words).parse_args(words)
         status: int = arguments.main(arguments)

@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -80,17 +81,34 @@ async def test_opening_can_be_cancelled_between_two_stages_of_loading() -> None:
         def stage(self, name: str, total: int | None, unit: str) -> None:
             stages.append(name)
             if len(stages) == 2:
-                trio.from_thread.run_sync(scope.cancel)
+                trio.from_thread.run_sync(scope.cancel, trio_token=token)
 
         def advance(self, amount: int) -> None: ...
 
         def done(self) -> None: ...
 
+    token = trio.lowlevel.current_trio_token()
     with trio.CancelScope() as scope:
         async with open_tiny(progress=Cancelling()):
             stages.append("open")
     assert scope.cancelled_caught
     assert len(stages) == 2
+
+
+async def test_the_thread_that_loads_has_ended_when_an_engine_is_open() -> None:
+    threads: set[threading.Thread] = set()
+
+    class Noting:
+        def stage(self, name: str, total: int | None, unit: str) -> None:
+            threads.add(threading.current_thread())
+
+        def advance(self, amount: int) -> None: ...
+
+        def done(self) -> None: ...
+
+    async with open_tiny(progress=Noting()):
+        assert len(threads) == 1
+        assert not any(thread.is_alive() for thread in threads)
 
 
 async def test_an_error_of_the_progress_stops_the_loading() -> None:
