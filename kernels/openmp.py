@@ -2,13 +2,13 @@
 
 An operation of torch wakes them, and waits for all of them at its end. GCC's OpenMP has them look for milliseconds, which is
 well while they have a core each: the next operation finds them awake. When another process takes a core, every operation
-waits that long for a thread that does not run, and a step takes ten times as long. A tenth of a millisecond is longer
+waits that long for a thread that does not run, and a step takes ten times as long. A fraction of a millisecond is longer
 than what lies between two operations, and costs little when it is in vain.
 """
 
 from collections.abc import MutableMapping
 
-SPIN_COUNT = 5000
+SPIN_COUNT = 20_000
 """Rounds of GCC's OpenMP, each of some tens of nanoseconds."""
 _SETTINGS = frozenset({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"})
 
