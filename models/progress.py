@@ -6,7 +6,8 @@ from typing import Protocol
 class Progress(Protocol):
     """Receives the progress of one stage after another.
 
-    Any method may raise to cancel: it is called between tensors, and what was read until then is dropped.
+    Any method may raise to cancel: it is called between tensors, and what was read until then is dropped. An engine may
+    call it in a thread that Trio does not know: reaching the event loop from there takes its `trio_token`.
     """
 
     def stage(self, name: str, total: int | None, unit: str) -> None:
