@@ -7,7 +7,7 @@ T packed tokens     R rows     D hidden     E q, k and v features     N query he
 F intermediate      V vocab    P blocks     B block size     U = H / 2     X blocks of the longest table
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -230,9 +230,17 @@ class CudaDecoder:
         return GpuLinear(weight_ED, bias_E, proof.triton_tokens, self.traits)
 
     def forward(
-        self, places: TokenPlaces, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]
+        self,
+        places: TokenPlaces,
+        keys_PBKH: Sequence[torch.Tensor],
+        values_PBKH: Sequence[torch.Tensor],
+        cut: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
         """Compute the step whose embeddings are the first rows of `buffers.residual_TD`; store its keys and values.
+
+        Args:
+            cut: called between parts, each of which has twice as many layers as the one before: launching a part is
+                hidden by computing the one before if a layer takes the device half as long as the host, or longer.
 
         Returns:
             The hidden states after the final norm, [T, D]: a view that the next step overwrites.
@@ -242,6 +250,8 @@ class CudaDecoder:
         rms_norm(buffers.residual_TD, first_norm_D, self.config.rms_norm_eps, buffers.hidden_TD, self.traits)
         for index, (layer, key_PBKH, value_PBKH) in enumerate(zip(self._layers, keys_PBKH, values_PBKH, strict=True)):
             if index > 0:
+                if (index + 1).bit_count() == 1:
+                    cut()
                 layer.add_input_norm(buffers)
             layer.attend(key_PBKH, value_PBKH, places, buffers)
             layer.add_post_norm(buffers)

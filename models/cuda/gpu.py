@@ -61,7 +61,11 @@ class Gpu(Protocol):
         """The step's last mark; its `release` gives back the host memory of the step's transfers."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """The work as one launch. What it has to compile must be compiled already."""
+        """The work as one launch, or one for each part of it. What it has to compile must be compiled already."""
+
+    def cut(self) -> None:
+        """Called by work that is being captured, a part ends here: the device begins with it while the host launches the
+        next one. Does nothing otherwise."""
 
     def wait(self) -> None:
         """Until all work is done."""
@@ -104,6 +108,7 @@ class CudaGpu:
         self._pool = torch.cuda.graph_pool_handle()
         self._idle: defaultdict[int, deque[torch.Tensor]] = defaultdict(deque)
         self._lent: list[torch.Tensor] = []
+        self._parts: list[torch.cuda.CUDAGraph] = []
         # What was written before, weights above all, comes first.
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -151,16 +156,31 @@ class CudaGpu:
         return memory[:num_bytes].view(dtype).view(shape)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """A CUDA graph."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may allocate meanwhile: they are none of our business.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        """CUDA graphs."""
+        self._begin_part()
         try:
             work()
         finally:
-            graph.capture_end()
-        replay: Callable[[], None] = graph.replay
+            self._parts[-1].capture_end()
+            parts, self._parts = self._parts, []
+
+        def replay() -> None:
+            for part in parts:
+                part.replay()
+
         return replay
+
+    def cut(self) -> None:
+        """One graph ends, another begins."""
+        if self._parts:
+            self._parts[-1].capture_end()
+            self._begin_part()
+
+    def _begin_part(self) -> None:
+        part = torch.cuda.CUDAGraph()
+        # Other threads of the process may allocate meanwhile: they are none of our business.
+        part.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._parts.append(part)
 
     def wait(self) -> None:
         """Synchronises the stream."""

@@ -176,7 +176,8 @@ class DeviceSteps:
         table_SX = self._arena.table_SX
         gather_tables(arrays.slot_R, arrays.end_R, table_SX, tensors.table_RX, block_size, decoder.traits)
         places = TokenPlaces(num_tokens, arrays.position_T, arrays.kv_slot_T, groups)
-        return decoder.forward(places, self._pool.keys, self._pool.values)
+        # Nothing is launched ahead of a first token: the sooner the device begins, the sooner it is there.
+        return decoder.forward(places, self._pool.keys, self._pool.values, self._gpu.cut)
 
     def _compute_decode(self, bucket: int, num_splits: int) -> None:
         decoder, tensors, columns = self.decoder, self._tensors, self._arena.columns
