@@ -270,8 +270,13 @@ class CudaDecoder:
         """How many programs share the KV of a row, for so many rows of at most so many segments."""
         return splits_for(num_rows, self.config.num_kv_heads, min(max_segments, self.max_segments), self.traits)
 
-    def prefill_splits(self, num_tokens: int, num_rows: int) -> int:
-        """The same for a packed step of so many tokens and rows; 1 where the workspace cannot hold the states."""
+    def prefill_splits(self, num_tokens: int, num_rows: int, longest: int) -> int:
+        """The same for a packed step of so many tokens and rows, of which none ends beyond `longest`.
+
+        1 where there is nothing to share, and where the workspace cannot hold the states.
+        """
+        if longest <= SEGMENT_TOKENS:
+            return 1
         group = self.config.num_heads // self.config.num_kv_heads
         tile = prefill_tile(group, self.config.head_dim, self.dtype, self.traits)
         if num_tokens <= decode_tile(group, self.config.head_dim, self.dtype, self.traits).pairs // group:

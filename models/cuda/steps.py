@@ -141,7 +141,9 @@ class DeviceSteps:
     def prefill(self, packed: PackedRows) -> torch.Tensor:
         """Logits of the sampling rows of a packed step of fixed shape."""
         self._gpu.upload(packed.words, self._tensors.words[: len(packed.words)])
-        self._prefill.run(packed.num_tokens, packed.num_rows)
+        sizes = packed.num_tokens, packed.num_rows
+        longest = int(packed.words[2 * packed.num_rows + 1 : 3 * packed.num_rows + 1].max())
+        self._prefill.run(*sizes, self.decoder.prefill_splits(*sizes, longest))
         return self.decoder.buffers.logits_RV[: len(packed.sampled)]
 
     def sample_prefill(self, packed: PackedRows) -> torch.Tensor:
@@ -149,7 +151,7 @@ class DeviceSteps:
         self._sample_packed.run(packed.num_rows)
         return self._tensors.token_R[: len(packed.sampled)]
 
-    def _compute_prefill(self, num_tokens: int, num_rows: int) -> None:
+    def _compute_prefill(self, num_tokens: int, num_rows: int, num_splits: int) -> None:
         arrays = self._fixed_arrays(num_tokens, num_rows)
         group = RowGroup(
             num_tokens=num_tokens,
@@ -157,7 +159,7 @@ class DeviceSteps:
             start_R=arrays.start_R,
             table_RX=self._tensors.table_RX,
             max_query_tokens=num_tokens,
-            num_splits=self.decoder.prefill_splits(num_tokens, num_rows),
+            num_splits=num_splits,
         )
         self.logits(self._compute(arrays, num_tokens, (group,)), arrays)
 
