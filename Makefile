@@ -13,12 +13,13 @@ EMULATED := tests/kernels/native/test_native_formats.py tests/models/test_gguf_b
 EMULATED_CASES := not sharing_a_long and not long_and_short and not twice_the_blocks \
 	and (not threads or (ragged and bfloat16 and (none or a8w8)))
 
-.PHONY: help demo test test-slow test-aarch64 check clean
+.PHONY: help demo test test-slow test-amx test-aarch64 check clean
 
 help:
 	@echo "make demo       stream SmolLM2's answer to one question"
 	@echo "make test       the tests, with storms and soaks at a tenth of their size"
 	@echo "make test-slow  every test that needs no GPU, in full"
+	@echo "make test-amx   the compiled step's tests on AMX's tiles, which C++ stands in for"
 	@echo "make test-aarch64  the compiled step's tests on ARM's instruction sets, cross-compiled, under QEMU"
 	@echo "make check      ruff, mypy --strict, and the tests of the public surface"
 	@echo "make clean      remove .venv and everything else that make has made"
@@ -34,6 +35,9 @@ test: $(VENV)/.tools
 
 test-slow: $(VENV)/.tools
 	$(BIN)/pytest -m "not gpu" --hypothesis-profile=thorough
+
+test-amx: $(VENV)/.tools
+	TRIODE_EMULATE=amx $(BIN)/pytest $(EMULATED)
 
 test-aarch64: $(VENV)/.tools
 	@command -v aarch64-linux-gnu-g++ > /dev/null && command -v qemu-aarch64 > /dev/null || { \

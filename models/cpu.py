@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from triode.kernels.dispatch import choose_kernels
-from triode.kernels.native.build import NativeUnavailable, find_compiler
-from triode.kernels.native.isa import chosen
+from triode.kernels.native.build import NativeUnavailable
 from triode.kernels.native.library import NativeLibrary, load_library
 from triode.models.config import KernelChoice, ModelConfig
 from triode.models.decoder import Decoder
@@ -76,14 +75,24 @@ def cpu_program(
     return Decoder(config, weights, choose_kernels(CPU, weights.embed_VD.dtype), layers)
 
 
-def describe_auto_kernels(dtype: torch.dtype) -> str:
-    """What "auto" takes here, found out without compiling anything."""
+def find_native(progress: Progress) -> NativeChoice:
+    """The compiled step, if it can be had here."""
     try:
-        _check_dtype(dtype)
-        find_compiler()
+        return NativeChoice(_load(progress))
     except NativeUnavailable as reason:
-        return describe_kernels(choose_kernels(CPU, dtype).names, str(reason))
-    return describe_kernels(native_names(chosen()), None)
+        return NativeChoice(None, str(reason))
+
+
+def describe_auto_kernels(dtype: torch.dtype, native: NativeChoice) -> str:
+    """What "auto" takes here."""
+    missing = native.missing
+    if native.library is not None:
+        try:
+            _check_dtype(dtype)
+            return describe_kernels(native_names(native.library.isa), None)
+        except NativeUnavailable as reason:
+            missing = str(reason)
+    return describe_kernels(choose_kernels(CPU, dtype).names, missing)
 
 
 def describe_kernels(names: Mapping[str, str], missing: str | None) -> str:

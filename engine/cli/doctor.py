@@ -24,6 +24,8 @@ class Report(msgspec.Struct, frozen=True):
     """What `--device auto` takes."""
     kernels: dict[str, str]
     """By dtype, what would compute."""
+    passed_over: tuple[str, ...]
+    """Why the CPU kernels are not built for a better instruction set that the processor has."""
     num_threads: int
     """Of one CPU operation, unless `--num-threads` says otherwise."""
     held_cpus: tuple[int, ...]
@@ -54,13 +56,16 @@ def examine() -> Report:
 
     from triode.kernels.native.cpus import allowed_cpus, usable_threads
     from triode.kernels.native.places import held_elsewhere
-    from triode.models.cpu import describe_auto_kernels
+    from triode.models.cpu import describe_auto_kernels, find_native
     from triode.models.loader import resolve_device
 
     device = resolve_device("auto")
+    num_threads = usable_threads(torch.get_num_threads())
+    with shown_progress() as progress:
+        native = find_native(progress)
 
     def kernels(dtype: torch.dtype) -> str:
-        return describe_auto_kernels(dtype) if device.type == "cpu" else ON_GPU
+        return describe_auto_kernels(dtype, native) if device.type == "cpu" else ON_GPU
 
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     return Report(
@@ -70,21 +75,17 @@ def examine() -> Report:
         gpus=read_gpus(),
         device=str(device),
         kernels={str(dtype).removeprefix("torch."): kernels(dtype) for dtype in dtypes},
-        num_threads=usable_threads(torch.get_num_threads()),
+        passed_over=() if native.library is None else native.library.passed_over,
+        num_threads=num_threads,
         held_cpus=held_elsewhere(allowed_cpus()),
-        read_bytes_per_s=_read_bandwidth(usable_threads(torch.get_num_threads())),
+        read_bytes_per_s=None if native.library is None else _read_bandwidth(num_threads),
         models=_models(),
     )
 
 
-def _read_bandwidth(num_threads: int) -> float | None:
-    from triode.kernels.native.build import NativeUnavailable
-
+def _read_bandwidth(num_threads: int) -> float:
     with shown_progress() as progress, stage(progress, "Measuring memory"):
-        try:
-            return measure_reading(num_threads)
-        except NativeUnavailable:
-            return None
+        return measure_reading(num_threads)
 
 
 def _models() -> dict[str, str]:
@@ -121,6 +122,7 @@ def _lines(report: Report) -> list[str]:
         ("GPU", "; ".join(gpus) or "none that torch can use"),
         ("device", report.device),
         *((f"kernels, {dtype}", names) for dtype, names in report.kernels.items()),
+        *(("not used", reason) for reason in report.passed_over),
         *((f"model {alias}", where) for alias, where in report.models.items()),
     ]
     width = max(len(label) for label, _ in rows)

@@ -46,6 +46,10 @@ class UnknownInstructions(NativeUnavailable):
     """The compiler does not know the instruction set."""
 
 
+class WrongResults(NativeUnavailable):
+    """A build does not compute here what it should."""
+
+
 def find_compiler() -> tuple[str, ...]:
     """The command that compiles C++: what CXX holds, or `c++`.
 

@@ -189,7 +189,6 @@ struct GroupProduct {
         }
     }
 
-  private:
     ALWAYS_INLINE void multiply(int column, IntVec (&acc)[ROWS][COLUMNS]) const {
         const int8_t* bytes = x.bytes + index * layout.group;
 #pragma GCC unroll 6

@@ -13,6 +13,8 @@ VARIABLE = "TRIODE_NATIVE_ISA"
 
 X86, ARM = "x86_64", "aarch64"
 _PR_SVE_GET_VL, _SVE_LENGTH_MASK = 51, 0xFFFF
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+_GRANTED_TILES = "granted_tiles"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,8 @@ class InstructionSet:
 
     name: str
     features: frozenset[str]
-    """What the processor must have, as /proc/cpuinfo spells it; `sve256` is SVE with registers of 256 bits."""
+    """What the processor must have, as /proc/cpuinfo spells it; `sve256` is SVE with registers of 256 bits, and
+    `granted_tiles` that the system lets this process use AMX's."""
     flags: tuple[str, ...]
     """What tells the compiler."""
     machine: str | None = None
@@ -40,6 +43,12 @@ _AVX512_VNNI = InstructionSet("avx512_vnni", _AVX512.features | {"avx512_vnni"},
 _AVX512_BF16 = InstructionSet(
     "avx512_bf16", _AVX512_VNNI.features | {"avx512_bf16"}, (*_AVX512_VNNI.flags, "-mavx512bf16"), X86
 )
+_AMX = InstructionSet(
+    "amx",
+    _AVX512_BF16.features | {"amx_tile", "amx_int8", "amx_bf16", _GRANTED_TILES},
+    (*_AVX512_BF16.flags, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    X86,
+)
 _NEON = InstructionSet("neon", frozenset({"asimd"}), ("-march=armv8-a",), ARM)
 _NEON_DOT = InstructionSet("neon_dotprod", _NEON.features | {"asimddp"}, ("-march=armv8.2-a+dotprod",), ARM)
 _NEON_I8MM = InstructionSet("neon_i8mm", _NEON_DOT.features | {"i8mm"}, ("-march=armv8.2-a+dotprod+i8mm",), ARM)
@@ -56,7 +65,7 @@ _PORTABLE = InstructionSet("portable", frozenset(), ())
 INSTRUCTION_SETS = {
     isa.name: isa
     for isa in (
-        *(_AVX512_BF16, _AVX512_VNNI, _AVX512, _AVX2_VNNI, _AVX2),
+        *(_AMX, _AVX512_BF16, _AVX512_VNNI, _AVX512, _AVX2_VNNI, _AVX2),
         *(_SVE512, _SVE256, _NEON_BF16, _NEON_I8MM, _NEON_DOT, _NEON),
         _PORTABLE,
     )
@@ -74,10 +83,17 @@ def processor_info() -> Mapping[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def features(info: Mapping[str, str], sve_bits: int) -> frozenset[str]:
-    """What an entry of /proc/cpuinfo says that a processor has, where SVE's registers have so many bits (0: it has none)."""
+def features(info: Mapping[str, str], sve_bits: int, *, granted_tiles: bool = False) -> frozenset[str]:
+    """What a processor has for this process.
+
+    Args:
+        info: its entry of /proc/cpuinfo.
+        sve_bits: of SVE's registers; 0 where it has none.
+        granted_tiles: whether the system lets this process use AMX's tiles.
+    """
     words = info.get("flags", info.get("Features", "")).split()
-    return frozenset(words) | ({f"sve{sve_bits}"} if sve_bits else frozenset())
+    granted = {f"sve{sve_bits}"} if sve_bits else set()
+    return frozenset(words) | granted | ({_GRANTED_TILES} if granted_tiles else set())
 
 
 def _sve_bits() -> int:
@@ -89,6 +105,19 @@ def _sve_bits() -> int:
     return 0 if length < 0 else (length & _SVE_LENGTH_MASK) * 8
 
 
+@cache
+def _ask_for_tiles() -> bool:
+    """Have the system save AMX's tiles for the threads of this process; whether it does.
+
+    Linux wants to be asked, as signal frames grow by 8 KiB. It refuses where some thread has a smaller signal stack of its
+    own.
+    """
+    if "amx_tile" not in features(processor_info(), 0) or platform.system() != "Linux":
+        return False
+    answer: int = ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)
+    return answer == 0
+
+
 def fitting(machine: str, has: frozenset[str]) -> tuple[InstructionSet, ...]:
     """Those that a processor of this machine, with these features, can run, best first."""
     return tuple(isa for isa in INSTRUCTION_SETS.values() if isa.machine in (None, machine) and isa.features <= has)
@@ -97,7 +126,7 @@ def fitting(machine: str, has: frozenset[str]) -> tuple[InstructionSet, ...]:
 def supported() -> tuple[InstructionSet, ...]:
     """Those that this processor can run, best first."""
     machine = X86 if platform.machine() == "AMD64" else platform.machine()
-    return fitting(machine, features(processor_info(), _sve_bits()))
+    return fitting(machine, features(processor_info(), _sve_bits(), granted_tiles=_ask_for_tiles()))
 
 
 def candidates() -> tuple[InstructionSet, ...]:
@@ -113,11 +142,6 @@ def candidates() -> tuple[InstructionSet, ...]:
     if name not in possible:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(possible)} on this processor, got {name!r}")
     return (possible[name],)
-
-
-def chosen() -> InstructionSet:
-    """The first of the candidates."""
-    return candidates()[0]
 
 
 def processor_name() -> str:

@@ -12,7 +12,7 @@ from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int
 from functools import cache
 from pathlib import Path
 
-from triode.kernels.native.build import NativeUnavailable, UnknownInstructions, build
+from triode.kernels.native.build import NativeUnavailable, UnknownInstructions, WrongResults, build
 from triode.kernels.native.formats import Packing
 from triode.kernels.native.isa import InstructionSet, candidates
 
@@ -117,6 +117,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[object, ...]]] = {
     "triode_pack_groups": (None, (c_int32, c_int64, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p)),
     "triode_scratch_bytes": (c_int64, (POINTER(ModelStruct), c_int64, c_int32)),
     "triode_model_error": (c_char_p, (POINTER(ModelStruct),)),
+    "triode_products_error": (c_char_p, ()),
     "triode_open_team": (c_void_p, (c_int32, POINTER(c_int32), POINTER(c_int32))),
     "triode_close_team": (None, (c_void_p,)),
     "triode_read": (c_uint32, (c_void_p, c_int64, c_void_p)),
@@ -132,6 +133,8 @@ class NativeLibrary:
         self.isa = isa
         self.build = Path(path).stem
         """Names the instruction set, the sources and the compiler."""
+        self.passed_over: tuple[str, ...] = ()
+        """Why it is not a build for a better instruction set that the processor has."""
         self._library = ctypes.CDLL(path)
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self._library, name)
@@ -183,6 +186,15 @@ class NativeLibrary:
         if error := self._library.triode_model_error(byref(model)):
             raise ValueError(f"the table of layers must fit the model's sizes, but {error.decode()}")
 
+    def check_products(self) -> None:
+        """Once, before anything relies on this build.
+
+        Raises:
+            WrongResults: its products are wrong on this processor, or depend on how many rows there are.
+        """
+        if error := self._library.triode_products_error():
+            raise WrongResults(f"the CPU kernels for {self.isa.name} compute wrongly here: {error.decode()}")
+
     def open_team(self, num_helpers: int, cpus: Sequence[int] | None) -> int:
         """Start threads that help whoever calls `forward` and `logits` with their handle; each stays on its CPU.
 
@@ -220,25 +232,29 @@ class NativeLibrary:
 
 
 def load_library(announce: Callable[[str], None]) -> NativeLibrary:
-    """The library for the best instruction set that processor and compiler know, compiled if need be (`build.build`).
+    """The library for the best instruction set that the compiler knows and that computes rightly, compiled if need be.
 
     Raises:
-        NativeUnavailable: it cannot be had here.
+        NativeUnavailable: it cannot be had here (`build.build`).
         ValueError: the environment asks for an instruction set that this processor lacks.
     """
-    unknown: UnknownInstructions | None = None
+    reasons: list[NativeUnavailable] = []
     for isa in candidates():
         try:
-            return _open(str(build(isa, announce)), isa)
-        except UnknownInstructions as reason:
-            unknown = unknown or reason
-    assert unknown is not None, "every processor has the portable set"
-    raise unknown
+            library = _open(str(build(isa, announce)), isa)
+        except (UnknownInstructions, WrongResults) as reason:
+            reasons.append(reason)
+        else:
+            library.passed_over = tuple(map(str, reasons))
+            return library
+    raise reasons[0]
 
 
 @cache
 def _open(path: str, isa: InstructionSet) -> NativeLibrary:
     try:
-        return NativeLibrary(path, isa)
+        library = NativeLibrary(path, isa)
     except OSError as error:
         raise NativeUnavailable(f"the compiled CPU kernels do not load: {error}") from error
+    library.check_products()
+    return library

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "arena.h"
-#include "grouped.h"
+#include "grouped_tiles.h"
 #include "model.h"
 #include "team.h"
 
@@ -102,9 +102,9 @@ void linear(Worker& worker, const LinearScratch& mine, const TriodeMatrix& matri
             for (long row = 0; !is_quantized && row < rows; row++) quantize(mine.few, inputs(), row);
             is_quantized = true;
             const ByteRows& x = rows > FEW_ROWS ? mine.shared : mine.few;
-            multiply_grouped(x.from(first), end - first,
-                             matrix.panels + panel * layout.groups(matrix.in_features) * layout.group_size(), layout,
-                             matrix.in_features, mine.product);
+            multiply_byte_rows(x.from(first), end - first,
+                               matrix.panels + panel * layout.groups(matrix.in_features) * layout.group_size(), layout,
+                               matrix.in_features, mine.product);
         } else {
             multiply(mine, matrix, inputs(), stride, first, end, panel);
         }

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "amx.h"
 #include "squares.h"
 
 namespace triode {
@@ -112,6 +113,9 @@ void multiply_panel(const T* x, long x_stride, long rows, const uint32_t* panel,
                     bool from_zero) {
     const char* inputs = reinterpret_cast<const char*>(x);
     const long x_bytes = x_stride * long(sizeof(T)), parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
+#if defined(TRIODE_TILES)
+    if constexpr (std::is_same_v<T, bf16>) return multiply_by_tiles(inputs, x_bytes, rows, panel, words, out, from_zero);
+#endif
     if (parts == 1) return multiply_rows<T>(rows, inputs, x_bytes, panel, words, out, from_zero, a_little_ahead(panel));
     const long blocks = (words * PANEL + CACHED_WORDS - 1) / CACHED_WORDS;
     for (long block = 0; block < blocks; block++) {

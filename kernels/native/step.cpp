@@ -1,6 +1,7 @@
 // The exported functions, in plain C. One shared object is built of this file per instruction set.
 #include "check.h"
 #include "packing.h"
+#include "self_check.h"
 #include "step.h"
 
 #include <cerrno>
@@ -171,6 +172,9 @@ int64_t triode_scratch_bytes(const TriodeModel* model, int64_t num_tokens, int32
 
 // What is wrong with a table of layers, or null. Lengths of memory are the caller's word.
 const char* triode_model_error(const TriodeModel* model) { return model_error(*model); }
+
+// What this build computes wrongly on this processor, or null.
+const char* triode_products_error() { return products_error(); }
 
 // Threads for `triode_forward` and `triode_logits`, one call at a time. `cpus`: where each helper stays, or null.
 // Null if the system does not start them all; then none is left, and `error`, which may be null, holds its number.

@@ -8,7 +8,7 @@ from tiny_decoders import tiny_config, tiny_weights
 from triode.cache.config import CacheConfig
 from triode.models.build import BuiltRunner, build_runner
 from triode.models.config import KernelChoice, ModelOptions
-from triode.models.cpu import describe_auto_kernels
+from triode.models.cpu import describe_auto_kernels, find_native
 from triode.models.quantization import Quantization, plan_weights
 
 
@@ -58,7 +58,7 @@ def test_native_kernels_are_taken_where_there_is_a_compiler() -> None:
     stages = Stages()
     assert built("auto", stages=stages).kernels.startswith(f"native ({isa.name}): linear")
     assert stages.names == ["Preparing kernels"]
-    assert describe_auto_kernels(torch.bfloat16).startswith(f"native ({isa.name}): linear")
+    assert describe_auto_kernels(torch.bfloat16, find_native(stages)).startswith(f"native ({isa.name}): linear")
 
 
 def test_torch_operations_are_taken_when_asked_for() -> None:
@@ -70,7 +70,7 @@ def test_without_a_compiler_torch_operations_are_taken_and_the_reason_is_said(mo
     kernels = built("auto").kernels
     assert "reference: rms_norm" in kernels
     assert kernels.endswith("no native step: no C++ compiler: no-such-compiler-anywhere is not installed")
-    assert describe_auto_kernels(torch.float32) == kernels
+    assert describe_auto_kernels(torch.float32, find_native(Stages())) == kernels
 
 
 def test_native_kernels_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The compiled step in tests: for one instruction set or the best, or skipped where there is no compiler.
 
-With TRIODE_EMULATE=aarch64 in the environment, all of them are ARM's, and run under an emulator (`make test-aarch64`).
+With TRIODE_EMULATE=aarch64 in the environment, all of them are ARM's, and run under an emulator (`make test-aarch64`). With
+TRIODE_EMULATE=amx there is only AMX, whose tiles C++ stands in for (`make test-amx`).
 """
 
 import os
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 
+from emulated_amx import AMX, emulated_amx
 from triode.kernels.native.build import NativeUnavailable
 from triode.kernels.native.isa import VARIABLE, supported
 from triode.kernels.native.library import NativeLibrary, load_library
@@ -22,6 +24,8 @@ if EMULATES:
     from emulated_arm import PROCESSORS, emulated
 
     ISAS = list(PROCESSORS)
+elif os.environ.get("TRIODE_EMULATE") == AMX.name:
+    ISAS = [AMX.name]
 else:
     ISAS = [isa.name for isa in supported()]
 """Names of the instruction sets that tests meet, best first."""
@@ -31,6 +35,11 @@ def native_library(isa: str | None = None) -> NativeLibrary:
     """The library, compiled if this machine has not compiled it yet."""
     if EMULATES:
         return emulated(isa or "neon_bf16")
+    if (isa or ISAS[0]) == AMX.name and AMX not in supported():
+        try:
+            return emulated_amx()
+        except NativeUnavailable as reason:
+            pytest.skip(str(reason))
     with pytest.MonkeyPatch.context() as patch:
         if isa is not None:
             patch.setenv(VARIABLE, isa)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from triode.kernels.native.build import SOURCES, NativeUnavailable, build, find_compiler
-from triode.kernels.native.isa import INSTRUCTION_SETS, VARIABLE, chosen, supported
+from triode.kernels.native.isa import INSTRUCTION_SETS, VARIABLE, candidates, supported
 
 PORTABLE = INSTRUCTION_SETS["portable"]
 # Stands in for a compiler: answers --version, counts its runs, and writes its target in two halves.
@@ -107,12 +107,12 @@ def test_a_cache_that_cannot_be_written_is_named(compiler: FakeCompiler, tmp_pat
 
 def test_the_environment_forces_an_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "portable")
-    assert chosen() == PORTABLE
+    assert candidates() == (PORTABLE,)
     monkeypatch.setenv(VARIABLE, "sse17")
     with pytest.raises(ValueError, match=r"must be one of .*portable on this processor, got 'sse17'"):
-        chosen()
+        candidates()
     monkeypatch.delenv(VARIABLE)
-    assert chosen() == supported()[0]
+    assert candidates() == supported()
 
 
 def test_every_source_is_part_of_the_digest_and_of_the_wheel() -> None:

@@ -25,6 +25,7 @@ NEON = "fp asimd evtstrm aes pmull sha1 sha2 crc32"
 DOT = f"{NEON} atomics fphp asimdhp asimdrdm asimddp"
 MATRIX = f"{DOT} i8mm bf16"
 AVX512 = "avx avx2 fma f16c avx512f avx512bw avx512dq avx512vl"
+AMX = "avx512_vnni avx512_bf16 amx_tile amx_int8 amx_bf16"
 # Machine, what /proc/cpuinfo lists, bits of SVE's registers; and the best set for it.
 PROCESSORS = {
     "Cortex-A53": (ARM, NEON, 0, "neon"),
@@ -35,6 +36,7 @@ PROCESSORS = {
     "A64FX": (ARM, f"{NEON} sve", 512, "sve512"),
     "ARM without a list": (ARM, "", 0, "portable"),
     "Zen 4": (X86, f"{AVX512} avx512_vnni avx512_bf16", 0, "avx512_bf16"),
+    "Sapphire Rapids": (X86, f"{AVX512} {AMX}", 0, "amx"),
     "Haswell": (X86, "avx avx2 fma f16c", 0, "avx2"),
     "old x86": (X86, "sse sse2", 0, "portable"),
     "another": ("riscv64", MATRIX, 0, "portable"),
@@ -45,10 +47,15 @@ PROCESSORS = {
 def test_a_processor_gets_the_best_set_that_it_has(name: str) -> None:
     machine, words, sve_bits, best = PROCESSORS[name]
     key = "flags" if machine == X86 else "Features"
-    possible = fitting(machine, features({key: words}, sve_bits))
+    possible = fitting(machine, features({key: words}, sve_bits, granted_tiles=True))
     assert possible[0].name == best
     assert possible[-1].name == "portable"
     assert {isa.machine for isa in possible} <= {machine, None}
+
+
+def test_tiles_that_the_system_does_not_grant_are_not_used() -> None:
+    possible = fitting(X86, features({"flags": f"{AVX512} {AMX}"}, 0, granted_tiles=False))
+    assert possible[0].name == "avx512_bf16"
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS.values(), ids=list(INSTRUCTION_SETS))
