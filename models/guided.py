@@ -5,13 +5,16 @@ A mask follows from the tokens that a row has by then, so it is made anew for ev
     G rows with a guide        R rows        W 32-bit words of a mask, one bit a token
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
 
+from triode.ids import TokenId
 from triode.models.matcher import MaskWords
 from triode.models.slots import SlotState
+
+NOTHING_KNOWN: Mapping[int, TokenId] = {}
 
 
 class GuidedRows:
@@ -36,9 +39,20 @@ class GuidedRows:
         """None when no row has a guide."""
         return cls(states) if any(state.matcher is not None for state in states) else None
 
-    def fill(self) -> None:
-        """Make the masks of the next tokens."""
-        self._masks.fill(self._matchers, self.mask_GW)
+    def fill(self, known: Mapping[int, TokenId] = NOTHING_KNOWN) -> None:
+        """Make the masks of the next tokens. Where one is `known`, by row, it is the only one that may come."""
+        if not known:
+            self._masks.fill(self._matchers, self.mask_GW)
+            return
+        rows = self.row_G.tolist()
+        self._masks.fill(
+            [None if row in known else matcher for row, matcher in zip(rows, self._matchers, strict=True)], self.mask_GW
+        )
+        bits_GW = self.mask_GW.view(np.uint32)
+        for index, row in enumerate(rows):
+            if row in known:
+                bits_GW[index] = 0
+                bits_GW[index, known[row] // 32] = 1 << known[row] % 32
 
     def begin(self) -> None:
         """The same in another thread."""

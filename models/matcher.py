@@ -140,24 +140,30 @@ class MaskMaker:
         """What an output ends with."""
         self._num_cores = usable_threads(os.cpu_count() or 1)
 
-    def fill(self, matchers: Sequence[Matcher], mask_GW: MaskWords) -> None:
-        """Each matcher's mask of what may come next. Nothing may where a matcher has an error, which this may bring."""
+    def fill(self, matchers: Sequence[Matcher | None], mask_GW: MaskWords) -> None:
+        """Each matcher's mask of what may come next. Nothing may where a matcher has an error, which this may bring.
+
+        Where there is none the mask is left as it is.
+        """
         assert mask_GW.flags.c_contiguous, "llguidance writes to the array's memory"
-        trusted: list[int] = []
-        suspects: list[int] = []
+        trusted: list[tuple[int, Matcher]] = []
+        suspects: list[tuple[int, Matcher]] = []
         for row, matcher in enumerate(matchers):
-            if matcher.error is None:
-                (suspects if matcher.is_suspect or matcher.num_unread > _MAX_READ_TOKENS else trusted).append(row)
+            if matcher is None or matcher.error is not None:
+                continue
+            (suspects if matcher.is_suspect or matcher.num_unread > _MAX_READ_TOKENS else trusted).append(
+                (row, matcher)
+            )
         if trusted:
             start_s = time.perf_counter()
-            self._fill_together(matchers, trusted, mask_GW)
+            self._fill_together(trusted, mask_GW)
             if time.perf_counter() - start_s > MAX_FILL_S:
-                for row in trusted:
-                    matchers[row].is_suspect = True
+                for _, matcher in trusted:
+                    matcher.is_suspect = True
         if suspects:
-            self._fill_suspects([matchers[row] for row in suspects], [mask_GW[row] for row in suspects])
+            self._fill_suspects([matcher for _, matcher in suspects], [mask_GW[row] for row, _ in suspects])
         for row, matcher in enumerate(matchers):
-            if matcher.error is not None:
+            if matcher is not None and matcher.error is not None:
                 mask_GW[row] = 0
 
     def in_thread(self, fill: Callable[[], None]) -> "Future[None]":
@@ -171,17 +177,17 @@ class MaskMaker:
             if threads is not None:
                 threads.shutdown()
 
-    def _fill_together(self, matchers: Sequence[Matcher], rows: list[int], mask_GW: MaskWords) -> None:
-        unread = [(matchers[row], token_ids) for row in rows if (token_ids := matchers[row].take_unread())]
+    def _fill_together(self, rows: Sequence[tuple[int, Matcher]], mask_GW: MaskWords) -> None:
+        unread = [(matcher, token_ids) for _, matcher in rows if (token_ids := matcher.take_unread())]
         if unread:
             self._executor.consume_token_par([(matcher.inner, token_ids[0]) for matcher, token_ids in unread])
         for matcher, token_ids in unread:
             if len(token_ids) > 1:
                 matcher.inner.consume_tokens([*token_ids[1:]])
-        inner = [(matchers[row].inner, row) for row in rows]
+        inner = [(matcher.inner, row) for row, matcher in rows]
         self._executor.unsafe_compute_mask_ptr(inner, mask_GW.ctypes.data, mask_GW[0].nbytes, len(mask_GW))
-        for row in rows:
-            matchers[row].check()
+        for _, matcher in rows:
+            matcher.check()
 
     def _fill_suspects(self, matchers: Sequence[Matcher], masks: Sequence[MaskWords]) -> None:
         took_s = list(self._timed_threads.map(_fill_timed, matchers, masks))

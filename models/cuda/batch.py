@@ -2,15 +2,24 @@
 
 The host never learns a token before it needs to: it counts. `known_S` counts a slot's tokens, the samples of launched
 steps included, whose values only the device has; `newest_S` is the position of the token that the device will compute
-next by itself. A row whose token the device has needs nothing; any other token is among those of its admission.
+next by itself. A row whose token the device has needs nothing; any other token is among the first `held_S`: those of its
+admission, or all up to the last one that a guide has forced.
+
+A row that was planned before anyone knew of forced tokens ends before the last of them. It is computed as planned, and
+what it samples, which counts for nobody, is the next of these tokens (`overtaken`).
+
+`lock` is for what the thread that launches shares with the one that collects.
 
     R rows    T packed query tokens    S slots    X blocks of the longest table    B block size
 """
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from triode.ids import TokenId
 from triode.models.cuda.arena import ArenaLayout, Changes, Words
 from triode.models.grammar import GuideCompiler
 from triode.models.slots import IntArray, Slots, SlotState
@@ -59,11 +68,12 @@ class HostBatch:
         block_size_tokens: int,
         guides: GuideCompiler | None = None,
     ) -> None:
+        self.lock = threading.Lock()
         self._layout = layout
         self._block_size = block_size_tokens
         self._slots = Slots(layout.num_slots, max_context_tokens, block_size_tokens, guides)
         self._epoch_S = np.zeros(layout.num_slots, np.int64)
-        self._admitted_S = np.zeros(layout.num_slots, np.int64)
+        self._held_S = np.zeros(layout.num_slots, np.int64)
         self._known_S = np.zeros(layout.num_slots, np.int64)
         self._newest_S = np.full(layout.num_slots, _UNKNOWN, np.int64)
         self._row_slots: tuple[int, ...] = ()
@@ -73,7 +83,7 @@ class HostBatch:
         for admission in plan.admissions:
             self._slots.admit(admission)
             self._epoch_S[admission.slot] = admission.epoch
-            self._admitted_S[admission.slot] = self._known_S[admission.slot] = len(admission.token_ids)
+            self._held_S[admission.slot] = self._known_S[admission.slot] = len(admission.token_ids)
             self._newest_S[admission.slot] = _UNKNOWN
             changes.admit(admission)
         for change in plan.table_changes:
@@ -84,9 +94,19 @@ class HostBatch:
         """The sequence of each row."""
         return [self._slots.state(slot, epoch) for slot, epoch in zip(plan.slots, plan.epochs, strict=True)]
 
-    def holds(self, state: SlotState, slot: int) -> bool:
-        """Whether the slot still belongs to this sequence."""
-        return bool(self._epoch_S[slot] == state.epoch)
+    def learn(self, state: SlotState, slot: int, token_id: int) -> list[TokenId]:
+        """A token that the device chose becomes part of the host's copy. Returns those that a guide forces behind it.
+
+        A row that failed goes on from token 0.
+        """
+        # A slot's history is overwritten by its next sequence.
+        if self._epoch_S[slot] != state.epoch:
+            return []
+        state.append(TokenId(max(token_id, 0)))
+        forced = state.force() if token_id >= 0 and state.matcher is not None else []
+        if forced:
+            self._known_S[slot] = self._held_S[slot] = state.num_tokens
+        return forced
 
     def check(self, plan: StepPlan, *, every_row_samples: bool) -> tuple[Words, Words, Words]:
         """Slot, start and end of each row. A plan that contradicts the slots is a bug of ours: AssertionError."""
@@ -95,7 +115,7 @@ class HostBatch:
         end_R = start_R + np.array(plan.num_query_tokens, np.int32)
         known_R = self._known_S[slot_R]
         assert (end_R <= known_R).all(), f"step {plan.step_id} computes tokens that its slots do not have"
-        ends_R = end_R == known_R
+        ends_R = (end_R == known_R) | self._is_overtaken(plan, slot_R, end_R)
         if not every_row_samples:
             ends_R |= np.fromiter((output not in SAMPLING for output in plan.outputs), bool, len(slot_R))
         assert ends_R.all(), f"step {plan.step_id} samples before the end of a sequence"
@@ -115,8 +135,7 @@ class HostBatch:
             slots, starts = slot_R[stale], start_R[stale]
             self._check_host_has(slots, starts + 1, plan)
             changes.set_newest(slots, self._slots.tokens_SC[slots, starts], starts)
-        self._known_S[slot_R] += 1
-        self._newest_S[slot_R] = start_R + 1
+        self._count_samples(slot_R, start_R + 1)
 
     def pack(
         self, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words, shape: tuple[int, int] | None = None
@@ -135,8 +154,7 @@ class HostBatch:
         token_T = self._tokens(plan, slot_R, start_R, end_R, row_T, position_T)
         is_sampled = np.fromiter((plan.outputs[row] in SAMPLING for row in order), bool, len(order))
         sampled_slots, sampled_ends = slot_R[is_sampled], end_R[is_sampled]
-        self._known_S[sampled_slots] += 1
-        self._newest_S[sampled_slots] = sampled_ends
+        self._count_samples(sampled_slots, sampled_ends)
         T, R = shape or (num_tokens, len(order))
         Q = R if shape else len(sampled_slots)
         nobody, num_long = self._layout.nobody, int((num_query_R > 1).sum())
@@ -168,9 +186,21 @@ class HostBatch:
         return np.where(on_device_R[row_T], -1 - slot_R[row_T], token_T)
 
     def _check_host_has(self, slots: Words, ends: Words, plan: StepPlan) -> None:
-        assert (ends <= self._admitted_S[slots]).all(), (
+        assert (ends <= self._held_S[slots]).all(), (
             f"step {plan.step_id} needs tokens that neither host nor device keeps"
         )
+
+    def _count_samples(self, slots: Words, ends: Words) -> None:
+        # An overtaken row's sample is among the known ones.
+        self._known_S[slots] = np.maximum(self._known_S[slots], ends + 1)
+        self._newest_S[slots] = ends
+
+    def _is_overtaken(self, plan: StepPlan, slot_R: Words, end_R: Words) -> npt.NDArray[np.bool_]:
+        is_overtaken_R = end_R < self._held_S[slot_R]
+        for row in is_overtaken_R.nonzero()[0].tolist():
+            state = self._slots.state(plan.slots[row], plan.epochs[row])
+            is_overtaken_R[row] = state.matcher is not None and end_R[row] > state.num_prompt_tokens
+        return is_overtaken_R
 
 
 def _padded(words: IntArray, length: int, value: int = 0) -> IntArray:

@@ -1,6 +1,6 @@
 """A launched step: what it will say, and how that is read once the device has passed its last mark."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from triode.models.slots import SlotState
 from triode.models.step import StepPlan, StepResult, TokenLogprobs
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Flight:
     """One step between launch and collect."""
 
@@ -34,11 +34,21 @@ class Flight:
     """By index in `token_R`, why a row cannot follow its guide any further."""
     learners: list[tuple[int, int, SlotState]] = field(default_factory=list)
     """(index in `token_R`, slot, state) of the rows whose host copy must learn their token."""
+    overtaken: Set[int] = frozenset()
+    """Indices in `token_R` of rows that were planned before their forced tokens were known: they bring none."""
+    forced: dict[int, list[TokenId]] = field(default_factory=dict)
+    """By index in `token_R`, what a guide forces behind the token; there when the learners have learned."""
     _tokens: list[int] | None = None
+
+    @property
+    def may_force(self) -> bool:
+        """Whether the learners must learn before the result is read."""
+        return any(state.matcher is not None for _, _, state in self.learners)
 
     def tokens(self) -> list[int]:
         """What the sampling rows got. Waits for the device. Asked by the thread that launches, before or after the
-        result is taken: only that thread lends the host memory to another step."""
+        result is taken, because only that thread lends the host memory to another step, or before it by the one that
+        collects."""
         if self._tokens is not None:
             return self._tokens
         self.ended.wait()
@@ -57,14 +67,15 @@ class Flight:
         forward_s = self.computed.seconds_since(self.begun)
         sample_s = self.ended.seconds_since(self.computed)
         logprobs, errors = self._logprobs(tokens), self._errors(tokens)
-        if errors is None and len(tokens) == len(plan.slots) and logprobs is None:
+        is_plain = errors is None and logprobs is None and not self.forced and not self.overtaken
+        if is_plain and len(tokens) == len(plan.slots):
             # Every row of a steady decode step: its rows are in plan order.
             num_accepted: Sequence[int] = (1,) * len(tokens)
             token_ids = tuple(map(TokenId, tokens)) if self._in_order() else self._ordered(tokens)
         else:
             counts = [0] * len(plan.slots)
-            for row, token in zip(self.sampled, tokens, strict=True):
-                counts[row] = int(token >= 0)
+            for index, row in enumerate(self.sampled):
+                counts[row] = len(self._accepted(index, tokens[index]))
             num_accepted = tuple(counts)
             token_ids = self._ordered(tokens)
         return StepResult(
@@ -90,19 +101,31 @@ class Flight:
         return [(self.sampled[index], index, tokens[index]) for index in indices]
 
     def _ordered(self, tokens: list[int]) -> tuple[TokenId, ...]:
-        return tuple(TokenId(token) for _, _, token in self._by_row(tokens) if token >= 0)
+        return tuple(each for _, index, token in self._by_row(tokens) for each in self._accepted(index, token))
+
+    def _accepted(self, index: int, token: int) -> Sequence[TokenId]:
+        if token < 0 or index in self.overtaken:
+            return ()
+        return (TokenId(token), *self.forced.get(index, ()))
 
     def _logprobs(self, tokens: list[int]) -> tuple[TokenLogprobs | None, ...] | None:
         if self.scores is None:
             return None
         entries = self.scores.read()
-        return tuple(entries.get(index) for _, index, token in self._by_row(tokens) if token >= 0)
+        return tuple(
+            entry
+            for _, index, token in self._by_row(tokens)
+            # Of a forced token nobody knows it: rows that ask for logprobs have none.
+            for entry in [entries.get(index), *[None] * len(self.forced.get(index, ()))][
+                : len(self._accepted(index, token))
+            ]
+        )
 
     def _errors(self, tokens: list[int]) -> tuple[str | None, ...] | None:
         if not tokens or min(tokens) >= 0:
             return None
         errors: list[str | None] = [None] * len(self.plan.slots)
         for index, (row, token) in enumerate(zip(self.sampled, tokens, strict=True)):
-            if token < 0:
+            if token < 0 and index not in self.overtaken:
                 errors[row] = NOT_FINITE if token == NOT_FINITE_TOKEN else self.refusals.get(index, ALL_FORBIDDEN)
-        return tuple(errors)
+        return tuple(errors) if any(errors) else None

@@ -17,12 +17,13 @@ step alone.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
 
 from triode.cache.pool import KVPool
+from triode.ids import TokenId
 from triode.kernels.guide_mask.gpu import forbid
 from triode.models.cuda.arena import Arena, ArenaLayout, Changes, Words
 from triode.models.cuda.batch import HostBatch, has_history, is_decode
@@ -30,8 +31,9 @@ from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.flight import Flight
 from triode.models.cuda.gpu import Gpu, Mark
 from triode.models.cuda.hidden import READING_HIDDEN, Embeddings, score_prompts
+from triode.models.cuda.histories import Histories
 from triode.models.cuda.programs import bucket_for, prefill_shape
-from triode.models.cuda.sampling import SampledSet, append
+from triode.models.cuda.sampling import SampledSet
 from triode.models.cuda.steps import DeviceSteps
 from triode.models.grammar import GuideCompiler, check_guide, release_guide
 from triode.models.guide import Guide
@@ -66,7 +68,7 @@ class CudaRunner:
         self._set_key: object = None
         self._set: SampledSet | None = None
         self._flights: deque[Flight] = deque()
-        self._unlearned: deque[Flight] = deque()
+        self._histories = Histories(self._host)
         self._launched = RunnerStatistics()
         self._collected = RunnerStatistics()
 
@@ -84,7 +86,8 @@ class CudaRunner:
         steps = self._steps
         assert steps is not None, "no launch follows close"
         with self._gpu.active():
-            self._host.apply(plan, self._changes)
+            with self._host.lock:
+                self._host.apply(plan, self._changes)
             for admission in plan.admissions:
                 self._embeddings.forget(admission.slot)
             decodes = is_decode(plan)
@@ -99,7 +102,11 @@ class CudaRunner:
 
     def collect(self) -> StepResult:
         """The result of the oldest step not collected yet; waits for the device."""
-        result = self._flights.popleft().result()
+        flight = self._flights.popleft()
+        if flight.may_force:
+            flight.ended.wait()
+            self._histories.learn_until(flight)
+        result = flight.result()
         before = self._collected
         self._collected = RunnerStatistics(
             num_sampled_tokens=before.num_sampled_tokens + len(result.token_ids),
@@ -138,11 +145,12 @@ class CudaRunner:
         self._steps = self._set = None
         self._embeddings = Embeddings()
         self._flights.clear()
-        self._unlearned.clear()
+        self._histories.forget()
 
     def _launch_decode(self, steps: DeviceSteps, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words) -> Flight:
         num_rows = len(slot_R)
-        self._host.decode(plan, slot_R, start_R, self._changes)
+        with self._host.lock:
+            self._host.decode(plan, slot_R, start_R, self._changes)
         steps.prepare(self._changes, plan.copies)
         begun = self._gpu.mark()
         logits_RV = steps.decode(num_rows, int(end_R.max()))
@@ -152,7 +160,8 @@ class CudaRunner:
         reads_hidden = not READING_HIDDEN.isdisjoint(plan.outputs)
         num_tokens = sum(plan.num_query_tokens)
         shape = None if reads_hidden else prefill_shape(num_tokens, len(plan.slots), steps.max_rows)
-        packed = self._host.pack(plan, slot_R, start_R, end_R, shape)
+        with self._host.lock:
+            packed = self._host.pack(plan, slot_R, start_R, end_R, shape)
         steps.prepare(self._changes, plan.copies)
         begun = self._gpu.mark()
         if shape is not None:
@@ -182,35 +191,45 @@ class CudaRunner:
         """From logits to tokens, and tokens and logprobs on their way home."""
         computed = self._gpu.mark()
         token_Q, scores = None, None
-        rows = None
+        rows, known = None, {}
         if sampled:
             rows = self._sampled_set(plan, sampled)
             scores = rows.score(logits_QV, self._gpu)
             if rows.remembers:
-                self._learn()
+                self._histories.learn()
             if rows.guided is not None:
-                self._guide(rows.guided, logits_QV)
+                known = self._known(plan, sampled, rows)
+                self._guide(rows.guided, known, logits_QV)
             for change in rows.passes:
                 change(logits_QV)
             device_token_Q = choose()
             if scores is not None:
                 scores.finish(device_token_Q)
             token_Q = self._gpu.download(device_token_Q)
-        flight = Flight(plan, begun, computed, self._gpu.end_step(), sampled, token_Q, scores)
+        flight = Flight(plan, begun, computed, self._gpu.end_step(), sampled, token_Q, scores, overtaken=known.keys())
         if rows is not None and rows.guided is not None:
             flight.refusals = rows.guided.errors()
         if rows is not None and rows.remembers:
             flight.learners = [
                 (index, plan.slots[row], rows.states[index])
                 for index, row in enumerate(sampled)
-                if has_history(rows.states[index])
+                if has_history(rows.states[index]) and index not in known
             ]
-            self._unlearned.append(flight)
+            self._histories.add(flight)
         return flight
 
-    def _guide(self, guided: GuidedRows, logits_QV: torch.Tensor) -> None:
+    def _known(self, plan: StepPlan, sampled: Sequence[int], rows: SampledSet) -> dict[int, TokenId]:
+        """The tokens of overtaken rows, by index in `sampled`: what the device must go on from."""
+        ends = [plan.start_positions[row] + plan.num_query_tokens[row] for row in sampled]
+        return {
+            index: TokenId(int(state.tokens[end]))
+            for index, (state, end) in enumerate(zip(rows.states, ends, strict=True))
+            if state.matcher is not None and end < state.num_tokens
+        }
+
+    def _guide(self, guided: GuidedRows, known: Mapping[int, TokenId], logits_QV: torch.Tensor) -> None:
         """Masks are made while the forward runs, sent, and applied behind it."""
-        guided.fill()
+        guided.fill(known)
         words = self._gpu.upload(guided.words)
         num_guided = len(guided.row_G)
         mask_GW = words[num_guided:].view(guided.mask_GW.shape)
@@ -222,16 +241,6 @@ class CudaRunner:
             states = self._host.states(plan)
             self._set, self._set_key = SampledSet([states[row] for row in sampled]), key
         return self._set
-
-    def _learn(self) -> None:
-        """Bring the host's histories up to the step that is being launched."""
-        while self._unlearned:
-            flight = self._unlearned.popleft()
-            tokens = flight.tokens()
-            for index, slot, state in flight.learners:
-                # A slot's history is overwritten by its next sequence.
-                if self._host.holds(state, slot):
-                    append(state, tokens[index])
 
     def _count_launch(self, plan: StepPlan, prepare_s: float) -> None:
         before = self._launched

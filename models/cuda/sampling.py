@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-from triode.ids import TokenId
 from triode.models.cuda.batch import has_history
 from triode.models.cuda.gpu import Gpu
 from triode.models.cuda.scores import PendingScores
@@ -33,8 +32,3 @@ class SampledSet:
         if not self._scored_rows:
             return None
         return PendingScores(logits_RV, self._scored_rows, self._num_alternatives, gpu)
-
-
-def append(state: SlotState, token_id: int) -> None:
-    """A token that the device chose becomes part of the host's copy; a row that failed goes on from token 0."""
-    state.append(TokenId(max(token_id, 0)))

@@ -7,12 +7,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runner_world import RunnerWorld, tiny_config, tiny_weights
+from runner_world import CPU, RunnerWorld, tiny_config, tiny_weights
+from triode.cache.config import CacheConfig
+from triode.cache.pool import KVPool
 from triode.kernels.gpu_traits import INTERPRETER
+from triode.models.build import BuiltRunner
+from triode.models.config import ModelConfig
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.gpu import Mark
 from triode.models.cuda.runner import CudaRunner
 from triode.models.grammar import GuideCompiler
+from triode.models.weights import DecoderWeights
 
 
 class PassedMark:
@@ -69,6 +74,35 @@ class InterpretedGpu:
 
     def wait(self) -> None:
         return
+
+
+def interpreted_runner(
+    config: ModelConfig,
+    weights: DecoderWeights,
+    *,
+    cache_config: CacheConfig,
+    max_running: int,
+    max_step_tokens: int,
+    guides: GuideCompiler,
+    **_: object,
+) -> BuiltRunner:
+    """What `build_runner` makes on a GPU, interpreted."""
+    gpu = InterpretedGpu()
+    block_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cache_config.block_size_tokens * 4
+    assert cache_config.kv_cache_bytes is not None
+    with gpu.active():
+        pool = KVPool(
+            cache_config.kv_cache_bytes // block_bytes,
+            block_size_tokens=cache_config.block_size_tokens,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=torch.float32,
+            device=CPU,
+        )
+        decoder = CudaDecoder(config, weights, gpu.traits, max_tokens=512, max_rows=32)
+    runner = CudaRunner(decoder, pool, gpu, max_running=max_running, guides=guides)
+    return BuiltRunner(runner, pool.num_blocks, 1, 0, pool.num_bytes, torch.float32, None, "interpreted")
 
 
 class CudaWorld(RunnerWorld):

@@ -131,7 +131,7 @@ def test_guided_tokens_are_those_of_the_eager_runner() -> None:
 def test_a_step_without_guides_sends_no_mask() -> None:
     world = CudaWorld(guides=tiny_guides())
     drawn = world.admit(1, prompt(4, 1), DRAWN, seed=5)
-    guided = world.admit(2, prompt(4, 2), SamplingParams(guide=DIGITS), seed=5)
+    guided = world.admit(2, prompt(4, 2), SamplingParams(guide=DIGITS, max_tokens=20), seed=5)
     world.prefill(drawn)
     world.prefill(guided)
     world.decode(drawn, guided, num_tokens=1)
