@@ -1,5 +1,8 @@
 """What guides cost: a step with and without them, in one engine, in turns; the masks alone; a new schema's first mask.
 
+A guided batch runs twice: choosing every token, which is what its masks cost, and with the tokens that its guide leaves no
+choice about computed together, as is the rule.
+
     PYTHONPATH=src python benchmarks/guided.py [--model smollm2-135m] [--batch 1 16 64] [--device cuda] [--rounds 3]
     PYTHONPATH=src python benchmarks/guided.py --hostile          # what guides cost that are made to cost much, nothing else
 
@@ -12,9 +15,10 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count, pairwise
 from statistics import median, quantiles
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import trio
@@ -57,13 +61,20 @@ class Times(NamedTuple):
     """Wall time a token of each request: less than a step where guides force tokens."""
     processor_ms: float
     """Of all threads, a step: what a busy machine changes least."""
+    steps: float
+    """A token of each request."""
 
 
-async def time_batch(engine: Engine, batch: int, num_tokens: int, guide: Guide | None, salt: int) -> Times:
+async def time_batch(
+    engine: Engine, batch: int, num_tokens: int, guide: Guide | None, salt: int, *, forces: bool = True
+) -> Times:
     """A batch whose requests take `num_tokens` tokens each."""
     draw = random.Random(salt)
     prompts = [[draw.randrange(100, 40_000) for _ in range(16)] for _ in range(batch)]
-    fields = {"ignore_eos": True} if guide is None else {"guide": guide}
+    fields: dict[str, Any] = {"ignore_eos": True} if guide is None else {"guide": guide}
+    if not forces:
+        # What is biased is chosen, even where the bias is none.
+        fields["logit_bias"] = {0: 0.0}
     params = [triode.SamplingParams(max_tokens=num_tokens, seed=salt * 1000 + row, **fields) for row in range(batch)]
     num_before, start_s = engine.statistics().runner.num_steps, time.perf_counter()
     start_processor_s = time.process_time()
@@ -72,26 +83,35 @@ async def time_batch(engine: Engine, batch: int, num_tokens: int, guide: Guide |
     processor_ms = (time.process_time() - start_processor_s) * 1e3
     assert all(result.completion.finish_reason == "length" for result in results), "every request runs its full length"
     num_steps = engine.statistics().runner.num_steps - num_before
-    return Times(wall_ms / num_steps, wall_ms / num_tokens, processor_ms / num_steps)
+    return Times(wall_ms / num_steps, wall_ms / num_tokens, processor_ms / num_steps, num_steps / num_tokens)
 
 
 async def compare(engine: Engine, batch: int, num_tokens: int, num_rounds: int) -> None:
     salts = count()
     guide = endless()
-    for each in (None, guide):
-        await time_batch(engine, batch, 8, each, next(salts))
-    without, with_guide = [], []
+    kinds = {
+        "without guides": partial(time_batch, engine, batch, guide=None, forces=False),
+        "guided": partial(time_batch, engine, batch, guide=guide, forces=False),
+        "guided, forced tokens together": partial(time_batch, engine, batch, guide=guide),
+    }
+    for each in kinds.values():
+        await each(num_tokens=num_tokens // 2, salt=next(salts))
+    runs: dict[str, list[Times]] = {name: [] for name in kinds}
     for _ in range(num_rounds):
-        without.append(await time_batch(engine, batch, num_tokens, None, next(salts)))
-        with_guide.append(await time_batch(engine, batch, num_tokens, guide, next(salts)))
-    for name in Times._fields:
-        plain_ms, guided_ms = ([getattr(times, name) for times in runs] for runs in (without, with_guide))
-        ratios = [guided / plain for plain, guided in zip(plain_ms, guided_ms, strict=True)]
-        print(
-            f"batch {batch}: {name} {median(plain_ms):.3f}, guided {median(guided_ms):.3f}; ratios "
-            f"{', '.join(f'{ratio:.3f}' for ratio in ratios)}, median {median(ratios):.3f}",
-            flush=True,
-        )
+        for name, each in kinds.items():
+            runs[name].append(await each(num_tokens=num_tokens, salt=next(salts)))
+    plain, *guided = runs.items()
+    for field in Times._fields:
+        told = [f"{field} {median(_column(plain[1], field)):.3f}"]
+        for name, times in guided:
+            ratios = [mine / its for mine, its in zip(_column(times, field), _column(plain[1], field), strict=True)]
+            each_ratio = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+            told.append(f"{name} {median(_column(times, field)):.3f}, {median(ratios):.3f} times ({each_ratio})")
+        print(f"batch {batch}: {'; '.join(told)}", flush=True)
+
+
+def _column(runs: list[Times], field: str) -> list[float]:
+    return [getattr(times, field) for times in runs]
 
 
 async def compare_company(engine: Engine, tokenizer: Tokenizer, batch: int, num_rounds: int) -> None:
