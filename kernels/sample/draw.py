@@ -97,6 +97,43 @@ def weigh(
 
 
 @triton.jit
+def most_probable(peak_ptr, best_ptr, row, peak, VOCAB: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):
+    """The lowest token of a row that has the row's maximum."""
+    block_X = tl.arange(0, BLOCKS)
+    in_row = block_X < NUM_BLOCKS
+    peak_X = tl.load(peak_ptr + row * NUM_BLOCKS + block_X, mask=in_row, other=-float("inf"))
+    best_X = tl.load(best_ptr + row * NUM_BLOCKS + block_X, mask=in_row, other=VOCAB)
+    return tl.min(tl.where(peak_X == peak, best_X, VOCAB), 0)
+
+
+@triton.jit
+def weights_of_block(
+    logits_row,
+    block,
+    key_ptr,
+    cutoff_ptr,
+    row,
+    is_cut,
+    temperature,
+    peak,
+    mass,
+    least,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The integer weight of each token of a block; a truncated row (`is_cut`) holds its probabilities already."""
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    loaded = tl.load(logits_row + token, mask=token < VOCAB, other=-float("inf"))
+    if is_cut:
+        p = tl.where(token < VOCAB, loaded, 0.0)
+        weight = kept_weight(p, token, tl.load(key_ptr + row), tl.load(cutoff_ptr + row), least)
+    else:
+        p = probability(loaded, temperature, peak, mass, BLOCK)
+        weight = kept_weight(p, token, 0, 0, least)
+    return weight
+
+
+@triton.jit
 def choose(
     logits_ptr,
     slot_ptr,
@@ -132,33 +169,27 @@ def choose(
     end = tl.load(end_ptr + row)
     temperature = tl.load(temperature_ptr + slot)
     peak, mass, is_broken = row_peak_and_mass(peak_ptr, mass_ptr, row, NUM_BLOCKS, BLOCKS)
-    block_X = tl.arange(0, BLOCKS)
     chosen = VOCAB * 0
     if is_broken:
         chosen = chosen - 2
     elif peak == -float("inf"):
         chosen = chosen - 1
     elif temperature == 0:
-        in_row = block_X < NUM_BLOCKS
-        peak_X = tl.load(peak_ptr + row * NUM_BLOCKS + block_X, mask=in_row, other=-float("inf"))
-        best_X = tl.load(best_ptr + row * NUM_BLOCKS + block_X, mask=in_row, other=VOCAB)
-        chosen = tl.min(tl.where(peak_X == peak, best_X, VOCAB), 0)
+        chosen = most_probable(peak_ptr, best_ptr, row, peak, VOCAB, NUM_BLOCKS, BLOCKS)
     else:
+        block_X = tl.arange(0, BLOCKS)
         weight_X = tl.load(weight_ptr + row * NUM_BLOCKS + block_X, mask=block_X < NUM_BLOCKS, other=0)
         sum_X = tl.cumsum(weight_X, 0)
         draw = uniform(tl.load(seed_ptr + slot), tl.load(sample_index_ptr + slot), end, PURPOSE)
         target = (draw * tl.sum(weight_X, 0).to(tl.float64)).to(tl.int64)
         block = tl.sum((sum_X <= target).to(tl.int32), 0)
         before = tl.sum(tl.where(block_X < block, weight_X, 0), 0)
-        token = block * BLOCK + tl.arange(0, BLOCK)
-        loaded = tl.load(logits_ptr + row * logits_stride + token, mask=token < VOCAB, other=-float("inf"))
+        is_cut = is_truncated(tl.load(top_k_ptr + slot), tl.load(top_p_ptr + slot), VOCAB)
         least = least_probability(tl.load(min_p_ptr + slot), mass)
-        if is_truncated(tl.load(top_k_ptr + slot), tl.load(top_p_ptr + slot), VOCAB):
-            p = tl.where(token < VOCAB, loaded, 0.0)
-            weight = kept_weight(p, token, tl.load(key_ptr + row), tl.load(cutoff_ptr + row), least)
-        else:
-            p = probability(loaded, temperature, peak, mass, BLOCK)
-            weight = kept_weight(p, token, 0, 0, least)
+        weight = weights_of_block(
+            logits_ptr + row * logits_stride, block, key_ptr, cutoff_ptr, row, is_cut,
+            temperature, peak, mass, least, VOCAB, BLOCK,
+        )  # fmt: skip
         inside = before + tl.cumsum(weight, 0)
         chosen = block * BLOCK + tl.sum((inside <= target).to(tl.int32), 0)
     tl.store(token_ptr + row, chosen)

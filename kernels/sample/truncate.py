@@ -84,6 +84,32 @@ def keep_top_p(p_ptr, top_p, key, num_equals, total, VOCAB: tl.constexpr, TILE: 
 
 
 @triton.jit
+def weigh_kept(
+    p_row,
+    weight_row,
+    key,
+    num_equals,
+    least,
+    VOCAB: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store each block's weight, where of the tokens that weigh `key` the first `num_equals` are kept; return the last."""
+    cutoff = -1
+    num_seen = 0
+    for block in range(NUM_BLOCKS):
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        p = tl.load(p_row + token, mask=token < VOCAB, other=0.0)
+        is_equal = (p.to(tl.int32, bitcast=True) == key).to(tl.int32)
+        rank = num_seen + tl.cumsum(is_equal, 0)
+        cutoff = tl.maximum(cutoff, tl.max(tl.where((is_equal > 0) & (rank <= num_equals), token, -1), 0))
+        num_seen += tl.sum(is_equal, 0)
+        # The cutoff of the tokens so far serves: what comes after it in this block is kept by no rank.
+        tl.store(weight_row + block, tl.sum(kept_weight(p, token, key, cutoff, least), 0))
+    return cutoff
+
+
+@triton.jit
 def truncate(
     p_ptr,
     slot_ptr,
@@ -117,7 +143,6 @@ def truncate(
         return
     p_row = p_ptr + row * p_stride
 
-    # Of the tokens that weigh `key`, the first `num_equals` are kept.
     key = LEAST_KEY + 0
     num_equals = VOCAB + 0
     total = tl.full([], 1, tl.int64) << 40
@@ -125,18 +150,7 @@ def truncate(
         key, num_equals, total = keep_top_k(p_row, top_k, VOCAB, TILE)
     if top_p < 1.0:
         key, num_equals = keep_top_p(p_row, top_p, key, num_equals, total, VOCAB, TILE)
-
     least = least_probability(tl.load(min_p_ptr + slot), mass)
-    cutoff = -1
-    num_seen = 0
-    for block in range(NUM_BLOCKS):
-        token = block * BLOCK + tl.arange(0, BLOCK)
-        p = tl.load(p_row + token, mask=token < VOCAB, other=0.0)
-        is_equal = (p.to(tl.int32, bitcast=True) == key).to(tl.int32)
-        rank = num_seen + tl.cumsum(is_equal, 0)
-        cutoff = tl.maximum(cutoff, tl.max(tl.where((is_equal > 0) & (rank <= num_equals), token, -1), 0))
-        num_seen += tl.sum(is_equal, 0)
-        # The cutoff of the tokens so far serves: what comes after it in this block is kept by no rank.
-        tl.store(weight_ptr + row * NUM_BLOCKS + block, tl.sum(kept_weight(p, token, key, cutoff, least), 0))
+    cutoff = weigh_kept(p_row, weight_ptr + row * NUM_BLOCKS, key, num_equals, least, VOCAB, NUM_BLOCKS, BLOCK)
     tl.store(key_ptr + row, key)
     tl.store(cutoff_ptr + row, cutoff)
