@@ -28,6 +28,9 @@ from triode.models.step import Output, StepPlan
 SAMPLING = frozenset({Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE})
 """Outputs that add a token to the sequence."""
 
+ALIGNED_WORDS = 4
+"""A kernel is compiled anew for a pointer that is not at a multiple of 16 bytes."""
+
 # The device knows nothing of a slot that was just admitted.
 _UNKNOWN = -1
 
@@ -41,7 +44,7 @@ class PackedRows:
 
     words: Words
     """query_start_R1, start_R, end_R, slot_R, then sample_token_Q, sample_end_Q, sample_slot_Q, then token_T, position_T,
-    kv_slot_T: one after the other. For a step of fixed shape Q is R, whoever samples."""
+    kv_slot_T: one after the other, each at a multiple of `ALIGNED_WORDS`. For a step of fixed shape Q is R, whoever samples."""
     order: Words
     """The plan's row at each packed row."""
     num_tokens: int
@@ -52,6 +55,8 @@ class PackedRows:
     """Rows with several query tokens."""
     num_long_tokens: int
     max_query_tokens: int
+    longest: int
+    """No row ends beyond this position."""
     sampled: Words
     """The plan's rows that sample, in packed order."""
     query_start_R1: Words
@@ -158,13 +163,13 @@ class HostBatch:
         T, R = shape or (num_tokens, len(order))
         Q = R if shape else len(sampled_slots)
         nobody, num_long = self._layout.nobody, int((num_query_R > 1).sum())
-        by_row = [_padded(query_start_R1, R + 1, num_tokens), _padded(start_R, R), _padded(end_R, R)]
-        by_row.append(_padded(slot_R, R, nobody))
-        by_sample = [_padded(query_start_R1[1:][is_sampled] - 1, Q), _padded(sampled_ends, Q)]
-        by_sample.append(_padded(sampled_slots, Q, nobody))
-        by_token = [_padded(words, T) for words in (token_T, position_T, kv_slot_T)]
+        arrays = [_padded(query_start_R1, R + 1, num_tokens), _padded(start_R, R), _padded(end_R, R)]
+        arrays += [_padded(slot_R, R, nobody)]
+        arrays += [_padded(query_start_R1[1:][is_sampled] - 1, Q), _padded(sampled_ends, Q)]
+        arrays += [_padded(sampled_slots, Q, nobody)]
+        arrays += [_padded(words, T) for words in (token_T, position_T, kv_slot_T)]
         return PackedRows(
-            words=np.concatenate(by_row + by_sample + by_token, dtype=np.int32),
+            words=np.concatenate([_padded(words, aligned(len(words))) for words in arrays], dtype=np.int32),
             order=order,
             num_tokens=T,
             num_rows=R,
@@ -172,6 +177,7 @@ class HostBatch:
             num_long=num_long,
             num_long_tokens=int(query_start_R1[num_long]),
             max_query_tokens=int(num_query_R.max()),
+            longest=int(end_R.max()),
             sampled=order[is_sampled],
             query_start_R1=query_start_R1,
         )
@@ -201,6 +207,11 @@ class HostBatch:
             state = self._slots.state(plan.slots[row], plan.epochs[row])
             is_overtaken_R[row] = state.matcher is not None and end_R[row] > state.num_prompt_tokens
         return is_overtaken_R
+
+
+def aligned(num_words: int) -> int:
+    """Where the array behind one of so many words begins."""
+    return -(-num_words // ALIGNED_WORDS) * ALIGNED_WORDS
 
 
 def _padded(words: IntArray, length: int, value: int = 0) -> IntArray:

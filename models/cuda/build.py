@@ -14,16 +14,14 @@ import torch
 from triode.cache.config import CacheConfig
 from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_blocks_for
 from triode.errors import InsufficientMemory
-from triode.ids import BlockId, SlotId, StepId, TokenId
 from triode.kernels.linear.blas import split_k_refused
 from triode.models.config import ModelConfig
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.gpu import CudaGpu
 from triode.models.cuda.programs import BUCKETS, PREFILL_TOKENS, bucket_for
+from triode.models.cuda.rehearsal import Rehearsal, compile_ahead
 from triode.models.cuda.runner import CudaRunner
 from triode.models.grammar import GuideCompiler
-from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, StepPlan, TableChange
 from triode.models.weights import DecoderWeights
 
 # Prompt logprobs take the head over tiles of so many positions.
@@ -60,14 +58,18 @@ def build_cuda(
         gpu = CudaGpu(device)
         # Also where opening fails.
         resources.callback(gpu.close)
+        max_tokens = max(max_step_tokens, max_rows, PREFILL_TOKENS[-1])
+        compile_ahead(
+            config,
+            weights.embed_VD.dtype,
+            gpu.traits,
+            block_size_tokens=cache_config.block_size_tokens,
+            max_running=max_running,
+            max_tokens=max_tokens,
+            max_rows=max_rows,
+        )
         with gpu.active():
-            decoder = CudaDecoder(
-                config,
-                weights,
-                gpu.traits,
-                max_tokens=max(max_step_tokens, max_rows, PREFILL_TOKENS[-1]),
-                max_rows=max_rows,
-            )
+            decoder = CudaDecoder(config, weights, gpu.traits, max_tokens=max_tokens, max_rows=max_rows)
         graph_bytes = _rehearse(decoder, gpu, cache_config, max_running, max_step_tokens)
         free_bytes = max(0, free_memory_bytes(device) - graph_bytes * (len(BUCKETS) + 2 * len(PREFILL_TOKENS)))
         blocks_a_sequence = -(-config.max_context_tokens // cache_config.block_size_tokens)
@@ -84,52 +86,20 @@ def _rehearse(
 ) -> int:
     """Run the largest steps; returns how many bytes the graphs of one size of batch take."""
     runner = CudaRunner(decoder, _pool(2, decoder, cache_config), gpu, max_running=max_running)
-    num_tokens = min(max_step_tokens, decoder.config.max_context_tokens)
-    free_bytes = [0, 0]
-    for step, plan in enumerate(_rehearsal(num_tokens, max_running, cache_config.block_size_tokens)):
+    num_tokens = max(2, min(max_step_tokens, decoder.config.max_context_tokens) - 2)
+    rehearsal = Rehearsal(cache_config.block_size_tokens)
+    free_bytes = []
+    # The second decode step is captured.
+    for plan in (rehearsal.read(0, num_tokens), rehearsal.decode(max_running), rehearsal.decode(max_running)):
         runner.launch(plan)
         runner.collect()
-        free_bytes = [free_bytes[1], _free_bytes(decoder.device)] if step else [0, _free_bytes(decoder.device)]
+        free_bytes.append(_free_bytes(decoder.device))
     # The pool and the graphs of the rehearsal go with its runner.
     runner.forget()
     del runner
     gpu.forget_captured()
     torch.cuda.empty_cache()
-    return max(0, free_bytes[0] - free_bytes[1])
-
-
-def _rehearsal(num_tokens: int, max_running: int, block_size_tokens: int) -> Iterator[StepPlan]:
-    """One long prefill, one decode step of all slots, and the same again, which is captured. All in block 1."""
-    num_tokens = max(2, num_tokens - 2)
-    block_id = BlockId(1)
-    params = SamplingParams(temperature=1.0)
-
-    def admission(slot: int, length: int) -> Admission:
-        return Admission(SlotId(slot), 1, (TokenId(0),) * length, length, params, 0, 0, ())
-
-    blocks = (block_id,) * -(-(num_tokens + 2) // block_size_tokens)
-    slots = tuple(map(SlotId, range(max_running)))
-    yield StepPlan(
-        step_id=StepId(0),
-        slots=slots[:1],
-        epochs=(1,),
-        start_positions=(0,),
-        num_query_tokens=(num_tokens,),
-        outputs=(Output.SAMPLE,),
-        admissions=(admission(0, num_tokens),),
-        table_changes=(TableChange(slots[0], 0, blocks),),
-    )
-    for step in (0, 1):
-        yield StepPlan(
-            step_id=StepId(1 + step),
-            slots=slots,
-            epochs=(1,) * max_running,
-            start_positions=(num_tokens + step, *[step] * (max_running - 1)),
-            num_query_tokens=(1,) * max_running,
-            outputs=(Output.SAMPLE,) * max_running,
-            admissions=() if step else tuple(admission(slot, 1) for slot in slots[1:]),
-            table_changes=() if step else tuple(TableChange(slot, 0, (block_id,)) for slot in slots[1:]),
-        )
+    return max(0, free_bytes[-2] - free_bytes[-1])
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -5,7 +5,7 @@ T packed query tokens    R rows    Q rows that sample    D hidden    V vocabular
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS
 from triode.kernels.sample.gpu import SampleWorkspace, sample
 from triode.kernels.step.gpu import begin_decode, embed, gather_tables
 from triode.models.cuda.arena import Arena, Changes
-from triode.models.cuda.batch import PackedRows
+from triode.models.cuda.batch import PackedRows, aligned
 from triode.models.cuda.decoder import CudaDecoder, RowGroup, TokenPlaces
 from triode.models.cuda.gpu import Gpu
 from triode.models.cuda.programs import PREFILL_TOKENS, Programs, bucket_for, segment_bucket_for
@@ -27,7 +27,8 @@ class PackedArrays:
 
     def __init__(self, words: torch.Tensor, num_tokens: int, num_rows: int, num_sampled: int) -> None:
         sizes = [num_rows + 1] + [num_rows] * 3 + [num_sampled] * 3 + [num_tokens] * 3
-        parts = [words[first:last] for first, last in pairwise([0, *accumulate(sizes)])]
+        starts = [0, *accumulate(map(aligned, sizes))]
+        parts = [words[start : start + size] for start, size in zip(starts, sizes, strict=False)]
         self.query_start_R1, self.start_R, self.end_R, self.slot_R = parts[:4]
         self.sample_token_Q, self.sample_end_Q, self.sample_slot_Q = parts[4:7]
         self.token_T, self.position_T, self.kv_slot_T = parts[7:]
@@ -35,7 +36,7 @@ class PackedArrays:
     @staticmethod
     def num_words(num_tokens: int, num_rows: int) -> int:
         """Of a step of fixed shape."""
-        return 7 * num_rows + 1 + 3 * num_tokens
+        return aligned(num_rows + 1) + 6 * aligned(num_rows) + 3 * aligned(num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +143,7 @@ class DeviceSteps:
         """Logits of the sampling rows of a packed step of fixed shape."""
         self._gpu.upload(packed.words, self._tensors.words[: len(packed.words)])
         sizes = packed.num_tokens, packed.num_rows
-        longest = int(packed.words[2 * packed.num_rows + 1 : 3 * packed.num_rows + 1].max())
-        self._prefill.run(*sizes, self.decoder.prefill_splits(*sizes, longest))
+        self._prefill.run(*sizes, self.decoder.prefill_splits(*sizes, packed.longest))
         return self.decoder.buffers.logits_RV[: len(packed.sampled)]
 
     def sample_prefill(self, packed: PackedRows) -> torch.Tensor:

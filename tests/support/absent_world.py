@@ -5,20 +5,15 @@ shapes and no memory, so the largest models fit.
 """
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
-import pytest
 import torch
 
-from cuda_world import InterpretedGpu
 from runner_world import RunnerWorld, Running
 from triode.cache.pool import KVPool
 from triode.ids import BlockId
 from triode.kernels.gpu_traits import GpuTraits
-from triode.kernels.linear.proof import LinearProof
 from triode.models.config import ModelConfig
-from triode.models.cuda import linears
 from triode.models.cuda.decoder import CudaDecoder
+from triode.models.cuda.rehearsal import AbsentGpu
 from triode.models.cuda.runner import CudaRunner
 from triode.models.random_model import random_config
 from triode.models.step import Output
@@ -31,19 +26,6 @@ NUM_BLOCKS = 2048
 # Whether a kernel is launched depends on neither of these, nor does how it is compiled.
 MAX_LAYERS = 2
 MAX_CONTEXT_TOKENS = 8192
-
-
-class AbsentGpu(InterpretedGpu):
-    """Transfers go nowhere."""
-
-    device = META
-
-    def __init__(self, traits: GpuTraits) -> None:
-        super().__init__()
-        self.traits = traits
-
-    def upload(self, array: npt.NDArray[np.int32], out: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.empty(array.shape, dtype=torch.int32, device=META) if out is None else out
 
 
 class AbsentWorld(RunnerWorld):
@@ -61,8 +43,7 @@ class AbsentWorld(RunnerWorld):
             device=META,
         )
         gpu = AbsentGpu(traits)
-        with gpu.active(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(linears, "prove", _agreeing)
+        with gpu.active():
             decoder = CudaDecoder(
                 config, allocate(config, dtype, META), traits, max_tokens=LONG_TOKENS, max_rows=MAX_RUNNING
             )
@@ -100,7 +81,3 @@ def _first_layers(config: ModelConfig) -> ModelConfig:
         sliding_layers=config.sliding_layers[:MAX_LAYERS],
         max_context_tokens=min(config.max_context_tokens, MAX_CONTEXT_TOKENS),
     )
-
-
-def _agreeing(weight_NK: torch.Tensor, *_: object, **__: object) -> LinearProof:
-    return LinearProof(weight_NK.shape[0], weight_NK.shape[1], ())

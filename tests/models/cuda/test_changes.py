@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from triode.ids import BlockId, SlotId, StepId, TokenId
 from triode.models.cuda.arena import ArenaLayout, Changes
-from triode.models.cuda.batch import HostBatch, is_decode
+from triode.models.cuda.batch import ALIGNED_WORDS, HostBatch, PackedRows, aligned, is_decode
 from triode.models.cuda.programs import bucket_for, prefill_shape, segment_bucket_for
 from triode.models.sampling import SamplingParams
 from triode.models.step import Admission, Output, StepPlan, TableChange
@@ -98,12 +98,20 @@ def started() -> tuple[HostBatch, Changes]:
     return host, changes
 
 
+def arrays(packed: PackedRows, sizes: list[int]) -> list[list[int]]:
+    """The arrays of a packed step, of these sizes."""
+    starts = np.cumsum([0, *map(aligned, sizes)])
+    assert starts[-1] == len(packed.words)
+    assert not (starts % ALIGNED_WORDS).any()
+    return [packed.words[start : start + size].tolist() for start, size in zip(starts, sizes, strict=False)]
+
+
 def test_a_token_that_only_the_device_has_is_named_by_its_slot() -> None:
     host, _ = started()
     mixed = plan((0, 1), (5, 6), (1, 3), (Output.SAMPLE, Output.SAMPLE))
     packed = host.pack(mixed, *host.check(mixed, every_row_samples=False))
-    parts = np.split(packed.words, np.cumsum([3, 2, 2, 2, 2, 2, 2, 4, 4]))
-    query_start, start, end, slot, sample_token, sample_end, sample_slot, token, position, kv_slot = map(list, parts)
+    parts = arrays(packed, [3, 2, 2, 2, 2, 2, 2, 4, 4, 4])
+    query_start, start, end, slot, sample_token, sample_end, sample_slot, token, position, kv_slot = parts
     assert packed.order.tolist() == [1, 0]
     assert (query_start, start, end, slot) == ([0, 3, 4], [6, 5], [9, 6], [1, 0])
     assert (sample_token, sample_end, sample_slot) == ([2, 3], [9, 6], [1, 0])
@@ -115,11 +123,11 @@ def test_padding_belongs_to_nobody() -> None:
     host, _ = started()
     mixed = plan((0, 1), (5, 6), (1, 2), (Output.SAMPLE, Output.NONE))
     packed = host.pack(mixed, *host.check(mixed, every_row_samples=False), (16, 4))
-    parts = np.split(packed.words, np.cumsum([5, 4, 4, 4, 4, 4, 4, 16, 16]))
-    assert parts[0].tolist() == [0, 2, 3, 3, 3]
-    assert parts[3].tolist() == [1, 0, LAYOUT.nobody, LAYOUT.nobody]
-    assert parts[6].tolist() == [0] + [LAYOUT.nobody] * 3
-    assert parts[9].tolist()[3:] == [0] * 13
+    parts = arrays(packed, [5, 4, 4, 4, 4, 4, 4, 16, 16, 16])
+    assert parts[0] == [0, 2, 3, 3, 3]
+    assert parts[3] == [1, 0, LAYOUT.nobody, LAYOUT.nobody]
+    assert parts[6] == [0] + [LAYOUT.nobody] * 3
+    assert parts[9][3:] == [0] * 13
 
 
 def test_a_decode_step_sends_rows_once_and_newest_tokens_only_where_the_host_alone_has_them() -> None:
