@@ -9,8 +9,9 @@ text, because memory follows it: those of unfinished requests in any case, so th
 and of the others the last used.
 
 All copies of a prototype share one lexer, whose states are made as outputs need them; where it has made as many as it may,
-or one copy's fuel ran out within it, it is of no more use to any of them. So a prototype is shared by a few requests only
-(`MAX_SHARERS`), after which the next ones get a new one, as they do when the old one fails.
+or one copy's fuel ran out within it, it is of no more use to any of them. They then begin again with copies of another
+prototype, and once more with a lexer of their own each, so that a request fails by its own tokens only. Because that is done
+within a step, which has a budget for it, a prototype is shared by few requests (`MAX_SHARERS`) in the first place.
 """
 
 import json
@@ -53,6 +54,10 @@ class _Compiled:
     num_sharers: int = 0
     """Requests that were given this prototype."""
 
+    def replace(self, prototype: LLMatcher) -> None:
+        """Copies are made of this one from now on."""
+        self.prototype, self.num_sharers = prototype, 0
+
 
 class GuideCompiler:
     """Compiles guides. Methods may be called from any thread."""
@@ -92,7 +97,7 @@ class GuideCompiler:
         with self._lock:
             compiled = self._keep(guide, compiled)
             if fresh is not None:
-                compiled.prototype, compiled.num_sharers = fresh.prototype, 0
+                compiled.replace(fresh.prototype)
             compiled.num_sharers += 1
             if compiled.num_holders == 0:
                 if self._held_bytes + compiled.num_bytes > MAX_KEPT_BYTES:
@@ -114,10 +119,24 @@ class GuideCompiler:
 
     def matcher(self, guide: Guide, token_ids: Sequence[TokenId]) -> Matcher:
         """A matcher for a sequence that has generated `token_ids` so far. At once, if the guide was checked."""
-        matcher = Matcher(self._find(guide).prototype.deep_copy(), self.masks)
+        prototype = self._find(guide).prototype
+        renewals = (
+            lambda: self._copy_of_another(guide, prototype),
+            lambda: _compile(guide, self._vocabulary).prototype,
+        )
+        matcher = Matcher(prototype.deep_copy(), self.masks, renewals)
         for token_id in token_ids:
             matcher.append(token_id)
         return matcher
+
+    def _copy_of_another(self, guide: Guide, spent: LLMatcher) -> LLMatcher:
+        """Whose lexer is not that of `spent`."""
+        compiled = self._find(guide)
+        if compiled.prototype is spent or _is_spent(compiled.prototype):
+            fresh = _compile(guide, self._vocabulary)
+            with self._lock:
+                compiled.replace(fresh.prototype)
+        return compiled.prototype.deep_copy()
 
     def _find(self, guide: Guide) -> _Compiled:
         with self._lock:

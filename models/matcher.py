@@ -10,7 +10,9 @@ times, because neighbours in the batch wait for it:
   `MAX_FILL_S` the costliest fail, until the others are within it.
 * Tokens without a choice are followed so many at a time (`MAX_FORCED_TOKENS`).
 
-A sequence that fails says why; the others get their masks in the same step.
+A sequence that fails says why; the others get their masks in the same step. Sequences with the same guide share a lexer, of
+which one may make so much that it is of no more use to any of them. So a matcher whose lexer gives up begins again with
+another one, and fails if that gives up, too, over its own tokens alone.
 
     G matchers        W 32-bit words of a mask, one bit a token
 """
@@ -63,6 +65,8 @@ MAX_FORCED_TOKENS = 64
 MAX_FORCED_BYTES = 4096
 """Of a longer text without a choice the tokens come one by one: all of it is encoded to find the first of them."""
 
+_LEXER_GAVE_UP = "lexer error"
+"""How llguidance begins its reason then."""
 _MAX_READ_TOKENS = 256
 """Read at once where time is taken; the clock is looked at in between."""
 
@@ -70,7 +74,8 @@ _MAX_READ_TOKENS = 256
 class Matcher:
     """How far one sequence has come in its guide."""
 
-    def __init__(self, inner: LLMatcher, masks: "MaskMaker") -> None:
+    def __init__(self, inner: LLMatcher, masks: "MaskMaker", renewals: Sequence[Callable[[], LLMatcher]] = ()) -> None:
+        """`renewals` are where to get another lexer from when this one has given up, one after the other."""
         self.inner = inner
         self.masks = masks
         """Who makes its masks."""
@@ -78,6 +83,10 @@ class Matcher:
         """Why the guide cannot be followed any more; the sequence fails with it."""
         self.is_suspect = False
         """Whether its masks may be what others have waited for: the next one is timed."""
+        self._renewals = [*renewals]
+        self.renewing_s = 0.0
+        """Processor time of beginning again, which nobody is charged for: it was another's lexer, or it is the last time."""
+        self._read: list[TokenId] = []
         self._unread: list[TokenId] = []
 
     def append(self, token_id: TokenId) -> None:
@@ -92,19 +101,23 @@ class Matcher:
     def take_unread(self) -> list[TokenId]:
         """Tokens appended since the last call. Past the end of the output nothing is read."""
         unread, self._unread = self._unread, []
-        return [] if self.error is not None or self.inner.is_stopped() else unread
+        if self.error is not None or (self.inner.is_stopped() and not self.inner.is_error()):
+            return []
+        self._read += unread
+        return unread
 
     def force(self, max_tokens: int) -> list[TokenId]:
         """The next tokens, where the guide leaves no choice: as many as are certain, at most `max_tokens`. They are read.
 
         At the end of the output that is the end-of-sequence token.
         """
-        start_s = time.thread_time()
+        start_s = time.thread_time() - self.renewing_s
         forced = self._force(min(max_tokens, MAX_FORCED_TOKENS))
-        self.charge(time.thread_time() - start_s, MAX_MASK_S)
+        self.charge(time.thread_time() - self.renewing_s - start_s, MAX_MASK_S)
         return [] if self.error is not None else forced
 
     def _force(self, max_tokens: int) -> list[TokenId]:
+        self.check()
         unread = self.take_unread()
         if unread and not self.inner.consume_tokens([*unread]):
             self.check()
@@ -114,15 +127,27 @@ class Matcher:
             return [self.masks.eos_token_id][:max_tokens]
         if len(self.inner.compute_ff_bytes()) > MAX_FORCED_BYTES:
             return []
-        forced = self.inner.compute_ff_tokens()[:max_tokens]
-        if forced and not self.inner.consume_tokens(forced):
+        forced = [TokenId(token_id) for token_id in self.inner.compute_ff_tokens()[:max_tokens]]
+        self._read += forced
+        if forced and not self.inner.consume_tokens([*forced]):
             self.check()
-        return [TokenId(token_id) for token_id in forced]
+        return forced
 
-    def check(self) -> None:
-        """Notice that llguidance has given up."""
-        if self.error is None and self.inner.is_error():
-            self.error = f"the guide cannot be followed any further: {reason_of(self.inner)}"
+    def check(self) -> bool:
+        """Notice that llguidance has given up. Returns whether it has begun again, and needs another mask."""
+        if self.error is not None or not self.inner.is_error():
+            return False
+        while self._renewals and reason_of(self.inner).startswith(_LEXER_GAVE_UP) and self.masks.may_renew:
+            start_s = time.thread_time()
+            self.inner = self._renewals.pop(0)()
+            self.inner.consume_tokens([*self._read])
+            took_s = time.thread_time() - start_s
+            self.renewing_s += took_s
+            self.masks.renewed(took_s)
+            if not self.inner.is_error():
+                return True
+        self.error = f"the guide cannot be followed any further: {reason_of(self.inner)}"
+        return False
 
     def charge(self, took_s: float, allowed_s: float) -> None:
         """Fail if finding what may come next took too much processor time."""
@@ -139,6 +164,7 @@ class MaskMaker:
         self.eos_token_id = eos_token_id
         """What an output ends with."""
         self._num_cores = usable_threads(os.cpu_count() or 1)
+        self._renewing_s = 0.0
 
     def fill(self, matchers: Sequence[Matcher | None], mask_GW: MaskWords) -> None:
         """Each matcher's mask of what may come next. Nothing may where a matcher has an error, which this may bring.
@@ -146,6 +172,7 @@ class MaskMaker:
         Where there is none the mask is left as it is.
         """
         assert mask_GW.flags.c_contiguous, "llguidance writes to the array's memory"
+        self._renewing_s = 0.0
         trusted: list[tuple[int, Matcher]] = []
         suspects: list[tuple[int, Matcher]] = []
         for row, matcher in enumerate(matchers):
@@ -156,7 +183,7 @@ class MaskMaker:
             )
         if trusted:
             start_s = time.perf_counter()
-            self._fill_together(trusted, mask_GW)
+            suspects += self._fill_together(trusted, mask_GW)
             if time.perf_counter() - start_s > MAX_FILL_S:
                 for _, matcher in trusted:
                     matcher.is_suspect = True
@@ -177,7 +204,17 @@ class MaskMaker:
             if threads is not None:
                 threads.shutdown()
 
-    def _fill_together(self, rows: Sequence[tuple[int, Matcher]], mask_GW: MaskWords) -> None:
+    @property
+    def may_renew(self) -> bool:
+        """Whether the step's budget leaves room for another lexer."""
+        return self._renewing_s < MAX_FILL_S
+
+    def renewed(self, took_s: float) -> None:
+        """A matcher has begun again."""
+        self._renewing_s += took_s
+
+    def _fill_together(self, rows: Sequence[tuple[int, Matcher]], mask_GW: MaskWords) -> list[tuple[int, Matcher]]:
+        """Returns the rows that have begun again, and have no mask yet."""
         unread = [(matcher, token_ids) for _, matcher in rows if (token_ids := matcher.take_unread())]
         if unread:
             self._executor.consume_token_par([(matcher.inner, token_ids[0]) for matcher, token_ids in unread])
@@ -186,8 +223,7 @@ class MaskMaker:
                 matcher.inner.consume_tokens([*token_ids[1:]])
         inner = [(matcher.inner, row) for row, matcher in rows]
         self._executor.unsafe_compute_mask_ptr(inner, mask_GW.ctypes.data, mask_GW[0].nbytes, len(mask_GW))
-        for _, matcher in rows:
-            matcher.check()
+        return [(row, matcher) for row, matcher in rows if matcher.check()]
 
     def _fill_suspects(self, matchers: Sequence[Matcher], masks: Sequence[MaskWords]) -> None:
         took_s = list(self._timed_threads.map(_fill_timed, matchers, masks))
@@ -223,7 +259,7 @@ def costliest(took_s: Sequence[float], budget_s: float) -> list[int]:
 
 def _fill_timed(matcher: Matcher, mask_W: MaskWords) -> float:
     """One mask. Returns this thread's own time in it, which does not depend on how busy the machine is."""
-    start_s = time.thread_time()
+    start_s = time.thread_time() - matcher.renewing_s
     token_ids = matcher.take_unread()
     allowed_s = MAX_MASK_S + MAX_TOKEN_S * len(token_ids)
     for start in range(0, len(token_ids), _MAX_READ_TOKENS):
@@ -232,8 +268,9 @@ def _fill_timed(matcher: Matcher, mask_W: MaskWords) -> float:
             break
     else:
         matcher.inner.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
-    matcher.check()
-    took_s = time.thread_time() - start_s
+    while matcher.check():
+        matcher.inner.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
+    took_s = time.thread_time() - matcher.renewing_s - start_s
     matcher.charge(took_s, allowed_s)
     # What reading takes is not what the next masks will.
     return took_s if len(token_ids) <= 1 else 0.0

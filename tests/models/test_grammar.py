@@ -14,6 +14,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import jsonschema
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from llguidance import LLTokenizer
@@ -270,9 +271,42 @@ def test_a_lexer_that_has_given_up_is_not_given_to_the_next_request() -> None:
     guides.check(SPENDING)
     assert allowed(guides, guides.matcher(SPENDING, []))
     spend(guides)
-    assert not allowed(guides, guides.matcher(SPENDING, []))
-    guides.check(SPENDING)
+    assert grammar._is_spent(guides._compiled[SPENDING].prototype)
+    # Where nobody has asked, in process mode, no less than where the check has found it.
     assert allowed(guides, guides.matcher(SPENDING, []))
+    spend(guides)
+    guides.check(SPENDING)
+    assert not grammar._is_spent(guides._compiled[SPENDING].prototype)
+
+
+def test_a_lexer_that_has_given_up_fails_only_the_sequence_that_spent_it() -> None:
+    guides = fresh_guides()
+    guides.check(SPENDING)
+    token_ids = [TokenId(token_id) for token_id in tiny_tokenizer().encode("ab a")]
+    others = [guides.matcher(SPENDING, token_ids) for _ in range(20)]
+    masks = [mask_of(guides, matcher).copy() for matcher in others]
+    compiled: list[int] = []
+    make = grammar._compile
+
+    def counted(guide: Guide, vocabulary: LLTokenizer) -> grammar._Compiled:
+        compiled.append(1)
+        return make(guide, vocabulary)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar, "_compile", counted)
+        spend(guides)
+        # Twice for the one that has spent it, and once for all the others.
+        assert len(compiled) == 2
+        together = np.zeros((20, guides.masks.num_words), np.int32)
+        for matcher in others:
+            matcher.append(token_ids[0])
+            assert matcher.force(5) == []
+        guides.masks.fill(others, together)
+        assert len(compiled) == 3
+    assert all(matcher.error is None for matcher in others)
+    assert (together == together[0]).all()
+    assert together[0].any()
+    assert (np.array(masks) == masks[0]).all()
 
 
 def test_a_few_requests_share_a_lexer() -> None:
