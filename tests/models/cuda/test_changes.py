@@ -163,7 +163,7 @@ def test_a_bucket_holds_its_rows(num_rows: int, bucket: int) -> None:
 def test_short_steps_have_a_shape_and_long_ones_none() -> None:
     assert prefill_shape(100, 3, 8) == (128, 4)
     assert prefill_shape(512, 8, 8) == (512, 8)
-    assert prefill_shape(513, 1, 8) is None
+    assert prefill_shape(1025, 1, 8) is None
     assert (segment_bucket_for(1), segment_bucket_for(5), segment_bucket_for(2000)) == (4, 16, 2000)
 
 
