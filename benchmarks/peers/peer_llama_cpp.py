@@ -2,11 +2,10 @@
 
     peer_llama_cpp.py GGUF FORMAT THREADS
 
-FORMAT is that of the file, or one that its weights are converted to first; the converted file stays beside the environment.
+FORMAT is that of the file.
 """
 
 import sys
-from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -15,37 +14,14 @@ from peer_protocol import answer_requests
 MAX_SEQUENCES = 16
 CONTEXT_TOKENS = 8192
 BATCH_TOKENS = 2048
-_CONVERTED = Path(sys.prefix) / "models"
-_FILE_TYPES = {
-    "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
-    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-    "BF16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
-}
-
-
-def converted(path: Path, form: str) -> Path:
-    """The same weights in another format, written once."""
-    if form in path.name:
-        return path
-    target = _CONVERTED / f"{path.stem}.{form}.gguf"
-    if not target.exists():
-        _CONVERTED.mkdir(exist_ok=True)
-        params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype = _FILE_TYPES[form]
-        params.allow_requantize = True
-        unfinished = target.with_suffix(".tmp")
-        if llama_cpp.llama_model_quantize(str(path).encode(), str(unfinished).encode(), params):
-            raise RuntimeError(f"llama.cpp cannot convert {path} to {form}")
-        unfinished.rename(target)
-    return target
 
 
 class LlamaCpp:
     """One context, whose cache is cleared before each request."""
 
-    def __init__(self, path: Path, num_threads: int) -> None:
+    def __init__(self, path: str, num_threads: int) -> None:
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        self._model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_seq_max = CONTEXT_TOKENS, BATCH_TOKENS, MAX_SEQUENCES
         params.kv_unified = True
@@ -86,8 +62,7 @@ class LlamaCpp:
 
 
 def main() -> None:
-    path, form, num_threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    answer_requests(LlamaCpp(converted(path, form), num_threads).generate)
+    answer_requests(LlamaCpp(sys.argv[1], int(sys.argv[3])).generate)
 
 
 if __name__ == "__main__":
