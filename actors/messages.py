@@ -182,6 +182,8 @@ class Ended(Message, frozen=True):
     request_id: RequestId
     status: RequestStatus
     reason: str
+    is_unsatisfiable: bool = False
+    """Whether it failed because it asks for what cannot be had."""
 
 
 # ─ detokenizer → the request's mailbox

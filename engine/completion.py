@@ -15,7 +15,7 @@ from triode.actors.messages import (
     Rejected,
     RequestStatus,
 )
-from triode.errors import EngineBusy, RequestFailed
+from triode.errors import EngineBusy, RequestFailed, RequestUnsatisfiable
 from triode.ids import RequestId, TokenId
 from triode.models.step import TokenLogprobs
 
@@ -148,7 +148,8 @@ class Reply:
         for sample in self._samples:
             sample.finish_reason = sample.finish_reason or (FinishReason.ERROR if is_failed else FinishReason.CANCELLED)
         if is_failed:
-            self.failure = RequestFailed(f"request {self.request_id} failed: {ended.reason}")
+            kind = RequestUnsatisfiable if ended.is_unsatisfiable else RequestFailed
+            self.failure = kind(f"request {self.request_id} failed: {ended.reason}")
 
     def usage(self, num_cached_tokens: int) -> Usage:
         """Tokens read so far."""

@@ -29,7 +29,7 @@ from triode.models.program import StepProgram
 from triode.models.runner import RunnerStatistics
 from triode.models.sampler import SampledRows, Samples, sample
 from triode.models.slots import IntArray, Slots
-from triode.models.step import Output, StepPlan, StepResult, TokenLogprobs
+from triode.models.step import Output, RowError, StepPlan, StepResult, TokenLogprobs
 
 _SAMPLING = frozenset({Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE})
 _SCORING = frozenset({Output.PROMPT_LOGPROBS, Output.PROMPT_LOGPROBS_AND_SAMPLE})
@@ -258,7 +258,7 @@ def _result(
     num_accepted = [0] * len(plan.slots)
     token_ids: list[TokenId] = []
     logprobs: list[TokenLogprobs | None] = []
-    errors: list[str | None] = [None] * len(plan.slots)
+    errors: list[RowError | None] = [None] * len(plan.slots)
     if samples is not None:
         for index, (row, token_id) in enumerate(zip(rows.sampled, samples.token_ids, strict=True)):
             if token_id is not None:

@@ -13,6 +13,7 @@ import numpy as np
 from triode.ids import TokenId
 from triode.models.matcher import MaskWords
 from triode.models.slots import SlotState
+from triode.models.step import RowError
 
 NOTHING_KNOWN: Mapping[int, TokenId] = {}
 
@@ -63,10 +64,10 @@ class GuidedRows:
         assert self._filling is not None, "masks are begun before they are waited for"
         self._filling.result()
 
-    def errors(self) -> dict[int, str]:
+    def errors(self) -> dict[int, RowError]:
         """Why rows cannot follow their guides any further."""
         return {
-            row: matcher.error
+            row: RowError(matcher.error)
             for row, matcher in zip(self.row_G.tolist(), self._matchers, strict=True)
             if matcher.error is not None
         }

@@ -24,21 +24,23 @@ from triode.models.logits import passes_for
 from triode.models.logprobs import score
 from triode.models.sampling import pack
 from triode.models.slots import SlotState
-from triode.models.step import TokenLogprobs
+from triode.models.step import RowError, TokenLogprobs
 
-ALL_FORBIDDEN = (
+ALL_FORBIDDEN = RowError(
     "no token is possible: guide, logit_bias, bad_words, no_repeat_ngram_size and min_tokens together forbid the whole "
     "vocabulary; allow at least one token"
 )
-NOT_FINITE = "the model's logits are not finite: its weights or their dtype cannot carry this input"
+NOT_FINITE = RowError(
+    "the model's logits are not finite: its weights or their dtype cannot carry this input", is_unsatisfiable=False
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What R rows got. The fields are parallel; `token_ids` and `logprobs` have None where `errors` has a text."""
+    """What R rows got. The fields are parallel; `token_ids` and `logprobs` have None where `errors` has one."""
 
     token_ids: tuple[TokenId | None, ...]
-    errors: tuple[str | None, ...] | None
+    errors: tuple[RowError | None, ...] | None
     """None when every row got a token."""
     logprobs: tuple[TokenLogprobs | None, ...] | None
     """None when no row asked."""
@@ -111,7 +113,7 @@ def _choose(logits_RV: torch.Tensor, rows: SampledRows) -> torch.Tensor:
     return token_R
 
 
-def _reason(logits_V: torch.Tensor) -> str:
+def _reason(logits_V: torch.Tensor) -> RowError:
     return ALL_FORBIDDEN if bool((logits_V == -torch.inf).all()) else NOT_FINITE
 
 

@@ -106,6 +106,14 @@ class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
     top_logprobs: tuple[float, ...] = ()
 
 
+class RowError(msgspec.Struct, frozen=True):
+    """Why a row that should have a token has none: its request fails, alone."""
+
+    reason: str
+    is_unsatisfiable: bool = True
+    """Whether the request asks for what cannot be had, by its guide or its other parameters; else the model is at fault."""
+
+
 class StepResult(msgspec.Struct, frozen=True, tag=True):
     """The answer to a plan. Row fields are parallel tuples of length R, in the plan's order."""
 
@@ -120,8 +128,8 @@ class StepResult(msgspec.Struct, frozen=True, tag=True):
     """The new tokens of all rows, flat: `sum(num_accepted)` of them."""
     logprobs: tuple[TokenLogprobs | None, ...] | None = None
     """Parallel to `token_ids`, an entry where the row asked for logprobs; None when no row asked."""
-    errors: tuple[str | None, ...] | None = None
-    """Per row, why it should have a token and has none: its request fails, alone. None when every row is well."""
+    errors: tuple[RowError | None, ...] | None = None
+    """Per row; None when every row is well."""
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None
     """Per row, one entry a query position that has a known next token; None when no row asked."""
     embeddings: tuple[tuple[float, ...], ...] | None = None

@@ -35,6 +35,7 @@ PUBLIC_NAMES = [
     "EngineClosed",
     "EngineFault",
     "RequestFailed",
+    "RequestUnsatisfiable",
     "InsufficientMemory",
     "MissingExtra",
     "ModelError",

@@ -196,8 +196,8 @@ class Scheduler:
         reading = read_step(launch, result, self.outbox)
         for sequence in reading.ended:
             self._leave(sequence, RequestStatus.FINISHED)
-        for request, reason in reading.failed.items():
-            self._end(request, RequestStatus.FAILED, reason)
+        for request, error in reading.failed.items():
+            self._end(request, RequestStatus.FAILED, error.reason, is_unsatisfiable=error.is_unsatisfiable)
         self._retire([row.sequence for row in launch.rows])
 
     def statistics(self) -> SchedulerStatistics:
@@ -269,7 +269,7 @@ class Scheduler:
         self.outbox.status_of(sequence.request)
         self._unblock()
 
-    def _end(self, request: Request, status: RequestStatus, reason: str) -> None:
+    def _end(self, request: Request, status: RequestStatus, reason: str, *, is_unsatisfiable: bool = False) -> None:
         if not any(sequence.is_active for sequence in request.sequences):
             # It has ended before, and its caller has been told; only its last steps have not retired.
             return
@@ -280,7 +280,7 @@ class Scheduler:
                 # Without the detokenizer's word, generated text may run past a stop string.
                 num_generated = len(sequence.token_ids) - request.num_prompt_tokens
                 sequence.settle(0 if request.has_stop_strings else num_generated)
-        self.outbox.to_detokenizer(Ended(request.request_id, status, reason))
+        self.outbox.to_detokenizer(Ended(request.request_id, status, reason, is_unsatisfiable))
         self._retire(request.sequences)
 
     def _retire(self, sequences: list[Sequence]) -> None:

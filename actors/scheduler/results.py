@@ -8,7 +8,7 @@ from triode.actors.scheduler.outbox import Outbox
 from triode.actors.scheduler.request import Request, Sequence
 from triode.actors.scheduler.wants import Want
 from triode.ids import RequestId, TokenId
-from triode.models.step import Output, StepResult, TokenLogprobs
+from triode.models.step import Output, RowError, StepResult, TokenLogprobs
 
 _NewToken: TypeAlias = tuple[RequestId, int, TokenId, FinishReason | None]
 """A row of Sampled."""
@@ -18,7 +18,7 @@ class Reading(NamedTuple):
     """What a retired step brought to an end."""
 
     ended: list[Sequence]
-    failed: dict[Request, str]
+    failed: dict[Request, RowError]
     """Requests with a row that should have a token and has none, and why."""
 
 

@@ -1,7 +1,15 @@
 """The exception that a server's error would have been in its own program."""
 
 from triode.engine.server.bridge_messages import Failed
-from triode.errors import AccessDenied, EngineBusy, EngineClosed, EngineFault, RequestFailed, ServerUnreachable
+from triode.errors import (
+    AccessDenied,
+    EngineBusy,
+    EngineClosed,
+    EngineFault,
+    RequestFailed,
+    RequestUnsatisfiable,
+    ServerUnreachable,
+)
 
 _BY_CODE: dict[str | None, type[Exception]] = {
     "engine_busy": EngineBusy,
@@ -10,6 +18,7 @@ _BY_CODE: dict[str | None, type[Exception]] = {
     "shutting_down": EngineClosed,
     "engine_fault": EngineFault,
     "request_failed": RequestFailed,
+    "request_unsatisfiable": RequestUnsatisfiable,
     "not_resumable": ServerUnreachable,
     "invalid_api_key": AccessDenied,
 }

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from triode.errors import EngineBusy, TriodeError
+from triode.errors import EngineBusy, RequestUnsatisfiable, TriodeError
 
 RETRY_AFTER = {"Retry-After": "1"}
 
@@ -69,9 +69,15 @@ _PATH = re.compile(r"at `\$\.(\w+)")
 _NAME = re.compile(r"([a-z]\w*)[\w.\[\]]* must ")
 
 
-def engine_error(error: TriodeError) -> RequestError:
-    """503 for an engine that takes nothing more at the moment or at all, 500 for one that failed."""
+def engine_error(error: TriodeError, guide: str | None = None) -> RequestError:
+    """503 for an engine that takes nothing more at the moment or at all, 400 for a request that failed because it asks for
+    what cannot be had, 500 for any other failure.
+
+    `guide` is what the client calls the field that the request's guide was made of.
+    """
     if isinstance(error, EngineBusy):
         return RequestError(503, str(error), code="engine_busy", headers=RETRY_AFTER)
     code = re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
+    if isinstance(error, RequestUnsatisfiable):
+        return RequestError(400, str(error), code=code, param=guide)
     return RequestError(503 if code == "engine_closed" else 500, str(error), code=code)

@@ -40,8 +40,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     is_streamed: bool
     wants_usage: bool
     """As the stream's last chunk; a whole answer always has it."""
-    guide_field: str
-    """The client's name of what the guide was made of."""
+    guide_field: str | None
+    """The client's name of what the guide was made of, if there is one."""
 
     @classmethod
     def of(
@@ -56,7 +56,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             deadline_s=body.deadline_s,
             is_streamed=bool(body.stream),
             wants_usage=body.stream_options is not None and body.stream_options.include_usage,
-            guide_field=guide_field(body.structured_outputs, plan or ToolPlan()),
+            guide_field=None if params.guide is None else guide_field(body.structured_outputs, plan or ToolPlan()),
         )
 
 
@@ -87,7 +87,7 @@ class Generation(Attended):
             if not self._job.is_streamed:
                 await together([partial(self._read, place) for place in self._places])
         except TriodeError as error:
-            raise engine_error(error) from error
+            raise engine_error(error, self._job.guide_field) from error
         if self._job.is_streamed:
             await self._stream(writer)
         else:
@@ -153,7 +153,7 @@ class Generation(Attended):
             await writer.write(_DONE, more=False)
         except TriodeError as error:
             # The status has been sent; the error is the stream's last event.
-            await writer.write(b"data: " + engine_error(error).encode() + b"\n\n", more=False)
+            await writer.write(b"data: " + engine_error(error, self._job.guide_field).encode() + b"\n\n", more=False)
 
 
 def event(chunk: msgspec.Struct) -> bytes:

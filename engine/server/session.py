@@ -46,6 +46,7 @@ class Session:
         self._service = service
         self._sessions = sessions
         self._grace_s = submit.resume_grace_s
+        self._guide_field = None if submit.params.guide is None else "guide"
         self._admission = admission
         self._outbox = Outbox(submit.window)
         self._timing = service.metrics.timing()
@@ -165,7 +166,7 @@ class Session:
                 self._finish(await self._last_word(name))
             except TriodeError as error:
                 self._timing.close(FinishReason.ERROR)
-                failure = engine_error(error)
+                failure = engine_error(error, self._guide_field)
                 self._finish(Failed(name, failure.status, failure.detail))
 
     async def _last_word(self, name: str) -> Finished:

@@ -11,7 +11,7 @@ from triode.models.cuda.gpu import Mark
 from triode.models.cuda.scores import PendingScores
 from triode.models.sampler import ALL_FORBIDDEN, NOT_FINITE
 from triode.models.slots import SlotState
-from triode.models.step import StepPlan, StepResult, TokenLogprobs
+from triode.models.step import RowError, StepPlan, StepResult, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -30,7 +30,7 @@ class Flight:
     scores: PendingScores | None = None
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None
     embeddings: tuple[tuple[float, ...], ...] | None = None
-    refusals: Mapping[int, str] = field(default_factory=dict)
+    refusals: Mapping[int, RowError] = field(default_factory=dict)
     """By index in `token_R`, why a row cannot follow its guide any further."""
     learners: list[tuple[int, int, SlotState]] = field(default_factory=list)
     """(index in `token_R`, slot, state) of the rows whose host copy must learn their token."""
@@ -121,10 +121,10 @@ class Flight:
             ]
         )
 
-    def _errors(self, tokens: list[int]) -> tuple[str | None, ...] | None:
+    def _errors(self, tokens: list[int]) -> tuple[RowError | None, ...] | None:
         if not tokens or min(tokens) >= 0:
             return None
-        errors: list[str | None] = [None] * len(self.plan.slots)
+        errors: list[RowError | None] = [None] * len(self.plan.slots)
         for index, (row, token) in enumerate(zip(self.sampled, tokens, strict=True)):
             if token < 0 and index not in self.overtaken:
                 errors[row] = NOT_FINITE if token == NOT_FINITE_TOKEN else self.refusals.get(index, ALL_FORBIDDEN)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         ModelError,
         ModelNotFound,
         RequestFailed,
+        RequestUnsatisfiable,
         TriodeError,
         UnsupportedModel,
     )
@@ -75,6 +76,7 @@ _HOMES = {
     "RequestFailed": "triode.errors",
     "RequestStatus": "triode.actors.messages",
     "RequestStream": "triode.engine.stream",
+    "RequestUnsatisfiable": "triode.errors",
     "Result": "triode.engine.completion",
     "SamplingParams": "triode.models.sampling",
     "TriodeError": "triode.errors",
@@ -109,6 +111,7 @@ __all__ = [  # noqa: RUF022 - the public surface, sorted by what a reader looks 
     "EngineClosed",
     "EngineFault",
     "RequestFailed",
+    "RequestUnsatisfiable",
     "InsufficientMemory",
     "MissingExtra",
     "ModelError",

@@ -6,6 +6,7 @@
     ├── EngineClosed               the engine has ended: open another
     ├── EngineFault                a bug or a device fault ended the engine; `__cause__` tells which
     ├── RequestFailed              one request failed while it ran; the engine and its neighbours go on
+    │   └── RequestUnsatisfiable   because it asks for what cannot be had
     ├── ServerUnreachable          a client's server does not answer, or its socket was lost
     ├── ProtocolError              a client's server says what no server of its kind would
     ├── AccessDenied               a client's key is missing or wrong
@@ -38,6 +39,10 @@ class EngineFault(TriodeError):
 
 class RequestFailed(TriodeError):
     """This request failed while it ran. Other requests are not affected."""
+
+
+class RequestUnsatisfiable(RequestFailed):
+    """It asks for what cannot be had: its guide takes more work than one may, or its parameters leave no token."""
 
 
 class ServerUnreachable(TriodeError):

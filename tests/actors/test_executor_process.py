@@ -26,7 +26,7 @@ from triode.models.guide import Refusal, Regex
 from triode.models.progress import NullProgress
 from triode.models.runner import RunnerStatistics
 from triode.models.sampling import MAX_SEED, SamplingParams
-from triode.models.step import Admission, Output, StepPlan, StepResult, TableChange, TokenLogprobs
+from triode.models.step import Admission, Output, RowError, StepPlan, StepResult, TableChange, TokenLogprobs
 from worker_runners import BUILT, order, plan
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -104,7 +104,7 @@ FULL_RESULT = StepResult(
     num_accepted=(1, 0),
     token_ids=(TokenId(11),),
     logprobs=(TokenLogprobs(TokenId(11), -0.1, 1, (TokenId(11), TokenId(3)), (-0.1, float("-inf"))),),
-    errors=(None, "no token has a finite logit"),
+    errors=(None, RowError("no token has a finite logit", is_unsatisfiable=False)),
     prompt_logprobs=((TokenLogprobs(TokenId(2), -1e-30, 2),), ()),
     embeddings=((), (0.1, -1 / 3)),
     forward_s=0.1,

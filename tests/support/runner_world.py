@@ -161,7 +161,7 @@ class RunnerWorld:
                 if (entry := next(logprobs, None)) is not None:
                     running.logprobs.append(entry)
             if result.errors is not None and (error := result.errors[row]) is not None:
-                running.errors.append(error)
+                running.errors.append(error.reason)
             if result.prompt_logprobs is not None:
                 running.prompt_logprobs += result.prompt_logprobs[row]
             if result.embeddings is not None and result.embeddings[row]:

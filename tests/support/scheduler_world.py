@@ -34,7 +34,7 @@ from triode.cache.config import CacheConfig
 from triode.cache.manager import CacheManager
 from triode.ids import BlockId, RequestId, SlotId, TokenId
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, Pooling, StepPlan, StepResult, TokenLogprobs
+from triode.models.step import Admission, Output, Pooling, RowError, StepPlan, StepResult, TokenLogprobs
 
 VOCAB = 50
 SAMPLING = (Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE)
@@ -104,7 +104,7 @@ class CheckingRunner:
             epochs=plan.epochs,
             num_accepted=tuple(0 if is_impossible else len(new) for new in tokens),
             token_ids=() if is_impossible else tuple(chain.from_iterable(tokens)),
-            errors=("nothing is possible",) * len(tokens) if is_impossible else None,
+            errors=(RowError("nothing is possible"),) * len(tokens) if is_impossible else None,
             prompt_logprobs=tuple(self._scores(plan, row) for row in range(len(plan.slots))),
             embeddings=tuple((1.0,) if output is Output.HIDDEN else () for output in plan.outputs),
         )

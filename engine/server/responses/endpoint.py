@@ -13,7 +13,7 @@ from triode.engine.server.errors import RequestError
 from triode.engine.server.guard import caller_of
 from triode.engine.server.responses.events import Event
 from triode.engine.server.responses.history import shown_items
-from triode.engine.server.responses.objects import DeletedResponse, InputItems, Response
+from triode.engine.server.responses.objects import DeletedResponse, InputItems
 from triode.engine.server.responses.prepare import Prepared, prepare
 from triode.engine.server.responses.requests import ResponseRequest
 from triode.engine.server.responses.run import ResponseRun
@@ -104,7 +104,10 @@ class ResponseAnswer(Attended):
 
         stream = await self._run.open(streams)
         if not self._is_streamed:
-            await write_json(writer, _or_error(await self._run.follow(stream, write_nothing)))
+            response = await self._run.follow(stream, write_nothing)
+            if self._run.failure is not None:
+                raise self._run.failure
+            await write_json(writer, response)
             return
         await writer.start(200, EVENT_HEADERS)
         await self._run.follow(stream, write)
@@ -114,14 +117,3 @@ class ResponseAnswer(Attended):
 def server_sent(event: Event) -> bytes:
     """An event as OpenAI sends it: by its name, too."""
     return b"event: " + event.kind().encode() + b"\ndata: " + _ENCODER.encode(event) + b"\n\n"
-
-
-def _or_error(response: Response) -> Response:
-    """A response that has failed is an error.
-
-    Raises:
-        RequestError: 500 or 503.
-    """
-    if (error := response.error) is not None:
-        raise RequestError(503 if error.code == "engine_closed" else 500, error.message, code=error.code)
-    return response

@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
     prompt: Conversation
     params: SamplingParams
     reader: ReplyReader | None
-    guide_field: str
+    guide_field: str | None
     """The client's name of what the guide was made of."""
     response: Response
 
@@ -77,7 +77,7 @@ def prepare(service: Service, asked: ResponseRequest, before: tuple[dict[str, ob
         prompt=Conversation(to_messages(items, asked.instructions), plan.for_template, options),
         params=params,
         reader=reader,
-        guide_field=guide_field(asked.structured_outputs, plan),
+        guide_field=None if params.guide is None else guide_field(asked.structured_outputs, plan),
         response=_begin(service, asked, params),
     )
 

@@ -44,6 +44,8 @@ class ResponseRun:
         self._store = store
         self._output = OutputWriter()
         self.response: Response = prepared.response
+        self.failure: RequestError | None = None
+        """Why it failed, if it did."""
 
     async def open(self, streams: list[RequestStream]) -> RequestStream:
         """Submit it.
@@ -106,7 +108,8 @@ class ResponseRun:
             result = await stream.result()
         except TriodeError as error:
             self._timing.close(FinishReason.ERROR)
-            self._end("failed", usage=None, error=error)
+            self.failure = renamed(engine_error(error, self._prepared.guide_field))
+            self._end("failed", usage=None)
             await send([events.Failed(sequence_number=self._output.number(), response=self.response)])
             return self.response
         self._timing.ended(result)
@@ -137,7 +140,7 @@ class ResponseRun:
             self._end("incomplete" if reason is FinishReason.LENGTH else "cancelled", usage=usage)
         return [*found, kind(sequence_number=self._output.number(), response=self.response)]
 
-    def _end(self, status: str, *, usage: ResponseUsage | None, error: TriodeError | None = None) -> None:
+    def _end(self, status: str, *, usage: ResponseUsage | None) -> None:
         self.response = msgspec.structs.replace(
             self.response,
             status=status,
@@ -145,7 +148,7 @@ class ResponseRun:
             output=tuple(self._output.items),
             usage=usage,
             incomplete_details=IncompleteDetails("max_output_tokens") if status == "incomplete" else None,
-            error=None if error is None else engine_error(error).detail,
+            error=None if self.failure is None else self.failure.detail,
         )
         self._keep(self.response, None)
 

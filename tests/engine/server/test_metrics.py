@@ -58,7 +58,7 @@ def test_a_request_that_fails_is_counted_as_such_and_one_that_is_refused_not_at_
         assert client.post("/v1/responses", json={"input": "x", "max_output_tokens": 10**6}).status_code == 400
         # The special tokens, the end among them, are forbidden, so that it runs out of fuel.
         bias = {str(token_id): -100 for token_id in range(17)}
-        assert client.post(TEXT, json={**failing, "logit_bias": bias}).status_code == 500
+        assert client.post(TEXT, json={**failing, "logit_bias": bias}).status_code == 400
         while (found := scrape(client))["vllm:request_success_total/error"] == before[
             "vllm:request_success_total/error"
         ]:
