@@ -10,7 +10,7 @@ from triode.kernels.native.library import LayerStruct, MatrixStruct, ModelStruct
 from triode.models.config import ModelConfig
 from triode.models.quantization import WeightPlan
 from triode.models.rope import rope_table
-from triode.models.weights import HEAD, DecoderWeights, LayerWeights
+from triode.models.weights import EMBEDDING, HEAD, DecoderWeights, LayerWeights
 
 PANEL = 64
 ALIGNMENT_BYTES = 64
@@ -70,6 +70,7 @@ class PackedModel:
 
     def _model(self, config: ModelConfig, weights: DecoderWeights, ranks: RanksStruct | None) -> ModelStruct:
         rope = rope_table(config, torch.device("cpu"))
+        head = self._matrix(HEAD, weights.head_VD, None)
         return ModelStruct(
             is_bf16=weights.embed_VD.dtype == torch.bfloat16,
             vocab_size=config.vocab_size,
@@ -81,12 +82,12 @@ class PackedModel:
             head_dim=config.head_dim,
             num_positions=len(rope.cos_XU),
             norm_eps=config.rms_norm_eps,
-            embedding=self._keep(weights.embed_VD),
+            embedding=self._embedding(weights, head),
             final_norm=self._floats(weights.final_norm_D),
             cos=self._keep(rope.cos_XU),
             sin=self._keep(rope.sin_XU),
             layers=self.layers,
-            head=self._matrix(HEAD, weights.head_VD, None),
+            head=head,
             num_outputs=self.num_outputs,
             ranks=None if ranks is None else ctypes.pointer(ranks),
         )
@@ -124,11 +125,26 @@ class PackedModel:
     def _matrix(
         self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False
     ) -> MatrixStruct:
+        panels = self._next
+        self._next += self._packed_bytes(name, *weight.shape, halves=halves)
+        return self._packed(name, weight, bias, panels, halves=halves)
+
+    def _embedding(self, weights: DecoderWeights, head: MatrixStruct) -> MatrixStruct:
+        """The head itself where both are one matrix in one format. Else it is not among what each token reads."""
+        packing = self._packings[EMBEDDING] = self._packing(EMBEDDING)
+        if weights.embed_VD is weights.head_VD and (packing.format, packing.group) == (head.format, head.group):
+            return head
+        size = self._packed_bytes(EMBEDDING, *weights.embed_VD.shape)
+        panels = self._keep(torch.zeros(size if self._saved is None else 0, dtype=torch.uint8))
+        return self._packed(EMBEDDING, weights.embed_VD, None, panels)
+
+    def _packed(
+        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, panels: int, *, halves: bool = False
+    ) -> MatrixStruct:
+        """A matrix that is packed at `panels`, or was before it was saved."""
         packing, scales = self._packing(name), None
         self._packings[name] = packing
         rows, columns = weight.shape
-        panels = self._next
-        self._next += self._packed_bytes(name, rows, columns, halves=halves)
         if self._saved is None:
             scales = self._pack(name, weight, panels, halves=halves)
         elif packing.format == CHANNEL8:

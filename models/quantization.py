@@ -34,6 +34,7 @@ _HEAD_FORMATS: dict[Quantization, Quantization] = {"a16w4": "a16w8", "a8w4": "a8
 _OF_4_BITS = {"a16w4", "a8w4"}
 _MATRICES = ("qkv", "o", "gate_up", "down")
 _HEAD = "head"
+_EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,10 @@ def _packing(quantization: Quantization, group: int | None, stored: str | None) 
 class WeightPlan:
     """Which matrix is kept in which format.
 
-    Matrices are named `layers.I.qkv`, `layers.I.o`, `layers.I.gate_up`, `layers.I.down` and `head`: what is multiplied by
-    the same input is one matrix. The head has 8 bits where the others have 4, unless an override says otherwise: it alone
-    would cost more accuracy than all of them.
+    Matrices are named `layers.I.qkv`, `layers.I.o`, `layers.I.gate_up`, `layers.I.down`, `head` and `embedding`: what is
+    multiplied by the same input is one matrix. The head has 8 bits where the others have 4, unless an override says
+    otherwise: it alone would cost more accuracy than all of them. The embedding, of which a token reads one row, stays as it
+    is unless an override says otherwise; a tied one that has the head's format is not kept twice.
     """
 
     quantization: Quantization = "none"
@@ -84,8 +86,12 @@ class WeightPlan:
         return self._choice(name) in _KEEPS_BLOCKS
 
     def _choice(self, name: str) -> Quantization:
-        default = _HEAD_FORMATS.get(self.quantization, self.quantization) if name == _HEAD else self.quantization
-        return next((choice for pattern, choice in self.overrides if pattern.fullmatch(name)), default)
+        return next((choice for pattern, choice in self.overrides if pattern.fullmatch(name)), self._default(name))
+
+    def _default(self, name: str) -> Quantization:
+        if name == _EMBEDDING:
+            return "none"
+        return _HEAD_FORMATS.get(self.quantization, self.quantization) if name == _HEAD else self.quantization
 
     @property
     def _choices(self) -> set[Quantization]:
@@ -102,7 +108,7 @@ class WeightPlan:
             if not any(map(pattern.fullmatch, names)):
                 raise ValueError(
                     f"quantization_overrides must match layers.0.qkv to layers.{num_layers - 1}.down "
-                    f"({', '.join(_MATRICES)}) or head, got {pattern.pattern!r}, which matches none"
+                    f"({', '.join(_MATRICES)}), head or embedding, got {pattern.pattern!r}, which matches none"
                 )
 
     def check_group(self, group: int) -> None:
@@ -160,4 +166,4 @@ def _parsed(overrides: Mapping[str, str]) -> Iterable[tuple[re.Pattern[str], Qua
 
 def matrix_names(num_layers: int) -> list[str]:
     """Of a whole model, as plans spell them."""
-    return [*(f"layers.{index}.{matrix}" for index in range(num_layers) for matrix in _MATRICES), _HEAD]
+    return [*(f"layers.{index}.{matrix}" for index in range(num_layers) for matrix in _MATRICES), _HEAD, _EMBEDDING]

@@ -8,8 +8,10 @@ import torch
 
 from triode.models.config import ModelConfig
 from triode.models.quantization import GGUF_FORMATS, WeightPlan
-from triode.models.weights import HEAD, MATRIX_PARTS, StoredMatrix
+from triode.models.weights import EMBEDDING, HEAD, MATRIX_PARTS, StoredMatrix
 
+EMBEDDINGS = "model.embed_tokens.weight"
+"""A checkpoint's name of what it looks tokens up in."""
 _PLAIN = ("F32", "F16", "BF16", "F64")
 
 
@@ -48,7 +50,8 @@ def _matrices(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     for index in range(config.num_layers):
         for matrix, modules in MATRIX_PARTS.items():
             yield f"layers.{index}.{matrix}", tuple(f"model.layers.{index}.{module}.weight" for module in modules)
-    yield HEAD, ("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight",)
+    yield HEAD, (EMBEDDINGS if config.tie_word_embeddings else "lm_head.weight",)
+    yield EMBEDDING, (EMBEDDINGS,)
 
 
 def _the_one(name: str, formats: list[str]) -> str:

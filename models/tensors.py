@@ -16,14 +16,14 @@ from triode.errors import CorruptModel, InsufficientMemory, UnsupportedModel
 from triode.models.config import ModelConfig
 from triode.models.progress import Progress
 from triode.models.quantization import NOT_QUANTIZED, WeightPlan
-from triode.models.stored import stored_matrices
-from triode.models.weights import DecoderWeights, allocate, places
+from triode.models.stored import EMBEDDINGS, stored_matrices
+from triode.models.weights import EMBEDDING, HEAD, DecoderWeights, allocate, places
 
 # What some checkpoints carry besides their weights: tables that are computed from the config.
 _BUFFERS = re.compile(
     r"(model\.layers\.\d+\.self_attn\.rotary_emb|model\.rotary_emb)\.(inv_freq|cos_cached|sin_cached)"
 )
-_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEAD = "lm_head.weight"
 
 
 class TensorReader(Protocol):
@@ -58,11 +58,14 @@ def load_weights(
     """
     check_tensors(config, reader)
     stored = stored_matrices(config, reader, plan)
-    # A tied embedding is looked up in, whatever its blocks are multiplied with.
-    kept = {part for matrix in stored.values() for part in matrix.parts} - {_EMBEDDINGS}
+    # A tied tensor is read if either of its uses wants numbers.
+    unread = set(stored) if not config.tie_word_embeddings or HEAD in stored else set(stored) - {EMBEDDING}
+    kept = {part for name in unread for part in stored[name].parts}
+    if EMBEDDING not in unread:
+        kept.discard(EMBEDDINGS)
     sizes = places(config, allocate(config, dtype, "meta"))
     num_bytes = sum(view.nbytes for name, view in sizes if name not in kept)
-    weights = replace(_allocate(config, dtype, device, stored, num_bytes), stored=stored)
+    weights = replace(_allocate(config, dtype, device, unread, num_bytes), stored=stored)
     progress.stage("Loading weights", num_bytes, "B")
     for name, view in places(config, weights):
         if name in kept:
@@ -81,7 +84,7 @@ def check_tensors(config: ModelConfig, reader: TensorReader) -> None:
     expected = {name: tuple(view.shape) for name, view in places(config, allocate(config, torch.float32, "meta"))}
     shapes = reader.shapes
     if config.tie_word_embeddings and _HEAD in shapes:
-        expected[_HEAD] = expected[_EMBEDDINGS]
+        expected[_HEAD] = expected[EMBEDDINGS]
     for name, shape in expected.items():
         if (found := shapes.get(name)) is None:
             raise CorruptModel(f"{reader.label(name)} is missing")
@@ -103,14 +106,14 @@ def _check_tied_head(reader: TensorReader, weights: DecoderWeights) -> None:
 
 
 def _allocate(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, stored: Collection[str], needed_bytes: int
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, unread: Collection[str], needed_bytes: int
 ) -> DecoderWeights:
     if needed_bytes > (free_bytes := free_memory_bytes(device)):
         raise InsufficientMemory(
             f"the weights in {dtype} take {needed_bytes / 1e9:.2f} GB, and {device} has {free_bytes / 1e9:.2f} GB free: "
             "choose a smaller model or dtype"
         )
-    return allocate(config, dtype, device, stored)
+    return allocate(config, dtype, device, unread)
 
 
 def _check_range(reader: TensorReader, name: str, view: torch.Tensor) -> None:

@@ -35,6 +35,7 @@ class LayerWeights:
 
 
 HEAD = "head"
+EMBEDDING = "embedding"
 MATRIX_PARTS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -74,17 +75,17 @@ class DecoderWeights:
 
 
 def allocate(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, stored: Collection[str] = ()
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, unread: Collection[str] = ()
 ) -> DecoderWeights:
-    """Uninitialised weights of the right shapes; the matrices in `stored` take no memory."""
+    """Uninitialised weights of the right shapes; the matrices in `unread` take no memory."""
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     def matrix(name: str, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta" if name in stored else device)
+        return torch.empty(shape, dtype=dtype, device="meta" if name in unread else device)
 
-    embed_VD = empty(config.vocab_size, config.hidden_size)
+    embed_VD = matrix(EMBEDDING, config.vocab_size, config.hidden_size)
     return DecoderWeights(
         embed_VD=embed_VD,
         layers=tuple(_allocate_layer(config, f"layers.{i}", empty, matrix) for i in range(config.num_layers)),

@@ -62,10 +62,11 @@ inline const char* model_error(const TriodeModel& model) {
     if (model.num_heads % model.num_kv_heads) return "heads are not a multiple of KV heads";
     if (model.head_dim % 2) return "an odd head size cannot be rotated";
     if (!(model.norm_eps >= 0 && model.norm_eps < 1)) return "the norm's epsilon is not in [0, 1)";
-    if (!model.embedding || !model.final_norm || !model.cos || !model.sin || !model.layers) return "a tensor is missing";
+    if (!model.final_norm || !model.cos || !model.sin || !model.layers) return "a tensor is missing";
     for (int64_t i = 0; i < model.num_layers; i++)
         if (const char* error = layer_error(model, model.layers[i])) return error;
     if (const char* error = ranks_error(model)) return error;
+    if (const char* error = matrix_error(model.embedding, model.vocab_size, model.hidden_size)) return error;
     return matrix_error(model.head, model.num_outputs, model.hidden_size);
 }
 

@@ -74,7 +74,7 @@ class ModelStruct(Structure):
         ("head_dim", c_int64),
         ("num_positions", c_int64),
         ("norm_eps", c_double),
-        ("embedding", c_void_p),
+        ("embedding", MatrixStruct),
         ("final_norm", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),

@@ -52,7 +52,7 @@ struct TriodeModel {
     int64_t head_dim;
     int64_t num_positions;  // rows of `cos` and `sin`, each head_dim / 2 floats
     double norm_eps;
-    const void* embedding;  // [vocab_size, hidden_size], not packed
+    TriodeMatrix embedding;  // what it is multiplied with counts for nothing
     const float* final_norm;
     const float* cos;
     const float* sin;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attention.h"
+#include "embedding.h"
 #include "linear.h"
 #include "ranks.h"
 
@@ -121,9 +122,8 @@ class Step {
 
     void embed(Worker& worker) const {
         share_tokens(worker, [&](long token) {
-            const T* from = static_cast<const T*>(model_.embedding) + batch_.token_ids[token] * model_.hidden_size;
             float* to = residual(token);
-            for (long i = 0; i < model_.hidden_size; i++) to[i] = widen(from[i]);
+            look_up<T>(model_.embedding, batch_.token_ids[token], to);
             std::fill(to + model_.hidden_size, to + buffers_.hidden_stride, 0.f);
         });
     }

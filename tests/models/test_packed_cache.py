@@ -62,6 +62,22 @@ def test_a_second_start_reads_the_same_bits_and_no_checkpoint(
     assert torch.equal(second, expected)
 
 
+@pytest.mark.parametrize(
+    "overrides", [{"embedding": "a8w8"}, {"embedding": "a16w8"}, {"head": "a16gguf", "embedding": "a16gguf"}]
+)
+def test_an_embedding_in_a_format_of_its_own_is_read_again_too(tmp_path: Path, overrides: dict[str, str]) -> None:
+    options = ModelOptions(
+        model=str(write_tiny_gguf(tmp_path / "m.gguf", "llama", "Q8_0")),
+        quantization="a8w8",
+        quantization_overrides=overrides,
+        packed_cache=str(tmp_path / "packed"),
+    )
+    first, _ = logits(options)
+    second, stages = logits(options)
+    assert stages == []
+    assert torch.equal(first, second)
+
+
 def test_another_format_dtype_context_or_file_makes_it_anew(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf", "llama", "Q8_0")
     options = ModelOptions(model=str(path), quantization="a8w8", packed_cache=str(tmp_path / "packed"))

@@ -37,6 +37,12 @@ def test_the_head_has_8_bits_where_the_layers_have_4_unless_it_is_overridden() -
     assert plan_weights("a8w4", None, {"head": "a8w4"}).packing("head") == Packing(GROUP4, 32, byte_inputs=True)
 
 
+def test_the_embedding_stays_as_it_is_unless_it_is_overridden() -> None:
+    assert plan_weights("a8w8").packing("embedding") == Packing(PLAIN)
+    assert plan_weights("a8w8", None, {"embedding": "a16w4"}).packing("embedding") == Packing(GROUP4, 32)
+    plan_weights("none", overrides={"embedding": "a8w8"}).check(1)
+
+
 def test_a_pattern_must_match_some_matrix_of_the_model() -> None:
     plan_weights("none", overrides={r"layers\.3\.qkv": "a8w8"}).check(4)
     with pytest.raises(ValueError, match=r"layers\.0\.qkv to layers\.2\.down .* got 'layers\\\\\.3\\\\\.qkv'"):

@@ -253,10 +253,10 @@ class EmulatedLibrary(NativeLibrary):
     def _place_model(self, image: Image, model: ModelStruct) -> int:
         copy = ModelStruct.from_buffer_copy(model)
         angles = model.num_positions * model.head_dim // 2 * 4
-        embedding = model.vocab_size * model.hidden_size * (2 if model.is_bf16 else 4)
-        sizes = {"embedding": embedding, "final_norm": _floats(model.hidden_size), "cos": angles, "sin": angles}
+        sizes = {"final_norm": _floats(model.hidden_size), "cos": angles, "sin": angles}
         for name, num_bytes in sizes.items():
             setattr(copy, name, image.place(getattr(model, name), num_bytes))
+        copy.embedding = self._place_matrix(image, model, model.embedding)
         copy.head = self._place_matrix(image, model, model.head)
         layers = [bytes(self._place_layer(image, model, model.layers[i])) for i in range(model.num_layers)]
         _set(copy, "layers", image.put(b"".join(layers)))
