@@ -39,7 +39,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     of 8 bits have one scale a token, too). None takes the format's own: 64 for a8w8, 32 for 4 bits, 0 for a16w8."""
     quantization_overrides: dict[str, str] = {}
     """Other formats for the matrices whose whole names a regular expression matches: layers.0.qkv, .o, .gate_up, .down, and
-    so on, and head. The first that matches counts."""
+    so on, head, and embedding. The first that matches counts."""
     packed_cache: str | None = None
     """A file for the matrices as native kernels keep them, which the next start reads instead of the model's own files; it
     is written if it is not there, or was made of something else. With tensor_parallel each process has one, named after it."""
