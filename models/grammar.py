@@ -180,9 +180,8 @@ def _compile(guide: Guide, vocabulary: LLTokenizer) -> _Compiled:
         grammar = _grammar(guide)
     except ValueError as error:
         raise ValueError(f"guide cannot be compiled: {error}") from error
-    prototype = LLMatcher(
-        vocabulary, grammar, log_level=0, limits=GRAMMAR_LIMITS if isinstance(guide, Grammar) else LIMITS
-    )
+    is_anything = isinstance(guide, Grammar) and not guide.of_schemas
+    prototype = LLMatcher(vocabulary, grammar, log_level=0, limits=GRAMMAR_LIMITS if is_anything else LIMITS)
     # The first mask builds most of what later ones need, and shows a guide that is too complex from the start.
     if not prototype.is_error():
         prototype.compute_bitmask()
@@ -228,7 +227,7 @@ def _grammar(guide: Guide) -> str:
         case Choices(options):
             # One automaton serves them all, where alternatives of a grammar would each be followed on their own.
             return LLMatcher.grammar_from_regex("|".join(map(_literal, options)))
-        case Grammar(lark):
+        case Grammar(lark=lark):
             return json.dumps({"grammars": [{"lark_grammar": lark}]})
 
 

@@ -12,6 +12,7 @@ or the grammar can be compiled is known at `submit`, which refuses with the comp
 
 import json
 from collections.abc import Mapping
+from itertools import groupby
 from typing import TypeAlias
 
 import msgspec
@@ -21,6 +22,10 @@ MAX_GUIDE_BYTES = 2**17
 """The longest schema, expression or grammar, and the most that all choices may have together."""
 MAX_CHOICES = 10_000
 """The most choices of one request."""
+MAX_OPTIONAL = 240
+"""The most properties of an object that may be left out one after the other: the parser looks at all of them at once."""
+_DATA = frozenset({"const", "default", "enum", "examples"})
+"""Keywords whose values are no schemas."""
 
 
 class _Guide(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -33,7 +38,7 @@ class JsonSchema(_Guide, frozen=True):
     Properties come in the schema's order. A keyword that cannot be enforced is refused, not ignored.
 
     Raises:
-        ValueError: if the schema is no JSON object, or too long.
+        ValueError: if the schema is no JSON object, too long, or of an object with too many optional properties.
     """
 
     schema: str | Mapping[str, object]
@@ -91,9 +96,13 @@ class Grammar(_Guide, frozen=True):
     """
 
     lark: str
+    of_schemas: bool = False
+    """Whether nothing but JSON schemas in it leaves a choice of parses, as in a grammar of tool calls. It may then take as
+    much work as a schema; a grammar of anybody's making takes less."""
 
     def __post_init__(self) -> None:
         _check_text("lark", self.lark)
+        _check_flag("of_schemas", self.of_schemas)
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -121,7 +130,38 @@ def _schema_text(schema: object) -> str:
         raise ValueError(f"schema must be valid JSON, got {_shown(text)}: {error}") from error
     if not isinstance(decoded, dict):
         raise ValueError(f"schema must be a JSON object, got {_shown(text)}")
+    check_optional(decoded)
     return text
+
+
+def check_optional(schema: Mapping[str, object]) -> None:
+    """Whether the objects that a schema speaks of can be followed.
+
+    Raises:
+        ValueError: if one has too many optional properties.
+    """
+    found: list[object] = [schema]
+    while found:
+        value = found.pop()
+        if isinstance(value, list):
+            found += value
+        elif isinstance(value, Mapping):
+            if (num_optional := _longest_optional(value)) > MAX_OPTIONAL:
+                raise ValueError(
+                    f"schema must have <= {MAX_OPTIONAL} optional properties of an object one after the other, got "
+                    f"{num_optional}; make some of them required"
+                )
+            found += [part for key, part in value.items() if key not in _DATA]
+
+
+def _longest_optional(schema: Mapping[str, object]) -> int:
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        return 0
+    needed = {name for name in required if isinstance(name, str)}
+    return max(
+        (len([*names]) for is_needed, names in groupby(properties, needed.__contains__) if not is_needed), default=0
+    )
 
 
 def _encoded(schema: Mapping[str, object]) -> str:

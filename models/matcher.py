@@ -45,11 +45,10 @@ def _limits(max_items_in_row: int) -> LLParserLimits:
 
 
 LIMITS = _limits(1_000)
-"""About 10 ms to build the lexer, 3 ms for the costliest mask known, and 40 MB a lexer. An object with 200 optional
-properties takes 800 items in a row, a list of 2,000 words half of the lexer's fuel."""
+"""About 10 ms to build the lexer, 3 ms for the costliest mask known, and 40 MB a lexer. Optional properties of an object
+take four items in a row each (`MAX_OPTIONAL` of `triode.models.guide`), a list of 2,000 words half of the lexer's fuel."""
 GRAMMAR_LIMITS = _limits(200)
-"""Of a grammar in the caller's own words: nothing else can be so ambiguous that items combine with items. Of schemas within
-it, those of tools, objects have up to 50 optional properties."""
+"""Of a grammar in the caller's own words: nothing else can be so ambiguous that items combine with items."""
 
 MAX_MASK_S = 0.02
 """Processor time of one matcher in one step, after which its sequence fails."""

@@ -27,7 +27,7 @@ def guide_of(form: ResponseFormat | None, outputs: StructuredOutputs | None, pla
         return _structured(outputs)
     try:
         if (grammar := plan.grammar(answer)) is not None:
-            return Grammar(grammar)
+            return Grammar(grammar, of_schemas=True)
     except ValueError as error:
         raise _refused("tools", f"tools must have schemas that make a grammar: {error}") from None
     if answer is None:

@@ -21,6 +21,7 @@ from triode.engine.server.outbox import Outbox
 from triode.engine.server.service import Service
 from triode.engine.stream import RequestStream
 from triode.errors import TriodeError
+from triode.models.guide import Grammar
 
 MAX_TOKENS_IN_FRAME = 128
 """With 64 logprobs for each token a frame stays below 1 MiB, the most that many clients take."""
@@ -213,6 +214,9 @@ def check_submit(submit: Submit, max_grace_s: float) -> None:
         raise RequestError(400, message, param="resume_grace_s")
     if submit.resume_grace_s and submit.window is None:
         raise RequestError(400, "window must be given with resume_grace_s: it bounds what is kept", param="window")
+    guide = submit.params.guide
+    if isinstance(guide, Grammar) and guide.of_schemas:
+        raise RequestError(400, "guide.of_schemas must be false on a bridge", param="guide")
     if submit.params.prompt_logprobs is not None:
         raise RequestError(400, "prompt_logprobs must be None on a bridge", param="prompt_logprobs")
 

@@ -27,7 +27,7 @@ from triode.errors import EngineBusy
 from triode.ids import TokenId
 from triode.models import grammar
 from triode.models.grammar import MAX_SHARERS, GuideCompiler, check_guide
-from triode.models.guide import Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
+from triode.models.guide import MAX_OPTIONAL, Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
 from triode.models.tokenizer import Tokenizer
 from triode.models.vocabulary import Vocabulary
 from walks import accepts, allowed, mask_of, walk
@@ -189,6 +189,16 @@ def test_an_output_matches_its_expression_from_end_to_end(pattern: str, seed: in
     assert output is None or re.fullmatch(pattern, output)
     if text:
         assert takes(guide, text) == bool(re.fullmatch(pattern, text))
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_as_many_optional_properties_as_are_accepted_can_be_followed(compact: bool) -> None:
+    properties = {f"p{index}": {"enum": [1]} for index in range(MAX_OPTIONAL)}
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    guide = JsonSchema({"type": "array", "items": {"anyOf": [schema, {"type": "null"}]}}, compact=compact)
+    value = [None, dict.fromkeys(list(properties)[::40], 1)]
+    token_ids = tiny_tokenizer().encode(json.dumps(value, separators=(",", ":")))
+    assert accepts(tiny_guides(), guide, token_ids)
 
 
 def test_a_grammar_derives_what_no_expression_does() -> None:

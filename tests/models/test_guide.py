@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from triode.models.guide import MAX_GUIDE_BYTES, Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
+from triode.models.guide import MAX_GUIDE_BYTES, MAX_OPTIONAL, Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
 from triode.models.sampling import SamplingParams
 
 GUIDES: list[Guide] = [
@@ -16,6 +16,7 @@ GUIDES: list[Guide] = [
     Regex("a+"),
     Choices(("yes", "no")),
     Grammar('start: "a"'),
+    Grammar('start: "a"', of_schemas=True),
 ]
 
 
@@ -37,6 +38,18 @@ def test_choices_may_be_a_list() -> None:
     assert Choices(["a", "b"]) == Choices(("a", "b"))  # type: ignore[arg-type]
 
 
+def optional(number: int, **fields: Any) -> dict[str, Any]:
+    """An object whose properties may all be left out."""
+    properties = {f"p{index}": {"type": "boolean"} for index in range(number)}
+    return {"type": "object", "properties": properties, "additionalProperties": False, **fields}
+
+
+def test_optional_properties_are_counted_between_required_ones_and_not_in_data() -> None:
+    JsonSchema(optional(MAX_OPTIONAL))
+    JsonSchema(optional(2 * MAX_OPTIONAL, required=[f"p{MAX_OPTIONAL}"]))
+    JsonSchema({"const": optional(2 * MAX_OPTIONAL)})
+
+
 cyclic: dict[str, object] = {}
 cyclic["self"] = cyclic
 
@@ -51,6 +64,11 @@ REFUSED: list[tuple[type[Any], tuple[Any, ...], str]] = [
     (JsonSchema, ({"a": "\ud83d"},), "schema must be valid Unicode"),
     (JsonSchema, ({"a": "x" * MAX_GUIDE_BYTES},), f"schema must have at most {MAX_GUIDE_BYTES} bytes, got 131081"),
     (JsonSchema, ({}, 1), "compact must be True or False, got 1"),
+    (
+        JsonSchema,
+        ({"type": "array", "items": optional(MAX_OPTIONAL + 1)},),
+        f"schema must have <= {MAX_OPTIONAL} optional properties of an object one after the other, got 241",
+    ),
     (JsonObject, ("yes",), "compact must be True or False, got 'yes'"),
     (Regex, ("",), "pattern must be a non-empty text, got ''"),
     (Regex, (b"a",), "pattern must be a non-empty text, got b'a'"),

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from triode.engine.server.tools.formats import ToolFormat
 from triode.engine.server.tools.requests import Function
+from triode.models.guide import check_optional
 
 # As json.dumps writes, and models with it; without it a model may fill its output with white space.
 _WHITE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -59,4 +60,5 @@ def _arguments(function: Function, checked: bool) -> str:
 
 
 def _json(schema: Mapping[str, object]) -> str:
+    check_optional(schema)
     return f"%json {json.dumps({**schema, 'x-guidance': _WHITE_SPACE})}"

@@ -229,6 +229,24 @@ def test_tokens_of_a_prompt_with_tools_can_be_counted(client: openai.OpenAI, ser
     assert reply.usage.prompt_tokens == count
 
 
+def with_optional(number: int) -> list[Any]:
+    """A strict tool whose parameters may all be left out."""
+    properties: dict[str, Any] = {f"p{index}": {} for index in range(number)}
+    parameters = {"type": "object", "properties": properties, "additionalProperties": False}
+    return [{"type": "function", "function": {"name": "set", "strict": True, "parameters": parameters}}]
+
+
+@pytest.mark.parametrize("tool_choice", ["required", "auto"])
+def test_a_strict_tool_may_have_many_optional_parameters_and_too_many_are_refused_at_once(
+    client: openai.OpenAI, tool_choice: str
+) -> None:
+    reply = ask(client, tools=with_optional(100), tool_choice=tool_choice, max_tokens=150, seed=1)
+    assert reply.choices[0].finish_reason in ("tool_calls", "length", "stop")
+    with pytest.raises(openai.BadRequestError, match=r"<= 240 optional properties .* got 250") as caught:
+        ask(client, tools=with_optional(250), tool_choice=tool_choice)
+    assert caught.value.param == "tools"
+
+
 def nested(levels: int) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for _ in range(levels):
