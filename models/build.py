@@ -19,7 +19,7 @@ from triode.models.native import NativeDecoder
 from triode.models.parallel import RankOrder
 from triode.models.progress import NullProgress, Progress
 from triode.models.quantization import NOT_QUANTIZED, WeightPlan
-from triode.models.ranked_build import build_lead
+from triode.models.ranked_build import build_share
 from triode.models.ranks import LeadProgram
 from triode.models.runner import Runner
 from triode.models.weights import DecoderWeights, LayerWeights, allocate, places
@@ -87,7 +87,7 @@ def build_runner(
         decoder = (
             cpu_program(config, weights, rest, native.library, plan)
             if ranks is None
-            else build_lead(config, weights, rest, native, plan, ranks, max_step_tokens)
+            else LeadProgram(config, *build_share(config, weights, rest, native, plan, ranks, max_step_tokens))
         )
     del weights
     progress.done()

@@ -7,6 +7,7 @@ import msgspec
 import torch
 
 from triode.models.config import DeviceChoice, DtypeChoice, ModelConfig, ModelOptions
+from triode.models.parallel import RankOrder
 from triode.models.progress import NullProgress, Progress
 from triode.models.quantization import NOT_QUANTIZED, WeightPlan
 from triode.models.source import RANDOM_PREFIX, locate
@@ -31,15 +32,23 @@ class Checkpoint:
         device: torch.device,
         progress: Progress | None = None,
         plan: WeightPlan = NOT_QUANTIZED,
+        ranks: RankOrder | None = None,
     ) -> DecoderWeights:
         """Reads the weights into newly allocated tensors, but for matrices that `plan` keeps as the file has them.
+
+        Args:
+            dtype: of the tensors.
+            device: where they are to be.
+            progress: told how far it has come.
+            plan: which matrices stay as they are.
+            ranks: those that read their shares at the same time, if this is one's share.
 
         Raises:
             ModelError: the files are corrupt, or of a kind that is not supported.
             InsufficientMemory: the weights do not fit.
             ValueError: `plan` does not suit the model.
         """
-        return load_weights(self.config, self.tensors, dtype, device, progress or NullProgress(), plan)
+        return load_weights(self.config, self.tensors, dtype, device, progress or NullProgress(), plan, ranks)
 
 
 def open_checkpoint(options: ModelOptions, progress: Progress | None = None) -> Checkpoint:

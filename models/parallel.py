@@ -26,6 +26,8 @@ class RankOrder(msgspec.Struct, frozen=True, kw_only=True):
     """An empty file in memory, which all ranks map."""
     links: tuple[int, ...]
     """File descriptors of connected sockets: to ranks 1, 2, ... in rank 0, to rank 0 in every other."""
+    free_bytes: int
+    """Of main memory, before any of them was started: what they all load must fit in it."""
 
 
 @runtime_checkable

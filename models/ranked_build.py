@@ -13,27 +13,9 @@ from triode.models.parallel import RankOrder, share_of
 from triode.models.progress import Progress
 from triode.models.quantization import WeightPlan
 from triode.models.rank_memory import RankMemory
-from triode.models.ranks import FollowingRank, LeadProgram
+from triode.models.ranks import FollowingRank
 from triode.models.shares import with_share_of_head
 from triode.models.weights import DecoderWeights, LayerWeights
-
-
-def build_lead(
-    config: ModelConfig,
-    weights: DecoderWeights,
-    layers: Iterable[LayerWeights],
-    native: NativeChoice,
-    plan: WeightPlan,
-    order: RankOrder,
-    max_step_tokens: int,
-) -> LeadProgram:
-    """Rank 0's program, which is the whole model's.
-
-    Raises:
-        ValueError: the model cannot be divided by the number of ranks, or there is no compiled step.
-    """
-    own, memory = build_share(config, weights, layers, native, plan, order, max_step_tokens)
-    return LeadProgram(config, own, memory)
 
 
 def build_follower(
@@ -51,7 +33,7 @@ def build_follower(
     """Another rank's part. Torch's number of threads in this process becomes that of its steps.
 
     Raises:
-        ValueError: as for rank 0.
+        ValueError: as of `build_share`.
     """
     native = choose_native(weights.embed_VD.dtype, kernels, plan, progress)
     torch.set_num_threads(num_threads or usable_threads(torch.get_num_threads()))
@@ -68,7 +50,11 @@ def build_share(
     order: RankOrder,
     max_step_tokens: int,
 ) -> tuple[NativeDecoder, RankMemory]:
-    """A rank's decoder and what it shares with the others."""
+    """A rank's decoder and what it shares with the others: what `LeadProgram` or `FollowingRank` is made of.
+
+    Raises:
+        ValueError: the model cannot be divided by the number of ranks, or there is no compiled step.
+    """
     library = _library(native, order)
     memory = RankMemory(order, config, weights.embed_VD.dtype, max_step_tokens)
     weights = with_share_of_head(config, weights, order.rank, order.num_ranks)

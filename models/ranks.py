@@ -8,7 +8,7 @@ that every rank has the same hidden states, to the bit; logits of the other rank
     T packed tokens     R rows     D hidden     V vocab     P blocks     B block size     K KV heads     H head dim
 """
 
-import threading
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -36,6 +36,9 @@ from triode.models.rank_link import (
     free_together,
 )
 from triode.models.rank_memory import MAX_LOGIT_ROWS, RankMemory
+
+_END_DEADLINE_S = 10.0
+"""How long a rank that cannot go on leaves it to the engine to say why."""
 
 
 class LeadProgram:
@@ -215,5 +218,5 @@ def _ready(device: torch.device) -> Ready:
 
 def _await_the_end() -> NoReturn:
     """A rank is gone. The engine knows why, as it watches them all, and ends the others: nobody here can go on."""
-    threading.Event().wait()
-    raise AssertionError("nobody sets it")
+    time.sleep(_END_DEADLINE_S)
+    raise RuntimeError(f"another rank is gone, and nobody has ended this one for {_END_DEADLINE_S} s")

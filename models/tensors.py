@@ -5,7 +5,7 @@ reads one tensor at a time in pieces, so that loading never holds a second copy 
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import torch
 from triode.cache.pool import free_memory_bytes
 from triode.errors import CorruptModel, InsufficientMemory, UnsupportedModel
 from triode.models.config import ModelConfig
+from triode.models.parallel import RankOrder
 from triode.models.progress import Progress
 from triode.models.quantization import NOT_QUANTIZED, WeightPlan
 from triode.models.stored import EMBEDDINGS, stored_matrices
@@ -47,8 +48,18 @@ def load_weights(
     device: torch.device,
     progress: Progress,
     plan: WeightPlan = NOT_QUANTIZED,
+    ranks: RankOrder | None = None,
 ) -> DecoderWeights:
     """Reads a checkpoint into newly allocated weights, but for matrices whose blocks `plan` keeps.
+
+    Args:
+        config: the model's, or one rank's share of it.
+        reader: what reads its tensors.
+        dtype: of the weights.
+        device: where they are to be.
+        progress: told how far it has come.
+        plan: which matrices stay as they are.
+        ranks: those that read their shares at the same time.
 
     Raises:
         CorruptModel: a tensor is missing, or has another shape than the config says.
@@ -65,7 +76,8 @@ def load_weights(
         kept.discard(EMBEDDINGS)
     sizes = places(config, allocate(config, dtype, "meta"))
     num_bytes = sum(view.nbytes for name, view in sizes if name not in kept)
-    weights = replace(_allocate(config, dtype, device, unread, num_bytes), stored=stored)
+    _check_memory(dtype, device, num_bytes, ranks)
+    weights = replace(allocate(config, dtype, device, unread), stored=stored)
     progress.stage("Loading weights", num_bytes, "B")
     for name, view in places(config, weights):
         if name in kept:
@@ -105,15 +117,17 @@ def _check_tied_head(reader: TensorReader, weights: DecoderWeights) -> None:
         raise UnsupportedModel(f"{reader.label(_HEAD)} differs from the embeddings, to which the config ties it")
 
 
-def _allocate(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, unread: Collection[str], needed_bytes: int
-) -> DecoderWeights:
+def _check_memory(dtype: torch.dtype, device: torch.device, needed_bytes: int, ranks: RankOrder | None) -> None:
     if needed_bytes > (free_bytes := free_memory_bytes(device)):
         raise InsufficientMemory(
             f"the weights in {dtype} take {needed_bytes / 1e9:.2f} GB, and {device} has {free_bytes / 1e9:.2f} GB free: "
             "choose a smaller model or dtype"
         )
-    return allocate(config, dtype, device, unread)
+    if ranks is not None and needed_bytes * ranks.num_ranks > ranks.free_bytes:
+        raise InsufficientMemory(
+            f"the weights in {dtype} take {needed_bytes / 1e9:.2f} GB in each of {ranks.num_ranks} processes, and there "
+            f"were {ranks.free_bytes / 1e9:.2f} GB free for all of them: choose a smaller model or dtype"
+        )
 
 
 def _check_range(reader: TensorReader, name: str, view: torch.Tensor) -> None:

@@ -128,7 +128,7 @@ def _load_weights(
         tensors = shared(checkpoint.config, checkpoint.tensors, *share)
         checkpoint = dataclasses.replace(checkpoint, config=share_of(checkpoint.config, share[1]), tensors=tensors)
     if options.packed_cache is None:
-        return checkpoint.load_weights(dtype, device, progress, plan)
+        return checkpoint.load_weights(dtype, device, progress, plan, order.ranks)
     if device.type != "cpu":
         raise ValueError(f"packed_cache must be None on a GPU, got {options.packed_cache!r}")
     return load_packed(checkpoint, options, dtype, plan, progress, share)

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from triode.cache.memory import available_memory_bytes
 from triode.models.parallel import RankOrder
 
 
@@ -31,7 +32,8 @@ def rank_orders(num_ranks: int) -> Iterator[tuple[RankOrder, ...]]:
             for fds, end in zip(ends, socket.socketpair(), strict=True):
                 fds.append(opened.enter_context(end).fileno())
         links = [tuple(ends[0]), *((fd,) for fd in ends[1])]
+        free_bytes = available_memory_bytes()
         yield tuple(
-            RankOrder(rank=rank, num_ranks=num_ranks, memory_fd=memory_fd, links=links[rank])
+            RankOrder(rank=rank, num_ranks=num_ranks, memory_fd=memory_fd, links=links[rank], free_bytes=free_bytes)
             for rank in range(num_ranks)
         )

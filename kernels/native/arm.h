@@ -34,20 +34,19 @@ typedef bfloat16x8_t ArmHalves;
 #endif
 #endif
 
-inline ArmFloats arm_splat(float x) {
+// What to call with the registers that there are.
 #if defined(__ARM_FEATURE_SVE)
-    return svdup_f32(x);
+#define TRIODE_ARM(sve, neon) sve
 #else
-    return vdupq_n_f32(x);
+#define TRIODE_ARM(sve, neon) neon
 #endif
+
+inline ArmFloats arm_splat(float x) {
+    return TRIODE_ARM(svdup_f32(x), vdupq_n_f32(x));
 }
 
 inline ArmFloats arm_multiply_add(ArmFloats a, ArmFloats b, ArmFloats c) {
-#if defined(__ARM_FEATURE_SVE)
-    return svmla_x(svptrue_b32(), c, a, b);
-#else
-    return vfmaq_f32(c, a, b);
-#endif
+    return TRIODE_ARM(svmla_x(svptrue_b32(), c, a, b), vfmaq_f32(c, a, b));
 }
 
 // acc + the sum of four products of signed bytes.
@@ -65,42 +64,28 @@ inline ArmWords arm_dot_signed(ArmWords acc, ArmSigned a, ArmSigned b) {
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 // The same of bytes without a sign and signed ones.
 inline ArmWords arm_dot_mixed(ArmWords acc, ArmUnsigned a, ArmSigned b) {
-#if defined(__ARM_FEATURE_SVE)
-    return svusdot_s32(acc, a, b);
-#else
-    return vusdotq_s32(acc, a, b);
-#endif
+    return TRIODE_ARM(svusdot_s32(acc, a, b), vusdotq_s32(acc, a, b));
 }
 
 // In each 16 bytes: two rows of eight of `a` times two of `b`, as words (a0 b0, a0 b1, a1 b0, a1 b1).
 inline ArmWords arm_square_mixed(ArmWords acc, ArmUnsigned a, ArmSigned b) {
-#if defined(__ARM_FEATURE_SVE)
-    return svusmmla_s32(acc, a, b);
-#else
-    return vusmmlaq_s32(acc, a, b);
-#endif
+    return TRIODE_ARM(svusmmla_s32(acc, a, b), vusmmlaq_s32(acc, a, b));
 }
 #endif
 
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 // acc + the sum of two products of bfloat16.
 inline ArmFloats arm_dot_halves(ArmFloats acc, ArmHalves a, ArmHalves b) {
-#if defined(__ARM_FEATURE_SVE)
-    return svbfdot_f32(acc, a, b);
-#else
-    return vbfdotq_f32(acc, a, b);
-#endif
+    return TRIODE_ARM(svbfdot_f32(acc, a, b), vbfdotq_f32(acc, a, b));
 }
 
 // In each 16 bytes: two rows of four of `a` times two of `b`, as floats (a0 b0, a0 b1, a1 b0, a1 b1). Each is, to the
 // bit, what two `arm_dot_halves` give (Arm ARM, BFMatMulAdd).
 inline ArmFloats arm_square_halves(ArmFloats acc, ArmHalves a, ArmHalves b) {
-#if defined(__ARM_FEATURE_SVE)
-    return svbfmmla_f32(acc, a, b);
-#else
-    return vbfmmlaq_f32(acc, a, b);
-#endif
+    return TRIODE_ARM(svbfmmla_f32(acc, a, b), vbfmmlaq_f32(acc, a, b));
 }
 #endif
+
+#undef TRIODE_ARM
 
 }  // namespace triode

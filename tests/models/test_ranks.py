@@ -18,6 +18,7 @@ from tiny_decoders import tiny_config, tiny_weights
 from triode.cache.messages import BlockCopy
 from triode.cache.pool import free_memory_bytes
 from triode.ids import BlockId
+from triode.models import ranks
 from triode.models.config import ModelConfig, ModelOptions
 from triode.models.loader import open_checkpoint
 from triode.models.native import NativeDecoder
@@ -26,7 +27,7 @@ from triode.models.parallel import RankOrder, check_shares, outputs_of, share_of
 from triode.models.progress import NullProgress
 from triode.models.quantization import Quantization, plan_weights
 from triode.models.random_model import random_config
-from triode.models.rank_link import Ready, free_together
+from triode.models.rank_link import RankLink, Ready, free_together
 from triode.models.rank_memory import RankMemory
 from triode.models.ranks import FollowingRank, LeadProgram
 from triode.models.shares import shared
@@ -163,13 +164,27 @@ def test_a_step_of_more_tokens_than_there_is_room_for_is_refused() -> None:
 
 def test_a_rank_takes_the_death_of_the_first_one_for_a_hangup() -> None:
     ours, theirs = socket.socketpair()
-    order = RankOrder(rank=1, num_ranks=2, memory_fd=-1, links=(theirs.detach(),))
+    order = RankOrder(rank=1, num_ranks=2, memory_fd=-1, links=(theirs.detach(),), free_bytes=0)
     own, memory = SimpleNamespace(device=CPU), SimpleNamespace(order=order)
     follower = FollowingRank(cast(NativeDecoder, own), cast(RankMemory, memory))
     # What a dead process has not read makes its end of the socket a reset one: that this rank is ready, here.
     ours.close()
     assert not follower.obey()
     follower.close()
+
+
+def test_a_rank_that_cannot_go_on_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_END_DEADLINE_S", 0)
+    config = tiny_config()
+    with ranked(config, tiny_weights(config, torch.float32), 2) as lead:
+        decoding = RankedDecoding(lead, 30)
+        # The other rank leaves, as if it had been killed.
+        lead.close()
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        lead._links = [RankLink(ours.detach())]
+        with pytest.raises(RuntimeError, match="another rank is gone, and nobody has ended this one for 0 s"):
+            decoding.step([(PagedSequence(tokens(0, config, 20)), 20)])
 
 
 def test_ranks_that_share_a_node_divide_what_it_has_free() -> None:

@@ -3,6 +3,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from triode.errors import CorruptModel, InsufficientMemory, ModelNotFound, Unsup
 from triode.models import tensors
 from triode.models.config import ModelOptions
 from triode.models.loader import Checkpoint, open_checkpoint
+from triode.models.parallel import RankOrder
 from triode.models.progress import Progress
-from triode.models.weights import DecoderWeights, places
+from triode.models.weights import DecoderWeights, allocate, places
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -273,6 +275,19 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_read(
     with pytest.raises(InsufficientMemory, match="choose a smaller model or dtype"):
         load(model, progress=watcher)
     assert watcher.stages == []
+
+
+def test_shares_that_fit_alone_and_not_together_are_refused(model: Path) -> None:
+    checkpoint = open_folder(model)
+    meta = allocate(checkpoint.config, torch.float32, "meta")
+    num_bytes = sum(view.nbytes for _, view in places(checkpoint.config, meta))
+    for free_bytes in (2 * num_bytes, 2 * num_bytes - 1):
+        ranks = RankOrder(rank=0, num_ranks=2, memory_fd=-1, links=(), free_bytes=free_bytes)
+        fits = free_bytes == 2 * num_bytes
+        with (
+            nullcontext() if fits else pytest.raises(InsufficientMemory, match="in each of 2 processes, and there were")
+        ):
+            checkpoint.load_weights(torch.float32, CPU, ranks=ranks)
 
 
 def anonymous_bytes() -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from msgspec.structs import replace
 
 from native_steps import native_library
 from paged_decoding import BLOCK_SIZE_TOKENS, PagedDecoding
@@ -15,7 +16,7 @@ from triode.models.cpu import NativeChoice
 from triode.models.parallel import RankOrder, share_of
 from triode.models.progress import NullProgress
 from triode.models.quantization import NOT_QUANTIZED, Quantization, WeightPlan, plan_weights
-from triode.models.ranked_build import build_lead, build_share
+from triode.models.ranked_build import build_share
 from triode.models.ranks import FollowingRank, LeadProgram
 from triode.models.shares import shared
 from triode.models.tensors import TensorReader, load_weights
@@ -47,7 +48,9 @@ def ranks_of(config: ModelConfig, shares: Sequence[DecoderWeights], plan: Weight
             FollowingRank(*build_share(config, share, share.layers, native, plan, order, MAX_TOKENS))
             for share, order in zip(shares[1:], orders[1:], strict=True)
         ]
-        lead = build_lead(config, shares[0], shares[0].layers, native, plan, orders[0], MAX_TOKENS)
+        lead = LeadProgram(
+            config, *build_share(config, shares[0], shares[0].layers, native, plan, orders[0], MAX_TOKENS)
+        )
     threads = [threading.Thread(target=_obey, args=(follower,), daemon=True) for follower in followers]
     for thread in threads:
         thread.start()
@@ -91,12 +94,7 @@ class HeldTensors:
 
 def _own(order: RankOrder) -> RankOrder:
     """With file descriptors that nobody else closes."""
-    return RankOrder(
-        rank=order.rank,
-        num_ranks=order.num_ranks,
-        memory_fd=os.dup(order.memory_fd),
-        links=tuple(map(os.dup, order.links)),
-    )
+    return replace(order, memory_fd=os.dup(order.memory_fd), links=tuple(map(os.dup, order.links)))
 
 
 def _obey(follower: FollowingRank) -> None:
