@@ -25,7 +25,7 @@ C blocks in a table      W programs (query tile, KV head)    S segments      M (
 import triton
 import triton.language as tl
 
-from triode.kernels.device_code import wait_for_inputs
+from triode.kernels.device_code import let_next_start, wait_for_previous
 
 ONES = tl.constexpr(8)  # Columns of the product that sums a row's weights, all equal: the fewest that there may be.
 LOWEST = tl.constexpr(-1e30)  # finite, so that the difference of two empty maxima is 0 and not NaN
@@ -46,16 +46,29 @@ def row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS: tl.constexpr):
 
 
 @triton.jit
-def load_kv(pool_ptr, offset, mask, KV_MODE: tl.constexpr, DOT: tl.constexpr):
+def load_kv(at, mask, KV_MODE: tl.constexpr, DOT: tl.constexpr):
     """A tile of keys or values, as operand of a matrix product."""
     tl.static_assert(KV_MODE == 0, "this KV format has no kernel")
-    return tl.load(pool_ptr + offset, mask=mask, other=0.0).to(DOT)
+    return tl.load(at, mask=mask, other=0.0).to(DOT)
 
 
 @triton.jit
-def pages_of_tile(table, first, kv_end, tile_position, BLOCK: tl.constexpr):
+def pages_of_tile(table, first, end, tile_position, BLOCK: tl.constexpr):
     """The blocks that hold each position of the tile that begins at `first`."""
-    return tl.load(table + (first + tile_position) // BLOCK, mask=first + tile_position < kv_end, other=0)
+    if tile_position.shape[0] % BLOCK == 0:
+        at = table + first // BLOCK + tile_position // BLOCK
+    else:
+        at = table + (first + tile_position) // BLOCK
+    return tl.load(at, mask=first + tile_position < end, other=0)
+
+
+@triton.jit
+def place_in_block(
+    first, tile_position, kv_head, dim, HEAD: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Where a tile's keys (or values) are within their blocks: the same for every tile that is whole blocks."""
+    position = tile_position if tile_position.shape[0] % BLOCK == 0 else first + tile_position
+    return (position % BLOCK * NUM_KV_HEADS + kv_head)[:, None] * HEAD + dim[None, :]
 
 
 @triton.jit
@@ -69,7 +82,7 @@ def add_tile(
     value_ptr,
     block,
     first,
-    kv_end,
+    end,
     kv_head,
     tile_position,
     dim,
@@ -84,10 +97,12 @@ def add_tile(
 ):
     """A segment's softmax state after one more tile. Every row sees all of a tile that ends by `unmasked_end`."""
     kv = first + tile_position
-    kv_row = (block.to(tl.int64) * BLOCK + kv % BLOCK) * NUM_KV_HEADS + kv_head
-    kv_offset = kv_row[:, None] * HEAD + dim[None, :]
-    kv_mask = (kv < kv_end)[:, None] & (dim < HEAD)[None, :]
-    k = load_kv(key_ptr, kv_offset, kv_mask, KV_MODE, DOT)
+    place = place_in_block(first, tile_position, kv_head, dim, HEAD, NUM_KV_HEADS, BLOCK)
+    block_at = block.to(tl.int64)[:, None] * (BLOCK * NUM_KV_HEADS * HEAD)
+    mask = (kv < end)[:, None]
+    if dim.shape[0] > HEAD:
+        mask = mask & (dim < HEAD)[None, :]
+    k = load_kv(key_ptr + place + block_at, mask, KV_MODE, DOT)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if first + kv.shape[0] > unmasked_end:
         visible = kv[None, :] <= position[:, None]
@@ -99,7 +114,7 @@ def add_tile(
     p = tl.exp2(tl.math.fma(s, scale, -(new * scale)[:, None])).to(DOT)
     ones = tl.full([kv.shape[0], ONES], 1.0, DOT)
     mass = tl.dot(p, ones, mass * alpha[:, None], input_precision="ieee")
-    v = load_kv(value_ptr, kv_offset, kv_mask, KV_MODE, DOT)
+    v = load_kv(value_ptr + place + block_at, mask, KV_MODE, DOT)
     acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
     return new, mass, acc
 
@@ -161,9 +176,10 @@ def walk_segment(
     key_ptr,
     value_ptr,
     table,
+    block,
     first_tile,
     end,
-    kv_end,
+    share_end,
     kv_head,
     dim,
     scale,
@@ -176,19 +192,21 @@ def walk_segment(
     KV_MODE: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """The softmax state of one segment, whose tiles begin at `first_tile` and end before `end`."""
+    """The softmax state of one segment, whose tiles begin at `first_tile` and end before `end`.
+
+    Takes the blocks of the first tile and returns those of the tile behind the last: they are looked up a tile ahead, so
+    that keys and values need not wait for them. `share_end` is where this program's KV ends.
+    """
     peak, mass, acc = empty_state(q.shape[0], q.shape[1])
     tile_position = tl.arange(0, TILE)
-    block = pages_of_tile(table, first_tile, kv_end, tile_position, BLOCK)
     for first in range(first_tile, end, TILE):
-        # A tile ahead, so that keys and values need not wait for their block numbers.
-        next_block = pages_of_tile(table, first + TILE, kv_end, tile_position, BLOCK)
+        next_block = pages_of_tile(table, first + TILE, share_end, tile_position, BLOCK)
         peak, mass, acc = add_tile(
-            peak, mass, acc, q, position, key_ptr, value_ptr, block, first, kv_end, kv_head, tile_position,
+            peak, mass, acc, q, position, key_ptr, value_ptr, block, first, end, kv_head, tile_position,
             dim, scale, unmasked_end, HEAD, NUM_KV_HEADS, BLOCK, WINDOW, KV_MODE, DOT,
         )  # fmt: skip
         block = next_block
-    return peak, mass, acc
+    return peak, mass, acc, block
 
 
 @triton.jit
@@ -212,6 +230,40 @@ def merge_shares(
         peak, mass, acc = load_state(state_ptr, partial_ptr, at, valid, dim, in_head, HEAD)
         row_peak, row_mass, row_acc = merge(row_peak, row_mass, row_acc, peak, mass, acc, scale)
     return row_mass, row_acc
+
+
+@triton.jit
+def kv_of_tile(
+    start_position,
+    first_token,
+    num_tokens,
+    QUERY_TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Where a query tile's KV begins and ends, its first segment and how many there are."""
+    end = start_position + tl.minimum(first_token + QUERY_TOKENS, num_tokens)
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(start_position + first_token - WINDOW + 1, 0) // TILE * TILE
+    first_segment = begin // SEGMENT
+    return begin, end, first_segment, tl.cdiv(end, SEGMENT) - first_segment
+
+
+@triton.jit
+def share_of_kv(begin, end, first_segment, num_segments, SEGMENT: tl.constexpr):
+    """The part of a query tile's KV that is this program's among those of grid axis 2, and how many have one."""
+    share = tl.cdiv(num_segments, tl.num_programs(2))
+    my_segment = first_segment + tl.program_id(2) * share
+    begin = tl.maximum(begin, my_segment * SEGMENT)
+    return begin, tl.minimum(end, (my_segment + share) * SEGMENT), tl.cdiv(num_segments, share)
+
+
+@triton.jit
+def pair_offset(token, head, dim, stride, HEAD: tl.constexpr):
+    """Where the queries or outputs of (query token, head) pairs are."""
+    return token.to(tl.int64)[:, None] * stride + head[:, None] * HEAD + dim[None, :]
 
 
 @triton.jit(do_not_specialize=["num_rows", "table_stride", "max_segments", "num_states"])
@@ -251,7 +303,7 @@ def attend(
     PDL: tl.constexpr,
 ):
     """One query tile of one KV head; with SPLIT one share of its KV segments. `scale` includes log2(e)."""
-    wait_for_inputs(PDL)
+    let_next_start(PDL)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     if LONG_ROWS:
@@ -263,43 +315,35 @@ def attend(
         return
 
     start_position = tl.load(start_ptr + row)
+    begin, end, first_segment, num_segments = kv_of_tile(
+        start_position, first_token, num_tokens, QUERY_TOKENS, TILE, SEGMENT, WINDOW
+    )
+    if SPLIT:
+        begin, end, num_workers = share_of_kv(begin, end, first_segment, num_segments, SEGMENT)
+        if tl.program_id(2) >= num_workers:
+            return
+    table = table_ptr + row.to(tl.int64) * table_stride
+    block = pages_of_tile(table, begin, end, tl.arange(0, TILE), BLOCK)
+    wait_for_previous(PDL)
+
     pair = tl.arange(0, PAIRS)
     token = first_token + pair // GROUP
     head = kv_head * GROUP + pair % GROUP
     valid = (pair < QUERY_TOKENS * GROUP) & (token < num_tokens)
-    position = start_position + token
     dim = tl.arange(0, HEAD_PADDED)
     in_head = dim < HEAD
-    q_offset = (row_start + token).to(tl.int64)[:, None] * q_stride + head[:, None] * HEAD + dim[None, :]
-    q = tl.load(q_ptr + q_offset, mask=valid[:, None] & in_head[None, :], other=0.0).to(DOT)
-
-    kv_end = start_position + tl.minimum(first_token + QUERY_TOKENS, num_tokens)
-    begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(start_position + first_token - WINDOW + 1, 0) // TILE * TILE
-    end = kv_end
-    first_segment = begin // SEGMENT
-    num_segments = tl.cdiv(kv_end, SEGMENT) - first_segment
-    if SPLIT:
-        share = tl.cdiv(num_segments, tl.num_programs(2))
-        num_workers = tl.cdiv(num_segments, share)
-        if tl.program_id(2) >= num_workers:
-            return
-        my_segment = first_segment + tl.program_id(2) * share
-        begin = tl.maximum(begin, my_segment * SEGMENT)
-        end = tl.minimum(kv_end, (my_segment + share) * SEGMENT)
-    work = (tile * NUM_KV_HEADS + kv_head).to(tl.int64)
-    work_states = work * max_segments * num_states + pair
-
-    row_peak, row_mass, row_acc = empty_state(PAIRS, HEAD_PADDED)
-    table = table_ptr + row.to(tl.int64) * table_stride
+    in_pairs = valid[:, None] & in_head[None, :]
+    q = tl.load(q_ptr + pair_offset(row_start + token, head, dim, q_stride, HEAD), mask=in_pairs, other=0.0).to(DOT)
     unmasked_end = 0
     if WINDOW == 0:
         unmasked_end = start_position + first_token + 1
+    work = (tile * NUM_KV_HEADS + kv_head).to(tl.int64)
+    work_states = work * max_segments * num_states + pair
+    row_peak, row_mass, row_acc = empty_state(PAIRS, HEAD_PADDED)
     for segment in range(begin // SEGMENT, tl.cdiv(end, SEGMENT)):
-        peak, mass, acc = walk_segment(
-            q, position, key_ptr, value_ptr, table, tl.maximum(begin, segment * SEGMENT),
-            tl.minimum(end, (segment + 1) * SEGMENT), kv_end, kv_head, dim, scale, unmasked_end,
+        peak, mass, acc, block = walk_segment(
+            q, start_position + token, key_ptr, value_ptr, table, block, tl.maximum(begin, segment * SEGMENT),
+            tl.minimum(end, (segment + 1) * SEGMENT), end, kv_head, dim, scale, unmasked_end,
             HEAD, NUM_KV_HEADS, BLOCK, TILE, WINDOW, KV_MODE, DOT,
         )  # fmt: skip
         if SPLIT:
@@ -320,7 +364,7 @@ def attend(
                 HEAD, MERGE_STAGES,
             )  # fmt: skip
 
-    out_offset = (row_start + token).to(tl.int64)[:, None] * out_stride + head[:, None] * HEAD + dim[None, :]
     mass = tl.max(row_mass, 1)
     out = row_acc / tl.where(mass > 0, mass, 1.0)[:, None]
-    tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & in_head[None, :])
+    out_at = out_ptr + pair_offset(row_start + token, head, dim, out_stride, HEAD)
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=in_pairs)

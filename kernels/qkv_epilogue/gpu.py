@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from triode.kernels.device_code import wait_for_inputs
+from triode.kernels.device_code import let_next_start, wait_for_previous
 from triode.kernels.gpu_traits import GpuTraits
 
 # As many as keep memory busy: programs of 4 heads and one warp took 45 us instead of 28 for 4,096 tokens of Qwen2.5-7B on
@@ -28,11 +28,21 @@ HEADS_PER_PROGRAM = 16
 
 
 @triton.jit
-def load_part(qkv_ptr, bias_ptr, at, head_at, mask, BIAS: tl.constexpr):
+def kinds_of(head, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr):
+    """Which heads of a QKV row are queries, keys and values, and the KV head of the last two."""
+    is_q = (head < NUM_HEADS)[:, None]
+    is_v = (head >= NUM_HEADS + NUM_KV_HEADS)[:, None]
+    kv_head = head - NUM_HEADS
+    return is_q, (is_q | is_v) == 0, is_v, tl.where(kv_head >= NUM_KV_HEADS, kv_head - NUM_KV_HEADS, kv_head)
+
+
+@triton.jit
+def load_part(qkv_row, bias_ptr, head, dim, mask, HEAD: tl.constexpr, BIAS: tl.constexpr):
     """A part of the heads' dimensions, with its bias."""
-    x = tl.load(qkv_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    at = head[:, None] * HEAD + dim[None, :]
+    x = tl.load(qkv_row + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
-        x += tl.load(bias_ptr + head_at, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(bias_ptr + at, mask=mask, other=0.0).to(tl.float32)
     return x
 
 
@@ -52,6 +62,14 @@ def store_part(qkv_ptr, key_ptr, value_ptr, x, at, kv_at, mask, is_q, is_k, is_v
     tl.store(qkv_ptr + at, x.to(qkv_ptr.dtype.element_ty), mask=mask & is_q)
     tl.store(key_ptr + kv_at, x.to(key_ptr.dtype.element_ty), mask=mask & is_k)
     tl.store(value_ptr + kv_at, x.to(value_ptr.dtype.element_ty), mask=mask & is_v)
+
+
+@triton.jit
+def store_dims(qkv_row, key_ptr, value_ptr, x, head, kv_row, dim, mask, is_q, is_k, is_v, HEAD: tl.constexpr):
+    """The same for a part of the dimensions of one token's heads."""
+    at = head[:, None] * HEAD + dim[None, :]
+    kv_at = kv_row[:, None] * HEAD + dim[None, :]
+    store_part(qkv_row, key_ptr, value_ptr, x, at, kv_at, mask, is_q, is_k, is_v)
 
 
 @triton.jit
@@ -86,33 +104,28 @@ def finish_qkv(
     PDL: tl.constexpr,
 ):
     """HEADS heads of one token; head h of the row is a query, a key or a value by its number."""
-    wait_for_inputs(PDL)
+    let_next_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    is_q = (head < NUM_HEADS)[:, None]
-    is_v = (head >= NUM_HEADS + NUM_KV_HEADS)[:, None]
-    is_k = (is_q | is_v) == 0
-    real = head < NUM_HEADS + 2 * NUM_KV_HEADS
-    position = tl.load(position_ptr + token)
-    slot = tl.load(slot_ptr + token).to(tl.int64)
-    kv_head = head - NUM_HEADS
-    kv_head = tl.where(kv_head >= NUM_KV_HEADS, kv_head - NUM_KV_HEADS, kv_head)
+    real = (head < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None]
+    is_q, is_k, is_v, kv_head = kinds_of(head, NUM_HEADS, NUM_KV_HEADS)
     half = tl.arange(0, HALF_PADDED)
     in_half = half < HALF
-    mask = real[:, None] & in_half[None, :]
-    head_at = head[:, None] * HEAD + half[None, :]
-    at = token * qkv_stride + head_at
-    kv_at = (slot * NUM_KV_HEADS + kv_head)[:, None] * HEAD + half[None, :]
-    x1 = load_part(qkv_ptr, bias_ptr, at, head_at, mask, BIAS)
-    x2 = load_part(qkv_ptr, bias_ptr, at + HALF, head_at + HALF, mask, BIAS)
+    rope_at = tl.load(position_ptr + token).to(tl.int64) * HALF + half
+    cos = tl.load(cos_ptr + rope_at, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + rope_at, mask=in_half, other=0.0)[None, :]
+    kv_row = tl.load(slot_ptr + token).to(tl.int64) * NUM_KV_HEADS + kv_head
+    wait_for_previous(PDL)
+
+    qkv_row = qkv_ptr + token * qkv_stride
+    mask = real & in_half[None, :]
+    x1 = load_part(qkv_row, bias_ptr, head, half, mask, HEAD, BIAS)
+    x2 = load_part(qkv_row, bias_ptr, head, HALF + half, mask, HEAD, BIAS)
     if REST_PADDED > 0:
         rest = 2 * HALF + tl.arange(0, REST_PADDED)
         in_rest = rest < HEAD
-        rest_mask = real[:, None] & in_rest[None, :]
-        rest_head_at = head[:, None] * HEAD + rest[None, :]
-        rest_at = token * qkv_stride + rest_head_at
-        rest_kv_at = (slot * NUM_KV_HEADS + kv_head)[:, None] * HEAD + rest[None, :]
-        x3 = load_part(qkv_ptr, bias_ptr, rest_at, rest_head_at, rest_mask, BIAS)
+        rest_mask = real & in_rest[None, :]
+        x3 = load_part(qkv_row, bias_ptr, head, rest, rest_mask, HEAD, BIAS)
     if NORM:
         square_sum = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
         if REST_PADDED > 0:
@@ -123,14 +136,11 @@ def finish_qkv(
         x2 = norm_part(x2, inverse_rms, q_norm_ptr, k_norm_ptr, half + HALF, in_half, is_q, is_v, dtype)
         if REST_PADDED > 0:
             x3 = norm_part(x3, inverse_rms, q_norm_ptr, k_norm_ptr, rest, in_rest, is_q, is_v, dtype)
-    rope_at = position.to(tl.int64) * HALF + half
-    cos = tl.load(cos_ptr + rope_at, mask=in_half, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + rope_at, mask=in_half, other=0.0)[None, :]
     y1, y2 = rotate(x1, x2, cos, sin, is_v)
-    store_part(qkv_ptr, key_ptr, value_ptr, y1, at, kv_at, mask, is_q, is_k, is_v)
-    store_part(qkv_ptr, key_ptr, value_ptr, y2, at + HALF, kv_at + HALF, mask, is_q, is_k, is_v)
+    store_dims(qkv_row, key_ptr, value_ptr, y1, head, kv_row, half, mask, is_q, is_k, is_v, HEAD)
+    store_dims(qkv_row, key_ptr, value_ptr, y2, head, kv_row, HALF + half, mask, is_q, is_k, is_v, HEAD)
     if REST_PADDED > 0:
-        store_part(qkv_ptr, key_ptr, value_ptr, x3, rest_at, rest_kv_at, rest_mask, is_q, is_k, is_v)
+        store_dims(qkv_row, key_ptr, value_ptr, x3, head, kv_row, rest, rest_mask, is_q, is_k, is_v, HEAD)
 
 
 def check_layout(
