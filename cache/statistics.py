@@ -29,8 +29,3 @@ class CacheStatistics(msgspec.Struct, frozen=True):
     """Forgotten because nobody used them for `ttl_s`."""
     num_copied_blocks: int
     num_preemptions: int
-
-    @property
-    def hit_rate(self) -> float:
-        """Hit tokens over query tokens; 0 before the first query."""
-        return self.num_hit_tokens / self.num_query_tokens if self.num_query_tokens else 0.0

@@ -121,5 +121,6 @@ def _assemble(config: EngineConfig, loaded: _Loaded, load_s: float) -> EnginePar
             executor=type(loaded.executor).__name__.removesuffix("Executor").lower(),
             load_s=load_s,
             step_bytes=built.step_bytes,
+            worker_pids=tuple(executor.pids) if isinstance(executor := loaded.executor, ProcessExecutor) else (),
         ),
     )

@@ -30,6 +30,8 @@ class Report(msgspec.Struct, frozen=True):
     load_s: float
     step_bytes: int | None = None
     """Bytes of matrices that each step reads; None where that is not known."""
+    worker_pids: tuple[int, ...] = ()
+    """The processes that compute, where they are others than this one."""
 
     @property
     def kv_cache_tokens(self) -> int:
@@ -40,8 +42,14 @@ class Report(msgspec.Struct, frozen=True):
         return (
             f"{self.model} ({self.architecture}) in {self.dtype} on {self.device}: "
             f"weights {self.weights_bytes / 2**20:.0f} MiB, KV cache {self.kv_cache_bytes / 2**20:.0f} MiB for "
-            f"{self.kv_cache_tokens} tokens, kernels {self.kernels}, loaded in {self.load_s:.1f} s"
+            f"{self.kv_cache_tokens} tokens, kernels {self.kernels}, loaded in {self.load_s:.1f} s{self._where}"
         )
+
+    @property
+    def _where(self) -> str:
+        if not self.worker_pids:
+            return ""
+        return f" by process{'es' * (len(self.worker_pids) > 1)} {', '.join(map(str, self.worker_pids))}"
 
 
 @dataclass(frozen=True, slots=True)

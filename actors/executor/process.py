@@ -61,13 +61,8 @@ class ProcessExecutor:
         self._answers: dict[int, Callable[[Refusal | None], None]] = {}
 
     @property
-    def pid(self) -> int:
-        """The process id of the worker that has the runner."""
-        return self._child.pid
-
-    @property
     def pids(self) -> list[int]:
-        """Of all ranks, in their order."""
+        """The process ids of all ranks, in their order: the first one has the runner."""
         return [child.pid for child in self._children]
 
     async def open(self, order: Open, progress: Progress) -> Built:

@@ -32,11 +32,6 @@ class Gate:
         """Whether `drain` has begun."""
         return self.draining.is_set()
 
-    @property
-    def num_admitted(self) -> int:
-        """Requests that are being served."""
-        return sum(map(len, self._entries.values()))
-
     @contextmanager
     def admitted(self, key: str) -> Iterator[list[RequestStream]]:
         """A request's time of service. Its streams belong into the yielded list and are cancelled at the end.

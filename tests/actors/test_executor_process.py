@@ -62,7 +62,7 @@ async def started(opener: str, model: str = "none") -> AsyncIterator[tuple[Proce
             yield executor, inboxes
         finally:
             await executor.close()
-    assert not has_child(executor.pid)
+    assert not has_child(executor.pids[0])
 
 
 FULL_PLAN = StepPlan(
@@ -173,11 +173,11 @@ async def test_results_come_back_in_order_with_the_runners_figures() -> None:
 async def test_a_plan_larger_than_the_sockets_buffer_is_sent_without_waiting() -> None:
     prompt = [100_000 - i for i in range(100_000)]
     async with started("open_echo") as (executor, inboxes):
-        os.kill(executor.pid, signal.SIGSTOP)
+        os.kill(executor.pids[0], signal.SIGSTOP)
         for step_id in range(4):
             executor.launch(plan(step_id, *prompt, step_id))
         assert executor._child._unsent
-        os.kill(executor.pid, signal.SIGCONT)
+        os.kill(executor.pids[0], signal.SIGCONT)
         assert [await inboxes.token() for _ in range(4)] == [sum(prompt) + step_id for step_id in range(4)]
         assert not executor._child._unsent
 
@@ -200,7 +200,7 @@ async def test_a_step_that_ends_while_no_plan_waits_is_answered() -> None:
 
 async def test_two_workers_run_beside_each_other() -> None:
     async with started("open_echo") as (first, from_first), started("open_echo") as (second, from_second):
-        assert first.pid != second.pid
+        assert first.pids[0] != second.pids[0]
         first.launch(plan(0, 1))
         second.launch(plan(0, 2))
         assert (await from_second.token(), await from_first.token()) == (2, 1)
@@ -242,7 +242,7 @@ async def test_a_load_that_fails_says_why(model: str, kind: type[Exception], mes
     with pytest.raises(kind, match=message):
         await executor.open(order(model), NullProgress())
     await executor.kill()
-    assert not has_child(executor.pid)
+    assert not has_child(executor.pids[0])
 
 
 class Impatient(NullProgress):
@@ -263,7 +263,7 @@ async def test_a_load_that_is_cancelled_leaves_no_worker() -> None:
             await executor.open(order("endless"), Impatient(scope))
         assert scope.cancelled_caught
         await executor.kill()
-    assert not has_child(executor.pid)
+    assert not has_child(executor.pids[0])
 
 
 async def test_a_step_that_fails_is_a_fault_with_the_workers_traceback() -> None:
@@ -282,7 +282,7 @@ async def test_a_worker_that_dies_is_a_fault_with_its_last_words() -> None:
         executor.launch(plan(1))
         error = await inboxes.faults.receive()
     assert str(error) == (
-        f"the worker process {executor.pid} ended with exit status 3; its last words were:\n"
+        f"the worker process {executor.pids[0]} ended with exit status 3; its last words were:\n"
         "something is wrong with the device"
     )
 
@@ -290,13 +290,13 @@ async def test_a_worker_that_dies_is_a_fault_with_its_last_words() -> None:
 async def test_a_worker_that_is_killed_is_a_fault_within_a_second(tmp_path: Path) -> None:
     async with started("open_stuck", str(tmp_path / "began")) as (executor, inboxes):
         executor.launch(plan(0))
-        os.kill(executor.pid, signal.SIGKILL)
+        os.kill(executor.pids[0], signal.SIGKILL)
         with trio.fail_after(1):
             error = await inboxes.faults.receive()
-        assert not has_child(executor.pid)
+        assert not has_child(executor.pids[0])
         # Whoever has not heard of it yet may still send.
         executor.launch(plan(1))
-    assert f"the worker process {executor.pid} was killed by SIGKILL" in str(error)
+    assert f"the worker process {executor.pids[0]} was killed by SIGKILL" in str(error)
 
 
 async def test_closing_lets_the_running_step_end_and_the_runner_close(caplog: pytest.LogCaptureFixture) -> None:
@@ -314,7 +314,7 @@ async def test_closing_kills_a_step_that_does_not_end(tmp_path: Path, monkeypatc
     with pytest.raises(errors.EngineFault, match=r"has not ended within 0\.1 s: its process was killed"):
         async with started("open_stuck", str(tmp_path / "began")) as (executor, _):
             executor.launch(plan(0))
-    assert not has_child(executor.pid)
+    assert not has_child(executor.pids[0])
 
 
 @linux_only
@@ -343,7 +343,7 @@ async def main():
     executor.launch(plan(0))
     while not os.path.exists(sys.argv[2]):
         await trio.sleep(0.01)
-    print(executor.pid, flush=True)
+    print(executor.pids[0], flush=True)
     try:
         await trio.sleep_forever()
     finally:
@@ -397,7 +397,7 @@ def test_a_worker_does_not_outlive_an_engine_that_is_killed(opener: str, tmp_pat
 
 async def test_a_worker_ignores_ctrl_c() -> None:
     async with started("open_echo") as (executor, inboxes):
-        os.kill(executor.pid, signal.SIGINT)
+        os.kill(executor.pids[0], signal.SIGINT)
         executor.launch(plan(0, 6))
         assert await inboxes.token() == 6
 

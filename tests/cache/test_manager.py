@@ -409,11 +409,6 @@ def test_hits_are_counted_when_a_sequence_is_admitted() -> None:
     driver.run(1, tokens(64))
     statistics = driver.manager.statistics()
     assert (statistics.num_query_tokens, statistics.num_hit_tokens) == (96, 32)
-    assert statistics.hit_rate == pytest.approx(1 / 3)
-
-
-def test_the_hit_rate_is_0_before_the_first_query() -> None:
-    assert Driver().manager.statistics().hit_rate == 0
 
 
 def test_a_release_of_an_unknown_sequence_is_accepted() -> None:

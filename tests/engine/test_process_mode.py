@@ -40,7 +40,7 @@ async def complete_all(engine: Engine) -> list[Result]:
 
 
 def worker_pid(engine: Engine) -> int:
-    return engine._hub.parts.executor.pid  # type: ignore[attr-defined, no-any-return]
+    return engine.report.worker_pids[0]
 
 
 def facts(result: Result) -> object:
@@ -116,7 +116,7 @@ async def main():
         async with engine.submit("Once", triode.SamplingParams(max_tokens=400, ignore_eos=True)) as stream:
             async for delta in stream:
                 if sys.stdout is not None:
-                    print(engine._hub.parts.executor.pid, "torch" in sys.modules, flush=True)
+                    print(engine.report.worker_pids[0], "torch" in sys.modules, flush=True)
                     sys.stdout = None
 
 trio.run(main)

@@ -26,7 +26,7 @@ async def main():
     async with triode.open_engine({HALF_BILLION!r}, device="cuda", executor="process", kv_cache_bytes=2**30) as engine:
         async with engine.submit([1, 2, 3], triode.SamplingParams(max_tokens=20_000, ignore_eos=True)) as stream:
             await stream.batch()
-            print(engine._hub.parts.executor.pid, flush=True)
+            print(engine.report.worker_pids[0], flush=True)
             await stream.result()
 
 trio.run(main)
@@ -46,7 +46,7 @@ def triode_command(*arguments: str) -> str:
 
 
 def worker_pid(engine: Engine) -> int:
-    return engine._hub.parts.executor.pid  # type: ignore[attr-defined, no-any-return]
+    return engine.report.worker_pids[0]
 
 
 async def kill_worker_while_read(told_after_s: list[float]) -> None:
