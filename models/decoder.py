@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from triode.kernels.dispatch import Kernels
+from triode.kernels.sample.reference import greedy
 from triode.kernels.threads import cpu_threads
 from triode.models.batch import StepBatch
 from triode.models.config import ModelConfig
@@ -88,6 +89,10 @@ class Decoder:
             residual_TD = layer(residual_TD, key_PBKH, value_PBKH, context)
         hidden_TD = self.kernels.rms_norm(residual_TD, self._final_norm_D, self.config.rms_norm_eps)
         return hidden_TD[: batch.num_tokens]
+
+    def likeliest(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """The token with the largest logit of each row, [R]."""
+        return greedy(self.logits(hidden_RD))
 
     def _context(self, batch: StepBatch) -> StepContext:
         position_T = batch.positions_PT[0]

@@ -27,7 +27,7 @@ from triode.models.logprobs import score_positions
 from triode.models.pooling import PooledHidden
 from triode.models.program import StepProgram
 from triode.models.runner import RunnerStatistics
-from triode.models.sampler import SampledRows, Samples, sample
+from triode.models.sampler import SampledRows, Samples, likeliest, sample
 from triode.models.slots import IntArray, Slots
 from triode.models.step import Output, RowError, StepPlan, StepResult, TokenLogprobs
 
@@ -118,10 +118,12 @@ class EagerRunner:
             rows.sampling.begin()
         prepared_s = time.perf_counter()
         hidden_TD = self._decoder.forward(batch, self._pool.keys, self._pool.values)
-        logits_RV = self._logits(hidden_TD, batch, rows)
+        samples, logits_RV = self._head(hidden_TD, batch, rows)
         computed_s = time.perf_counter()
-        with cpu_threads(self._sampling_threads):
-            samples = None if logits_RV is None or rows.sampling is None else sample(logits_RV, rows.sampling)
+        if logits_RV is not None:
+            assert rows.sampling is not None, "logits are computed of rows that sample"
+            with cpu_threads(self._sampling_threads):
+                samples = sample(logits_RV, rows.sampling)
         prompt_logprobs = self._score_prompts(hidden_TD, batch, rows, plan)
         embeddings = self._pool_hidden(hidden_TD, batch, rows, plan)
         forced = {} if samples is None else _append(samples, rows)
@@ -171,13 +173,18 @@ class EagerRunner:
         rows = zip(slot_R.tolist(), start_R.tolist(), end_R.tolist(), strict=True)
         return np.concatenate([tokens_SC[slot, start:end] for slot, start, end in rows])
 
-    def _logits(self, hidden_TD: torch.Tensor, batch: StepBatch, rows: _RowSet) -> torch.Tensor | None:
-        if not rows.sampled:
-            return None
+    def _head(
+        self, hidden_TD: torch.Tensor, batch: StepBatch, rows: _RowSet
+    ) -> tuple[Samples | None, torch.Tensor | None]:
+        """What the rows get that sample, if their likeliest tokens are all they want, and otherwise their logits."""
+        if rows.sampling is None:
+            return None, None
         if len(rows.sampled) < len(hidden_TD):
             last_T = torch.from_numpy(batch.rows.query_start_R1[1:] - 1)
             hidden_TD = hidden_TD[last_T[rows.sampled].to(hidden_TD.device)]
-        return self._decoder.logits(hidden_TD)
+        if rows.sampling.takes_likeliest and (samples := likeliest(self._decoder.likeliest(hidden_TD))) is not None:
+            return samples, None
+        return None, self._decoder.logits(hidden_TD)
 
     def _score_prompts(
         self, hidden_TD: torch.Tensor, batch: StepBatch, rows: _RowSet, plan: StepPlan

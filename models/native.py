@@ -151,6 +151,17 @@ class NativeDecoder:
         self._library.logits(self._model, hidden_RD.data_ptr(), num_rows, out.data_ptr(), scratch, team.handle)
         return out[:, : self._memory.num_outputs]
 
+    def likeliest(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """The token with the largest logit of each row, [R], int64, the lowest id among equals; -1 where there is none.
+
+        Logits are compared as they are computed, and never kept."""
+        hidden_RD = hidden_RD.contiguous()
+        num_rows, team = len(hidden_RD), self._current_team()
+        token_R = torch.empty(num_rows, dtype=torch.int64)
+        scratch = self._working_memory(num_rows, team.num_threads)
+        self._library.likeliest(self._model, hidden_RD.data_ptr(), num_rows, token_R.data_ptr(), scratch, team.handle)
+        return token_R
+
     def _current_team(self) -> Team:
         """As many threads as torch would use; others are started when their number changes."""
         num_threads = torch.get_num_threads()

@@ -42,3 +42,7 @@ class StepProgram(Protocol):
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """float32 logits [R, V] of the rows that need them."""
+
+    def likeliest(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """The token with the largest logit of each row, [R], int64, the lowest id among equals; `IMPOSSIBLE` where a logit
+        is NaN or the largest one is not finite."""

@@ -20,6 +20,7 @@ from triode.cache.messages import BlockCopy
 from triode.cache.pool import KVPool, free_memory_bytes
 from triode.kernels.native.numa import bound_nodes
 from triode.kernels.paged_attention.rows import AttentionRows
+from triode.kernels.sample.reference import greedy
 from triode.models.batch import StepBatch
 from triode.models.config import ModelConfig
 from triode.models.native import NativeDecoder, NativeKernels
@@ -103,6 +104,10 @@ class LeadProgram:
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """float32 logits [R, V] of the rows that need them."""
         return torch.cat([self._some_logits(some_RD) for some_RD in hidden_RD.split(MAX_LOGIT_ROWS)])
+
+    def likeliest(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """The token with the largest logit of each row, [R]."""
+        return greedy(self.logits(hidden_RD))
 
     def _hear_ready(self, link: RankLink) -> Ready:
         report = link.receive_report()

@@ -71,10 +71,22 @@ class SampledRows:
         self.scored_rows = [row for row, num in enumerate(asked) if num is not None]
         self.num_alternatives = [num for num in asked if num is not None]
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether each row's token is that of its largest logit, and nothing else is asked of the logits."""
+        return not (len(self.drawn_Q) or self.passes or self.scored_rows or self.guided is not None)
+
     def begin(self) -> None:
         """Start on what does not need the logits. Called once before each `sample`."""
         if self.guided is not None:
             self.guided.begin()
+
+
+def likeliest(token_R: torch.Tensor) -> Samples | None:
+    """What rows get that take the likeliest token (`StepProgram.likeliest`); None if one of them has none, whose logits tell
+    why."""
+    token_ids = token_R.tolist()
+    return None if IMPOSSIBLE in token_ids else Samples(tuple(token_ids), errors=None, logprobs=None)
 
 
 def sample(logits_RV: torch.Tensor, rows: SampledRows) -> Samples:

@@ -228,7 +228,9 @@ struct GroupProduct {
 // one part of the rows after the other is multiplied with them.
 struct GroupBlock {
     const uint32_t* panel;
+    const uint32_t* next_panel;
     const Layout& layout;
+    long count;  // of the panel's groups
     long first;
     long end;
     long part;
@@ -241,14 +243,17 @@ struct GroupBlock {
             if (parts > 1) {
                 // A share of the next block is fetched meanwhile.
                 const long done = part * (end - first) * layout.words;
-                Ahead<2> ahead = share_of(panel + end * size, size * 4 / layout.words, done, parts);
+                Ahead<2> ahead = share_of(end < count ? panel + end * size : next_panel, size * 4 / layout.words, done, parts);
                 for (long index = first; index < end; index++, ahead.at += layout.words * ahead.step)
                     GroupProduct<Kind, ROWS, 2>{x, index, panel + index * size, layout, out, ahead}.run(index == 0);
                 return;
             }
+        const long distance = std::max(1L, PREFETCH_WORDS / layout.words);
         for (long index = first; index < end; index++) {
             const uint32_t* at = panel + index * size;
-            GroupProduct<Kind, ROWS, 4>{x, index, at, layout, out, a_little_ahead(at)}.run(index == 0);
+            const long later = index + distance;
+            const uint32_t* fetched = later < count ? panel + later * size : next_panel + (later - count) * size;
+            GroupProduct<Kind, ROWS, 4>{x, index, at, layout, out, from_there(count > 1 ? fetched : at + PREFETCH_WORDS * PANEL)}.run(index == 0);
         }
     }
 
@@ -265,14 +270,16 @@ struct GroupBlock {
     }
 };
 
-// out[rows][64] = rows of bytes times one panel.
-inline void multiply_grouped(const ByteRows& x, long rows, const uint32_t* panel, const Layout& layout, long inputs,
-                             float* out) {
+// out[rows][64] = rows of bytes times one panel. `next_panel` will be multiplied after it.
+inline void multiply_grouped(const ByteRows& x, long rows, const uint32_t* panel, const uint32_t* next_panel,
+                             const Layout& layout, long inputs, float* out) {
     const long size = layout.group_size(), count = layout.groups(inputs), parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
     const long blocks = parts == 1 ? 1 : std::min(count, (count * size + CACHED_WORDS - 1) / CACHED_WORDS);
     for (long index = 0; index < blocks; index++)
         for (long part = 0; part < parts; part++) {
-            const GroupBlock block{panel, layout, count * index / blocks, count * (index + 1) / blocks, part, parts};
+            const GroupBlock block{
+                panel, next_panel, layout, count, count * index / blocks, count * (index + 1) / blocks, part, parts,
+            };
             const long row = rows * part / parts, end = rows * (part + 1) / parts;
             float* to = out + row * PANEL;
             if (layout.format.bits == 8)

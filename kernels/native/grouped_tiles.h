@@ -79,8 +79,8 @@ void multiply_all_by_tiles(const ByteRows& x, long rows, const uint32_t* panel, 
 #endif
 
 // out[rows][64] = rows of bytes times one panel.
-inline void multiply_byte_rows(const ByteRows& x, long rows, const uint32_t* panel, const Layout& layout, long inputs,
-                               float* out) {
+inline void multiply_byte_rows(const ByteRows& x, long rows, const uint32_t* panel, const uint32_t* next_panel,
+                               const Layout& layout, long inputs, float* out) {
 #if defined(TRIODE_TILES)
     if (rows >= MIN_TILE_ROWS) {
         if (layout.format.bits == 8)
@@ -92,7 +92,7 @@ inline void multiply_byte_rows(const ByteRows& x, long rows, const uint32_t* pan
         return;
     }
 #endif
-    multiply_grouped(x, rows, panel, layout, inputs, out);
+    multiply_grouped(x, rows, panel, next_panel, layout, inputs, out);
 }
 
 }  // namespace triode

@@ -123,6 +123,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[object, ...]]] = {
     "triode_read": (c_uint32, (c_void_p, c_int64, c_void_p)),
     "triode_forward": (c_int32, (POINTER(ModelStruct), POINTER(BatchStruct), c_void_p, c_void_p)),
     "triode_logits": (None, (POINTER(ModelStruct), c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
+    "triode_likeliest": (None, (POINTER(ModelStruct), c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
 }
 
 
@@ -229,6 +230,11 @@ class NativeLibrary:
     def logits(self, model: ModelStruct, hidden: int, rows: int, out: int, scratch: int, team: int) -> None:
         """The head over contiguous hidden states; `out` is [rows, outputs of the head rounded up to 64] floats."""
         self._library.triode_logits(byref(model), hidden, rows, out, scratch, team)
+
+    def likeliest(self, model: ModelStruct, hidden: int, rows: int, tokens: int, scratch: int, team: int) -> None:
+        """The token of the largest logit of each row, the lowest id among equals, to `tokens`, [rows] of int64; -1 where a
+        logit is NaN or the largest one is not finite."""
+        self._library.triode_likeliest(byref(model), hidden, rows, tokens, scratch, team)
 
 
 def load_library(announce: Callable[[str], None]) -> NativeLibrary:

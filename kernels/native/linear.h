@@ -11,8 +11,10 @@ namespace triode {
 // Rows of a product that one item computes: their inputs stay in the second-level cache.
 constexpr long ITEM_ROWS = 96;
 // Up to so many rows each thread prepares all of them for itself, which is quicker than meeting once more.
-constexpr long FEW_ROWS = 16;
-constexpr long ITEM_TOKENS = 8;
+constexpr long FEW_ROWS = 4;
+
+// Rows of a phase that threads share row by row, which one item has.
+constexpr long item_rows(long rows) { return rows < 64 ? 2 : 8; }
 
 // What one thread needs for products.
 struct LinearScratch {
@@ -60,14 +62,23 @@ void multiply_widened(const LinearScratch& mine, const Layout& layout, long inpu
     }
 }
 
-// Rows `first` to `end` of x times one panel, to `mine.product`.
+// Words of one panel, whose outputs are 64.
+template <class T>
+long panel_size(const TriodeMatrix& matrix) {
+    if (matrix.format == PLAIN) return words_of<T>(matrix.in_features) * PANEL;
+    if (matrix.format == CHANNEL8) return words_of<uint8_t>(matrix.in_features) * PANEL;
+    const Layout layout(matrix.format, matrix.group, matrix.in_features);
+    return layout.groups(matrix.in_features) * layout.group_size();
+}
+
+// Rows `first` to `end` of x times one panel, to `mine.product`; what is at `next` is multiplied after it.
 template <class T>
 void multiply(const LinearScratch& mine, const TriodeMatrix& matrix, const T* x, long stride, long first, long end,
-              long panel) {
+              long panel, const uint32_t* next) {
     const long words = words_of<T>(matrix.in_features);
     if (matrix.format == PLAIN) {
         const uint32_t* numbers = matrix.panels + panel * words * PANEL;
-        multiply_panel(x + first * stride, stride, end - first, numbers, words, mine.product, true);
+        multiply_panel(x + first * stride, stride, end - first, numbers, words, mine.product, true, next);
     } else if (matrix.format == CHANNEL8) {
         multiply_bytes(mine, matrix, x + first * stride, stride, end - first, panel);
     } else {
@@ -77,37 +88,56 @@ void multiply(const LinearScratch& mine, const TriodeMatrix& matrix, const T* x,
     }
 }
 
-// x W^T, given to `write(row, first output, 64 sums)` panel by panel. `inputs()` is x, asked for once an item.
+// Rows of a product that are in memory already.
+template <class T>
+struct GivenRows {
+    static constexpr bool ARE_THERE = true;
+
+    const T* rows;
+    long stride;
+
+    const T* of(bool) const { return rows; }
+    void prepare(bool, long) const {}
+};
+
+// x W^T, given to `write(row, first output, 64 sums)` panel by panel. The first panels of `following`, the matrix that comes
+// next, are fetched towards the end.
 //
-// Takes up to two phases.
+// `Inputs` is how x comes about: `of(alone)` is where its rows are, and `prepare(alone, row)` makes one, either for all
+// threads or, if `alone`, for this one. Takes up to two phases.
 template <class T, class Inputs, class Write>
-void linear(Worker& worker, const LinearScratch& mine, const TriodeMatrix& matrix, Inputs inputs, long stride, long rows,
-            Write write) {
+void linear(Worker& worker, const LinearScratch& mine, const TriodeMatrix& matrix, const TriodeMatrix& following,
+            const Inputs& inputs, long rows, Write write) {
     const long panels = (matrix.out_features + PANEL - 1) / PANEL, parts = (rows + ITEM_ROWS - 1) / ITEM_ROWS;
     const Layout layout(matrix.format, matrix.group, matrix.in_features);
-    auto quantize = [&](const ByteRows& to, const T* x, long row) {
-        quantize_row(x + row * stride, matrix.in_features, layout.group, to.from(row));
+    const bool alone = rows <= FEW_ROWS;
+    const T* x = inputs.of(alone);
+    const ByteRows& bytes = alone ? mine.few : mine.shared;
+    auto prepare = [&](long row) {
+        inputs.prepare(alone, row);
+        if (matrix.byte_inputs) quantize_row(x + row * inputs.stride, matrix.in_features, layout.group, bytes.from(row));
     };
-    if (matrix.byte_inputs && rows > FEW_ROWS)
-        worker.share((rows + ITEM_TOKENS - 1) / ITEM_TOKENS, [&](long item) {
-            const T* x = inputs();
-            for (long row = item * ITEM_TOKENS; row < std::min((item + 1) * ITEM_TOKENS, rows); row++)
-                quantize(mine.shared, x, row);
+    const bool needs_work = matrix.byte_inputs || !Inputs::ARE_THERE;
+    if (needs_work && !alone)
+        worker.share((rows + item_rows(rows) - 1) / item_rows(rows), [&](long item) {
+            const long end = std::min((item + 1) * item_rows(rows), rows);
+            for (long row = item * item_rows(rows); row < end; row++) prepare(row);
         });
-    bool is_quantized = rows > FEW_ROWS;
-    worker.share(panels * parts, [&](long item) {
+    bool is_prepared = !needs_work || !alone;
+    const long size = panel_size<T>(matrix);
+    // Whoever comes first takes the first one: a thread can only guess.
+    const uint32_t* first_after = following.panels + worker.index * panel_size<T>(following);
+    worker.share_ahead(panels * parts, [&](long item, long next_item) {
+        for (long row = 0; !is_prepared && row < rows; row++) prepare(row);
+        is_prepared = true;
         const long panel = item % panels, part = item / panels;
+        const uint32_t* next = next_item < panels * parts ? matrix.panels + next_item % panels * size : first_after;
         const long first = rows * part / parts, end = rows * (part + 1) / parts;
-        if (matrix.byte_inputs) {
-            for (long row = 0; !is_quantized && row < rows; row++) quantize(mine.few, inputs(), row);
-            is_quantized = true;
-            const ByteRows& x = rows > FEW_ROWS ? mine.shared : mine.few;
-            multiply_byte_rows(x.from(first), end - first,
-                               matrix.panels + panel * layout.groups(matrix.in_features) * layout.group_size(), layout,
-                               matrix.in_features, mine.product);
-        } else {
-            multiply(mine, matrix, inputs(), stride, first, end, panel);
-        }
+        if (matrix.byte_inputs)
+            multiply_byte_rows(bytes.from(first), end - first, matrix.panels + panel * size, next, layout, matrix.in_features,
+                               mine.product);
+        else
+            multiply(mine, matrix, x, inputs.stride, first, end, panel, next);
         for (long row = first; row < end; row++) write(row, panel * PANEL, mine.product + (row - first) * PANEL);
     });
 }

@@ -41,9 +41,9 @@ struct Ahead {
 };
 
 // Few rows wait for memory: what comes a little later.
-inline Ahead<4> a_little_ahead(const uint32_t* at) {
-    return {reinterpret_cast<const char*>(at + PREFETCH_WORDS * PANEL), PANEL * 4};
-}
+inline Ahead<4> from_there(const uint32_t* at) { return {reinterpret_cast<const char*>(at), PANEL * 4}; }
+
+inline Ahead<4> a_little_ahead(const uint32_t* at) { return from_there(at + PREFETCH_WORDS * PANEL); }
 
 // Otherwise each of the parts of the rows fetches its share of the block that comes next, having `done` so many words.
 inline Ahead<2> share_of(const uint32_t* next_block, long word_bytes, long done, long parts) {
@@ -107,10 +107,11 @@ void multiply_rows(long rows, const char* x, long x_bytes, const uint32_t* panel
     }
 }
 
-// out[rows][64] (+)= x[rows][words] times one panel. `x_stride` counts numbers of type T.
+// out[rows][64] (+)= x[rows][words] times one panel. `x_stride` counts numbers of type T. `next` is multiplied after it; null:
+// what lies behind it.
 template <class T>
-void multiply_panel(const T* x, long x_stride, long rows, const uint32_t* panel, long words, float* out,
-                    bool from_zero) {
+void multiply_panel(const T* x, long x_stride, long rows, const uint32_t* panel, long words, float* out, bool from_zero,
+                    const uint32_t* next = nullptr) {
     const char* inputs = reinterpret_cast<const char*>(x);
     const long x_bytes = x_stride * long(sizeof(T)), parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
 #if defined(TRIODE_TILES)
@@ -122,7 +123,8 @@ void multiply_panel(const T* x, long x_stride, long rows, const uint32_t* panel,
         const long first = words * block / blocks, end = words * (block + 1) / blocks, count = end - first;
         for (long part = 0; part < parts; part++) {
             const long row = rows * part / parts, num_rows = rows * (part + 1) / parts - row;
-            const Ahead<2> ahead = share_of(panel + end * PANEL, PANEL * 4, part * count, parts);
+            const uint32_t* fetched = next && end == words ? next : panel + end * PANEL;
+            const Ahead<2> ahead = share_of(fetched, PANEL * 4, part * count, parts);
             multiply_rows<T>(num_rows, inputs + row * x_bytes + first * 4, x_bytes, panel + first * PANEL, count,
                              out + row * PANEL, from_zero && first == 0, ahead);
         }

@@ -99,7 +99,7 @@ inline const char* bytes_error(long format, long group) {
     const ByteRows rows{bytes.data(), scales.data(), sums.data(), stride, groups};
     for (long row = 0; row < ROWS; row++) quantize_row(x.data() + row * INPUTS, INPUTS, layout.group, rows.from(row));
     auto multiply = [&](long row, long count, float* out) {
-        multiply_byte_rows(rows.from(row), count, panel.data(), layout, INPUTS, out);
+        multiply_byte_rows(rows.from(row), count, panel.data(), panel.data(), layout, INPUTS, out);
     };
     if (!rows_agree(multiply)) return "a row of bytes has other bits in company than alone";
     std::vector<float> whole(ROWS * PANEL);

@@ -1,5 +1,6 @@
 // The exported functions, in plain C. One shared object is built of this file per instruction set.
 #include "check.h"
+#include "head.h"
 #include "packing.h"
 #include "self_check.h"
 #include "step.h"
@@ -32,50 +33,6 @@ void forward(const TriodeModel& model, const TriodeBatch& batch, void* scratch, 
     }
     const Step<T> step(model, batch, buffers);
     team.run(buffers.phases, Buffers<T>::num_phases(model), [&](Worker& worker) { step.run(worker); });
-}
-
-template <class T>
-struct HeadBuffers {
-    static constexpr long PHASES = 2;
-
-    Phase* phases;
-    LinearScratch* threads;
-    T* x;
-    long stride;
-
-    long take(void* base, const TriodeModel& model, long rows, int num_threads) {
-        stride = rounded_up(model.hidden_size, PANEL);
-        Arena arena(base);
-        phases = arena.take<Phase>(PHASES);
-        x = arena.take<T>(rows * stride);
-        threads = arena.take<LinearScratch>(num_threads);
-        ByteRows byte_rows;
-        byte_rows.take(arena, rows, stride);
-        for (int i = 0; i < num_threads; i++) {
-            LinearScratch mine;
-            mine.take(arena, stride, byte_rows);
-            if (base) threads[i] = mine;
-        }
-        return arena.used();
-    }
-};
-
-template <class T>
-void logits(const TriodeModel& model, const T* hidden, long rows, float* out, void* scratch, Team& team) {
-    HeadBuffers<T> buffers;
-    buffers.take(scratch, model, rows, team.size());
-    for (long row = 0; row < rows; row++) {
-        T* to = buffers.x + row * buffers.stride;
-        std::copy_n(hidden + row * model.hidden_size, model.hidden_size, to);
-        std::fill(to + model.hidden_size, to + buffers.stride, T{});
-    }
-    const long out_stride = rounded_up(model.num_outputs, PANEL);
-    team.run(buffers.phases, HeadBuffers<T>::PHASES, [&](Worker& worker) {
-        auto write = [&](long row, long output, const float* sums) {
-            memcpy(out + row * out_stride + output, sums, PANEL * sizeof(float));
-        };
-        linear<T>(worker, buffers.threads[worker.index], model.head, [&] { return buffers.x; }, buffers.stride, rows, write);
-    });
 }
 
 template <class T>
@@ -214,5 +171,14 @@ void triode_logits(const TriodeModel* model, const void* hidden, int64_t rows, f
         logits(*model, static_cast<const bf16*>(hidden), rows, out, scratch, *static_cast<Team*>(team));
     else
         logits(*model, static_cast<const float*>(hidden), rows, out, scratch, *static_cast<Team*>(team));
+}
+
+// tokens[rows]: what has the largest logit, the lowest id among equals; -1 where a logit is NaN or the largest not finite.
+void triode_likeliest(const TriodeModel* model, const void* hidden, int64_t rows, int64_t* tokens, void* scratch,
+                      void* team) {
+    if (model->is_bf16)
+        likeliest(*model, static_cast<const bf16*>(hidden), rows, tokens, scratch, *static_cast<Team*>(team));
+    else
+        likeliest(*model, static_cast<const float*>(hidden), rows, tokens, scratch, *static_cast<Team*>(team));
 }
 }

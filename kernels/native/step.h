@@ -101,7 +101,7 @@ class Step {
         embed(worker);
         for (long i = 0; i < model_.num_layers; i++) {
             attention(worker, mine, i);
-            feed_forward(worker, mine, model_.layers[i]);
+            feed_forward(worker, mine, i);
         }
         share_tokens(worker, [&](long token) {
             T* out = static_cast<T*>(batch_.hidden) + token * model_.hidden_size;
@@ -114,9 +114,9 @@ class Step {
 
     template <class Work>
     void share_tokens(Worker& worker, Work work) const {
-        worker.share((batch_.num_tokens + ITEM_TOKENS - 1) / ITEM_TOKENS, [&](long item) {
-            const long end = std::min((item + 1) * ITEM_TOKENS, long(batch_.num_tokens));
-            for (long token = item * ITEM_TOKENS; token < end; token++) work(token);
+        const long tokens = batch_.num_tokens, at_once = item_rows(tokens);
+        worker.share((tokens + at_once - 1) / at_once, [&](long item) {
+            for (long token = item * at_once; token < std::min((item + 1) * at_once, tokens); token++) work(token);
         });
     }
 
@@ -138,25 +138,21 @@ class Step {
         std::fill(to + model_.hidden_size, to + buffers_.hidden_stride, T{});
     }
 
-    // The product of a matrix with the normalised residual stream.
-    //
-    // Few tokens are normalised by each thread for itself, which is quicker than another phase.
-    template <class Write>
-    void linear_of_norm(Worker& worker, const Private<T>& mine, const float* weight, const TriodeMatrix& matrix,
-                        Write write) const {
-        const long tokens = batch_.num_tokens;
-        if (tokens > FEW_ROWS) {
-            share_tokens(worker, [&](long token) { norm_padded(token, weight, buffers_.normed); });
-            linear<T>(worker, mine.linear, matrix, [&] { return buffers_.normed; }, buffers_.hidden_stride, tokens, write);
-            return;
-        }
-        bool is_normed = false;
-        auto inputs = [&] {
-            for (long token = 0; !is_normed && token < tokens; token++) norm_padded(token, weight, mine.normed);
-            is_normed = true;
-            return mine.normed;
-        };
-        linear<T>(worker, mine.linear, matrix, inputs, buffers_.hidden_stride, tokens, write);
+    // The normalised residual stream.
+    struct NormedRows {
+        static constexpr bool ARE_THERE = false;
+
+        const Step& step;
+        const float* weight;
+        T* own;
+        long stride;
+
+        T* of(bool alone) const { return alone ? own : step.buffers_.normed; }
+        void prepare(bool alone, long token) const { step.norm_padded(token, weight, of(alone)); }
+    };
+
+    NormedRows normed(const Private<T>& mine, const float* weight) const {
+        return {*this, weight, mine.normed, buffers_.hidden_stride};
     }
 
     void attention(Worker& worker, const Private<T>& mine, long index) const {
@@ -165,7 +161,7 @@ class Step {
             float* to = buffers_.qkv + token * buffers_.qkv_stride + output;
             for (int i = 0; i < PANEL; i += LANES) store(to + i, with_bias(layer.qkv, output + i, sums + i));
         };
-        linear_of_norm(worker, mine, layer.input_norm, layer.qkv, write_qkv);
+        linear<T>(worker, mine.linear, layer.qkv, layer.o, normed(mine, layer.input_norm), batch_.num_tokens, write_qkv);
         // A row of one query reads no other token's new key: whoever attends for it stores its key as well.
         const bool is_split = splits(layer);
         if (!is_decode_ || is_split)
@@ -176,16 +172,18 @@ class Step {
             share_segments(worker, mine, index);
         else
             share_attention(worker, mine, index);
-        add_product(worker, mine, layer.o, buffers_.attended, buffers_.attended_stride, Ranks::ATTENTION);
+        add_product(worker, mine, layer.o, layer.gate_up, buffers_.attended, buffers_.attended_stride, Ranks::ATTENTION);
     }
 
-    void feed_forward(Worker& worker, const Private<T>& mine, const TriodeLayer& layer) const {
+    void feed_forward(Worker& worker, const Private<T>& mine, long index) const {
+        const TriodeLayer& layer = model_.layers[index];
         auto write_inner = [&](long token, long output, const float* sums) {
             T* to = buffers_.inner + token * buffers_.inner_stride + output / 2;
             for (int i = 0; i < PANEL; i += 32) gate(layer.gate_up, output + i, sums + i, to + i / 2);
         };
-        linear_of_norm(worker, mine, layer.post_norm, layer.gate_up, write_inner);
-        add_product(worker, mine, layer.down, buffers_.inner, buffers_.inner_stride, Ranks::FEED_FORWARD);
+        linear<T>(worker, mine.linear, layer.gate_up, layer.down, normed(mine, layer.post_norm), batch_.num_tokens, write_inner);
+        const TriodeMatrix& following = index + 1 < model_.num_layers ? model_.layers[index + 1].qkv : model_.head;
+        add_product(worker, mine, layer.down, following, buffers_.inner, buffers_.inner_stride, Ranks::FEED_FORWARD);
     }
 
     // 16 outputs silu(gate) * up, from 16 sums of the gate and the 16 of up that follow them.
@@ -199,8 +197,8 @@ class Step {
     }
 
     // residual += x W^T + bias, where x may be one of several ranks' parts of the inputs.
-    void add_product(Worker& worker, const Private<T>& mine, const TriodeMatrix& matrix, const T* x, long stride,
-                     Ranks::Place place) const {
+    void add_product(Worker& worker, const Private<T>& mine, const TriodeMatrix& matrix,
+                     const TriodeMatrix& following, const T* x, long stride, Ranks::Place place) const {
         auto add = [&](long token, long output, const float* sums) {
             float* to = residual(token) + output;
             for (int i = 0; i < PANEL; i += LANES)
@@ -209,12 +207,12 @@ class Step {
         auto contribute = [&](long token, long output, const float* sums) {
             memcpy(ranks_.mine(place, token) + output, sums, PANEL * sizeof(float));
         };
-        auto inputs = [x] { return x; };
+        const GivenRows<T> inputs{x, stride};
         if (!ranks_.are_many()) {
-            linear<T>(worker, mine.linear, matrix, inputs, stride, batch_.num_tokens, add);
+            linear<T>(worker, mine.linear, matrix, following, inputs, batch_.num_tokens, add);
             return;
         }
-        linear<T>(worker, mine.linear, matrix, inputs, stride, batch_.num_tokens, contribute);
+        linear<T>(worker, mine.linear, matrix, following, inputs, batch_.num_tokens, contribute);
         worker.share(1, [&](long) { ranks_.meet(); });
         share_tokens(worker, [&](long token) { ranks_.add(place, token, matrix, residual(token)); });
     }
