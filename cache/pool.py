@@ -18,7 +18,8 @@ class KVPool:
     """Keys and values of all layers in one allocation, cut into blocks.
 
     `keys[l]` and `values[l]` are the views of layer `l`, each [P, B, K, H]; H is `elements_per_head`. Token `i` of a
-    sequence lives at `[table[i // B], i % B]`. The memory starts uninitialised and blocks are reused as they are:
+    sequence lives at `[table[i // B], i % B]`; the compiled step keeps blocks whole and orders each in its own way
+    (kernels/native/kv.h). The memory starts uninitialised and blocks are reused as they are:
     whoever reads must mask positions that no token of the sequence has written (NaN times a weight of zero is NaN).
     """
 

@@ -1,10 +1,10 @@
 // Attention of a block of queries over a paged cache, one KV head at a time.
 //
 // Keys and values are walked in tiles of 64 positions counted from position 0, with the running maximum and sum of
-// "online softmax" (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135). A tile becomes two
-// packed panels, so that scores and outputs are the same products as those of the weights. What a query sees
-// of a tile depends on its own position alone; a tile that it does not see leaves its state as it was, bit for bit. So it
-// does not matter which queries are computed together.
+// "online softmax" (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135). A tile lies in the cache
+// as words that products read (`kv.h`), so that scores and outputs are the same products as those of the weights. What a
+// query sees of a tile depends on its own position alone; a tile that it does not see leaves its state as it was, bit for
+// bit. So it does not matter which queries are computed together.
 //
 // Every 512 positions, a segment, begin anew, and are then added to the segments before them, in order. Hence segments
 // may be computed by different threads, or one after the other, with the same result.
@@ -29,50 +29,56 @@ struct HeadShape {
     long rows() const { return queries() * group; }
 };
 
-// Where the keys and values of one row are, for one layer and KV head. What one position has is a run of numbers, or of
-// signed bytes with their scale (`kv.h`).
+constexpr long TILE_UNITS = TILE / UNIT;
+
+// Where the keys and values of one row are, for one layer and KV head (`kv.h`).
 struct CachedHead {
     const char* keys;
     const char* values;
     const int64_t* blocks;
     long block_size;
-    long token_bytes;  // from one position of a block to the next
-    long head_bytes;
+    long unit_bytes;  // of all heads
+    long head_bytes;  // of this one, in a unit
 
-    // Where `count` consecutive positions are, counted in bytes from the first block.
+    static long units(long positions) { return (positions + UNIT - 1) / UNIT; }
+
+    // Where the units of `count` positions from `first`, a multiple of UNIT, are, counted in bytes from the first block's.
     void locate(long first, long count, long* offsets) const {
         long column = first / block_size, in_block = first % block_size;
-        for (long i = 0; i < count; i++) {
-            offsets[i] = (blocks[column] * block_size + in_block) * token_bytes;
-            if (++in_block == block_size) in_block = 0, column++;
+        for (long i = 0; i < units(count); i++) {
+            offsets[i] = (blocks[column] * block_size + in_block) / UNIT * unit_bytes;
+            if ((in_block += UNIT) == block_size) in_block = 0, column++;
         }
     }
 
-    // The rows of a head lie apart, in blocks that lie anywhere: no hardware sees the next one coming.
+    // Units lie in blocks that lie anywhere: no hardware sees the next one coming.
     void prefetch(const char* heads, const long* offsets, long count) const {
-        for (long i = 0; i < count; i++)
+        for (long i = 0; i < units(count); i++)
             for (long at = 0; at < head_bytes; at += 64) __builtin_prefetch(heads + offsets[i] + at);
     }
 };
 
-// Keys and values that will be read after these, all heads of a row: they are fetched little by little, between the
-// products of those before them.
+// Keys and values that will be read after these, all heads of a row: they are fetched line by line, between the products of
+// those before them.
 struct Upcoming {
     CachedHead first_head;
     long next;
     long end;
     long at_once;
 
+    static long unit_lines(const CachedHead& head) { return (head.unit_bytes + 63) / 64; }
+
     void fetch() {
-        long offsets[TILE];
-        const long count = std::min(at_once, end - next);
-        first_head.locate(next, count, offsets);
-        for (long i = 0; i < count; i++)
-            for (long at = 0; at < first_head.token_bytes; at += 64) {
-                __builtin_prefetch(first_head.keys + offsets[i] + at, 0, 2);
-                __builtin_prefetch(first_head.values + offsets[i] + at, 0, 2);
+        const long lines = unit_lines(first_head), stop = std::min(end, next + at_once);
+        while (next < stop) {
+            long offset;
+            first_head.locate(next / lines * UNIT, 1, &offset);
+            for (const long last = std::min(stop, (next / lines + 1) * lines); next < last; next++) {
+                const long at = offset + next % lines * 64;
+                __builtin_prefetch(first_head.keys + at, 0, 2);
+                __builtin_prefetch(first_head.values + at, 0, 2);
             }
-        next += count;
+        }
     }
 };
 
@@ -100,79 +106,104 @@ template <class T>
 struct AttentionScratch {
     T* queries;           // [rows][head_dim]
     uint32_t* keys;       // one panel of head_dim inputs
-    uint32_t* bytes;      // the same of signed bytes
-    float* key_scales;    // [64], of such keys
     float* value_scales;  // [64]
-    uint32_t* values;     // a panel of 64 inputs for every 64 of head_dim
+    uint32_t* values;     // a panel of 64 inputs
     float* scores;        // [rows][64]
     T* weights;           // [rows][64]
     float* part;          // `Softmax` of a segment
     float* whole;         // `Softmax` of the segments up to it
-    const T* nothing;     // head_dim zeros
 
     template <class Arena>
     void take(Arena& arena, const HeadShape& shape) {
         queries = arena.template take<T>(shape.rows() * shape.head_dim);
         keys = arena.template take<uint32_t>(words_of<T>(rounded_up(shape.head_dim, 4)) * PANEL);
-        bytes = arena.template take<uint32_t>(words_of<int8_t>(shape.head_dim) * PANEL);
-        key_scales = arena.template take<float>(TILE);
         value_scales = arena.template take<float>(TILE);
-        values = arena.template take<uint32_t>(shape.panels() * words_of<T>(TILE) * PANEL);
+        values = arena.template take<uint32_t>(words_of<T>(TILE) * PANEL);
         scores = arena.template take<float>(shape.rows() * TILE);
         weights = arena.template take<T>(shape.rows() * TILE);
         part = arena.template take<float>(Softmax::floats(shape.rows(), shape.panels()));
         whole = arena.template take<float>(Softmax::floats(shape.rows(), shape.panels()));
-        nothing = arena.template take<T>(shape.head_dim);
     }
 };
 
-// The words of `count` positions as a panel. The rest of the 64 are zeros: they may never have been written.
-inline void pack_words(const char* heads, const long* offsets, long count, long words, const void* nothing,
-                       uint32_t* panel) {
-    const uint32_t* from[TILE];
-    for (long i = 0; i < TILE; i++)
-        from[i] = static_cast<const uint32_t*>(i < count ? static_cast<const void*>(heads + offsets[i]) : nothing);
-    long word = 0;
-#if defined(__AVX512F__)
-    for (; word + 16 <= words; word += 16) {
-        for (long i = 0; i < TILE; i += 16) {
-            const uint32_t* square[16];
-            for (long j = 0; j < 16; j++) square[j] = from[i + j] + word;
-            transpose_square(square, panel + word * PANEL + i, PANEL);
+// Words of a tile that lie in its units. Units that it lacks are read as its first one, and not seen.
+class TileKeys {
+  public:
+    TileKeys(const char* keys, const long* offsets, long count) {
+        for (long i = 0; i < TILE_UNITS; i++)
+            units_[i] = reinterpret_cast<const uint32_t*>(keys + offsets[i < CachedHead::units(count) ? i : 0]);
+    }
+
+    const uint32_t* at(long word, long lane) const { return units_[lane / UNIT] + word * UNIT + lane % UNIT; }
+
+  private:
+    const uint32_t* units_[TILE_UNITS];
+};
+
+// The first `head_dim` numbers of a tile's values from `column` on, a row of words for each position or pair of positions.
+template <class T>
+class TileValues {
+  public:
+    static constexpr long POSITIONS = 4 / sizeof(T);
+
+    TileValues(const char* values, const long* offsets, long count, long head_dim, long column) {
+        for (long i = 0; i < words_of<T>(count); i++) {
+            const long position = i * POSITIONS;
+            const uint32_t* unit = reinterpret_cast<const uint32_t*>(values + offsets[position / UNIT]);
+            rows_[i] = unit + position % UNIT / POSITIONS * head_dim + column;
         }
     }
-#endif
-    for (; word < words; word++)
-        for (long i = 0; i < TILE; i++) memcpy(panel + word * PANEL + i, from[i] + word, 4);
+
+    const uint32_t* at(long word, long lane) const { return rows_[word] + lane; }
+
+  private:
+    const uint32_t* rows_[TILE];
+};
+
+// Whether products read the words of a tile where they lie. Otherwise they become a panel first.
+template <class T>
+constexpr bool READS_IN_PLACE = !HAS_SQUARES<T> && !HAS_TILES<T>;
+
+template <class Words>
+const uint32_t* as_panel(const Words& words, long count, long lanes, uint32_t* panel) {
+    for (long word = 0; word < count; word++)
+        for (long lane = 0; lane < lanes; lane += UNIT)
+            memcpy(panel + word * PANEL + lane, words.at(word, lane), std::min(UNIT, lanes - lane) * 4);
+    return panel;
 }
 
 // Scores of a tile: queries times keys as they are stored.
 template <class T>
 void score(T, const CachedHead& head, const long* offsets, long count, const HeadShape& shape, long rows,
            const AttentionScratch<T>& scratch) {
+    const TileKeys keys(head.keys, offsets, count);
     const long words = words_of<T>(shape.head_dim);
-    pack_words(head.keys, offsets, count, words, scratch.nothing, scratch.keys);
-    multiply_panel(scratch.queries, shape.head_dim, rows, scratch.keys, words, scratch.scores, true);
+    if constexpr (READS_IN_PLACE<T>)
+        multiply_words(scratch.queries, shape.head_dim, rows, keys, words, scratch.scores, true);
+    else
+        multiply_panel(scratch.queries, shape.head_dim, rows, as_panel(keys, words, TILE, scratch.keys), words, scratch.scores,
+                       true);
 }
 
 // Every byte is exact as a T, and the scale of a position multiplies its scores.
 template <class T>
 void score(int8_t, const CachedHead& head, const long* offsets, long count, const HeadShape& shape, long rows,
            const AttentionScratch<T>& scratch) {
-    const long words = words_of<int8_t>(shape.head_dim);
-    pack_words(head.keys, offsets, count, words, scratch.nothing, scratch.bytes);
-    widen_panel<T>(scratch.bytes, words, scratch.keys);
+    const TileKeys keys(head.keys, offsets, count);
+    widen_words<T>(keys, words_of<int8_t>(shape.head_dim), scratch.keys);
     multiply_panel(scratch.queries, shape.head_dim, rows, scratch.keys, words_of<T>(shape.head_dim), scratch.scores, true);
-    for (long i = 0; i < TILE; i++)
-        scratch.key_scales[i] = i < count ? kv_scale(head.keys + offsets[i], shape.head_dim) : 0.f;
-    for (long i = 0; i < rows * TILE; i += LANES)
-        store(scratch.scores + i, load(scratch.scores + i) * load(scratch.key_scales + i % TILE));
+    for (long i = 0; i < TILE; i += LANES) {
+        const Vec scales = load(keys.at(words_of<int8_t>(shape.head_dim), i));
+        for (long r = 0; r < rows; r++)
+            store(scratch.scores + r * TILE + i, load(scratch.scores + r * TILE + i) * scales);
+    }
 }
 
 // The scales of bytes are multiplied with the weights, so that every byte is exact as a T.
 inline const float* take_value_scales(int8_t, const CachedHead& head, const long* offsets, long count, long head_dim,
                                       float* scales) {
-    for (long i = 0; i < TILE; i++) scales[i] = i < count ? kv_scale(head.values + offsets[i], head_dim) : 0.f;
+    for (long i = 0; i < TILE; i++)
+        scales[i] = i < count ? kv_scales(head.values + offsets[i / UNIT], head_dim)[i % UNIT] : 0.f;
     return scales;
 }
 
@@ -181,17 +212,35 @@ const float* take_value_scales(T, const CachedHead&, const long*, long, long, fl
     return nullptr;
 }
 
-// The values of `count` positions as panels of T [head_dim / 64][words of 64 positions][64].
-template <class T, class Stored>
-void pack_values(const CachedHead& head, const long* offsets, long count, long head_dim, uint32_t* panels) {
-    constexpr long IN_A_WORD = 4 / sizeof(T), WORDS = words_of<T>(TILE);
+// out[rows][64] += weights times the values of a tile, 64 of head_dim from `column` on.
+template <class T>
+void add_values(T, const CachedHead& head, const long* offsets, long count, const HeadShape& shape, long rows, long column,
+                const AttentionScratch<T>& scratch, float* out) {
+    const TileValues<T> values(head.values, offsets, count, shape.head_dim, column);
+    const long lanes = std::min(long(PANEL), shape.head_dim - column), words = words_of<T>(count);
+    if (READS_IN_PLACE<T> && lanes == PANEL)
+        multiply_words(scratch.weights, TILE, rows, values, words, out, false);
+    else
+        multiply_panel(scratch.weights, TILE, rows, as_panel(values, words, lanes, scratch.values), words, out, false);
+}
+
+template <class T>
+void add_values(int8_t, const CachedHead& head, const long* offsets, long count, const HeadShape& shape, long rows, long column,
+                const AttentionScratch<T>& scratch, float* out) {
+    constexpr long IN_A_WORD = 4 / sizeof(T);
+    const long padded = kv_padded(shape.head_dim);
+    auto read = [&](long position, long d) {
+        if (position >= count) return Vec{};
+        return widen_bytes(reinterpret_cast<const int8_t*>(head.values + offsets[position / UNIT]) + position % UNIT * padded,
+                           padded, d);
+    };
     for (long i = 0; i < count; i += IN_A_WORD)
-        for (long at = 0; at < head_dim; at += LANES) {
-            Vec numbers = read_kv<Stored>(head.values + offsets[i], head_dim, at);
-            if (IN_A_WORD == 2)
-                numbers = joined(numbers, i + 1 < count ? read_kv<Stored>(head.values + offsets[i + 1], head_dim, at) : Vec{});
-            store(panels + (at / PANEL * WORDS + i / IN_A_WORD) * PANEL + at % PANEL, numbers);
+        for (long lane = 0; lane < PANEL && column + lane < padded; lane += LANES) {
+            Vec numbers = read(i, column + lane);
+            if (IN_A_WORD == 2) numbers = joined(numbers, read(i + 1, column + lane));
+            store(scratch.values + i / IN_A_WORD * PANEL + lane, numbers);
         }
+    multiply_panel(scratch.weights, TILE, rows, scratch.values, words_of<T>(count), out, false);
 }
 
 // Turns the scores of one query into weights, of which positions `from` to `to` of the tile are seen.
@@ -263,7 +312,7 @@ void attend_segment(const CachedHead& head, const HeadShape& shape, const Querie
     const long begin = std::max(segment * SEGMENT, queries.lowest(0) / TILE * TILE);
     const long end = std::min((segment + 1) * SEGMENT, queries.last() + 1);
     part.clear(rows, shape.panels());
-    long offsets[TILE], next_offsets[TILE];
+    long offsets[TILE_UNITS], next_offsets[TILE_UNITS];
     head.locate(begin, std::min(TILE, end - begin), offsets);
     head.prefetch(head.values, offsets, std::min(TILE, end - begin));
     for (long first = begin; first < end; first += TILE) {
@@ -275,14 +324,11 @@ void attend_segment(const CachedHead& head, const HeadShape& shape, const Querie
         if (upcoming) upcoming->fetch();
         const float* value_scales = take_value_scales(Stored{}, head, offsets, count, shape.head_dim, scratch.value_scales);
         weigh(shape, queries.position, first, rows, queries.window, scale, scratch, value_scales, part);
-        pack_values<T, Stored>(head, offsets, count, shape.head_dim, scratch.values);
         head.prefetch(head.values, next_offsets, next);
         if (upcoming) upcoming->fetch();
-        std::copy_n(next_offsets, next, offsets);
-        for (long p = 0; p < shape.panels(); p++) {
-            const uint32_t* panel = scratch.values + p * words_of<T>(TILE) * PANEL;
-            multiply_panel(scratch.weights, TILE, rows, panel, words_of<T>(count), part.out + p * rows * PANEL, false);
-        }
+        for (long p = 0; p < shape.panels(); p++)
+            add_values(Stored{}, head, offsets, count, shape, rows, p * PANEL, scratch, part.out + p * rows * PANEL);
+        std::copy_n(next_offsets, CachedHead::units(next), offsets);
     }
 }
 

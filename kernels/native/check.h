@@ -2,6 +2,7 @@
 #pragma once
 
 #include "grouped.h"
+#include "kv.h"
 #include "model.h"
 #include "panel.h"
 
@@ -71,6 +72,7 @@ inline const char* model_error(const TriodeModel& model) {
 }
 
 inline bool rows_fit(const TriodeBatch& batch) {
+    if (batch.block_size_tokens < UNIT || batch.block_size_tokens % UNIT) return false;
     if (batch.query_start[0] != 0 || batch.query_start[batch.num_rows] != batch.num_tokens) return false;
     for (long row = 0; row < batch.num_rows; row++) {
         const int64_t first = batch.query_start[row], end = batch.query_start[row + 1];

@@ -252,8 +252,10 @@ struct GroupBlock {
         for (long index = first; index < end; index++) {
             const uint32_t* at = panel + index * size;
             const long later = index + distance;
-            const uint32_t* fetched = later < count ? panel + later * size : next_panel + (later - count) * size;
-            GroupProduct<Kind, ROWS, 4>{x, index, at, layout, out, from_there(count > 1 ? fetched : at + PREFETCH_WORDS * PANEL)}.run(index == 0);
+            const uint32_t* fetched = count == 1      ? at + PREFETCH_WORDS * PANEL
+                                      : later < count ? panel + later * size
+                                                      : next_panel + (later - count) * size;
+            GroupProduct<Kind, ROWS, 4>{x, index, at, layout, out, from_there(fetched)}.run(index == 0);
         }
     }
 

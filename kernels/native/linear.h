@@ -40,7 +40,7 @@ void multiply_bytes(const LinearScratch& mine, const TriodeMatrix& matrix, const
     const uint32_t* bytes = matrix.panels + panel * words * PANEL;
     for (long first = 0; first < words; first += AT_ONCE) {
         const long count = std::min(AT_ONCE, words - first);
-        widen_panel<T>(bytes + first * PANEL, count, mine.wide);
+        widen_words<T>(StreamedWords{bytes + first * PANEL}, count, mine.wide);
         multiply_panel(x + first * 4, stride, rows, mine.wide, count * long(sizeof(T)), mine.product, first == 0);
     }
     const float* scales = matrix.scales + panel * PANEL;

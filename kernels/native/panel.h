@@ -17,6 +17,15 @@
 
 namespace triode {
 
+// Whether numbers of this type are multiplied by AMX's tiles.
+#if defined(TRIODE_TILES)
+template <class T>
+constexpr bool HAS_TILES = std::is_same_v<T, bf16>;
+#else
+template <class T>
+constexpr bool HAS_TILES = false;
+#endif
+
 constexpr int PANEL = 64;
 constexpr int MAX_ROWS = 6;
 // 128 words of a panel are 32 KiB: several groups of rows find them in the first- or second-level cache.
@@ -51,9 +60,17 @@ inline Ahead<2> share_of(const uint32_t* next_block, long word_bytes, long done,
     return {reinterpret_cast<const char*>(next_block) + done * step, step};
 }
 
-// ROWS rows by 64 outputs, from `out` or from zero. Registers hold ROWS x GROUP vectors.
-template <class T, int ROWS, int LINES>
-void multiply_rows(const char* x, long x_bytes, const uint32_t* panel, long words, float* out, bool from_zero,
+// The words of a panel; lanes are its outputs.
+struct PanelWords {
+    const uint32_t* panel;
+
+    const uint32_t* at(long word, long lane) const { return panel + word * PANEL + lane; }
+};
+
+// ROWS rows by 64 outputs, from `out` or from zero. Registers hold ROWS x GROUP vectors. `weights.at(word, lane)` are those of
+// LANES outputs.
+template <class T, int ROWS, class Words, int LINES>
+void multiply_rows(const char* x, long x_bytes, const Words& weights, long words, float* out, bool from_zero,
                    Ahead<LINES> ahead) {
     constexpr int GROUP = REGISTERS == 32 ? 4 : 2;
     for (int column = 0; column < PANEL; column += GROUP * LANES) {
@@ -61,32 +78,31 @@ void multiply_rows(const char* x, long x_bytes, const uint32_t* panel, long word
         for (int r = 0; r < ROWS; r++)
             for (int g = 0; g < GROUP; g++)
                 acc[r][g] = from_zero ? Vec{} : load(out + r * PANEL + column + g * LANES);
-        const uint32_t* w = panel + column;
         long k = 0;
         if constexpr (ROWS > 1 && HAS_SQUARES<T>) {
             Squares<Vec, ROWS, GROUP> squares(acc);
-            for (; k + 2 <= words; k += 2, w += 2 * PANEL) {
+            for (; k + 2 <= words; k += 2) {
                 WordVec first[GROUP], next[GROUP];
                 for (int g = 0; g < GROUP; g++) {
-                    first[g] = (WordVec)load(w + g * LANES);
-                    next[g] = (WordVec)load(w + PANEL + g * LANES);
+                    first[g] = (WordVec)load(weights.at(k, column + g * LANES));
+                    next[g] = (WordVec)load(weights.at(k + 1, column + g * LANES));
                 }
                 squares.add(x + k * 4, x_bytes, first, next);
             }
             squares.give(acc);
         }
         const char* next = ahead.at;
-        for (; k < words; k++, w += PANEL, next += ahead.step) {
-            Vec weights[GROUP];
+        for (; k < words; k++, next += ahead.step) {
+            Vec w[GROUP];
 #pragma GCC unroll 4
             for (int line = 0; line < LINES; line++) __builtin_prefetch(next + 64 * line);
 #pragma GCC unroll 4
-            for (int g = 0; g < GROUP; g++) weights[g] = load(w + g * LANES);
+            for (int g = 0; g < GROUP; g++) w[g] = load(weights.at(k, column + g * LANES));
 #pragma GCC unroll 6
             for (int r = 0; r < ROWS; r++) {
                 Vec input = broadcast(x + r * x_bytes + k * 4);
 #pragma GCC unroll 4
-                for (int g = 0; g < GROUP; g++) acc[r][g] = accumulate(T{}, acc[r][g], weights[g], input);
+                for (int g = 0; g < GROUP; g++) acc[r][g] = accumulate(T{}, acc[r][g], w[g], input);
             }
         }
         for (int r = 0; r < ROWS; r++)
@@ -94,16 +110,28 @@ void multiply_rows(const char* x, long x_bytes, const uint32_t* panel, long word
     }
 }
 
-template <class T, int LINES>
-void multiply_rows(long rows, const char* x, long x_bytes, const uint32_t* panel, long words, float* out, bool from_zero,
+template <class T, class Words, int LINES>
+void multiply_rows(long rows, const char* x, long x_bytes, const Words& weights, long words, float* out, bool from_zero,
                    Ahead<LINES> ahead) {
     switch (rows) {
-        case 1: multiply_rows<T, 1>(x, x_bytes, panel, words, out, from_zero, ahead); break;
-        case 2: multiply_rows<T, 2>(x, x_bytes, panel, words, out, from_zero, ahead); break;
-        case 3: multiply_rows<T, 3>(x, x_bytes, panel, words, out, from_zero, ahead); break;
-        case 4: multiply_rows<T, 4>(x, x_bytes, panel, words, out, from_zero, ahead); break;
-        case 5: multiply_rows<T, 5>(x, x_bytes, panel, words, out, from_zero, ahead); break;
-        case 6: multiply_rows<T, 6>(x, x_bytes, panel, words, out, from_zero, ahead); break;
+        case 1: multiply_rows<T, 1>(x, x_bytes, weights, words, out, from_zero, ahead); break;
+        case 2: multiply_rows<T, 2>(x, x_bytes, weights, words, out, from_zero, ahead); break;
+        case 3: multiply_rows<T, 3>(x, x_bytes, weights, words, out, from_zero, ahead); break;
+        case 4: multiply_rows<T, 4>(x, x_bytes, weights, words, out, from_zero, ahead); break;
+        case 5: multiply_rows<T, 5>(x, x_bytes, weights, words, out, from_zero, ahead); break;
+        case 6: multiply_rows<T, 6>(x, x_bytes, weights, words, out, from_zero, ahead); break;
+    }
+}
+
+// out[rows][64] (+)= x[rows][words] times words that lie anywhere near. `x_stride` counts numbers of type T.
+template <class T, class Words>
+void multiply_words(const T* x, long x_stride, long rows, const Words& weights, long words, float* out, bool from_zero) {
+    const char* inputs = reinterpret_cast<const char*>(x);
+    const long x_bytes = x_stride * long(sizeof(T)), parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (long part = 0; part < parts; part++) {
+        const long row = rows * part / parts, num_rows = rows * (part + 1) / parts - row;
+        multiply_rows<T>(num_rows, inputs + row * x_bytes, x_bytes, weights, words, out + row * PANEL, from_zero,
+                         Ahead<0>{nullptr, 0});
     }
 }
 
@@ -115,9 +143,9 @@ void multiply_panel(const T* x, long x_stride, long rows, const uint32_t* panel,
     const char* inputs = reinterpret_cast<const char*>(x);
     const long x_bytes = x_stride * long(sizeof(T)), parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
 #if defined(TRIODE_TILES)
-    if constexpr (std::is_same_v<T, bf16>) return multiply_by_tiles(inputs, x_bytes, rows, panel, words, out, from_zero);
+    if constexpr (HAS_TILES<T>) return multiply_by_tiles(inputs, x_bytes, rows, panel, words, out, from_zero);
 #endif
-    if (parts == 1) return multiply_rows<T>(rows, inputs, x_bytes, panel, words, out, from_zero, a_little_ahead(panel));
+    if (parts == 1) return multiply_rows<T>(rows, inputs, x_bytes, PanelWords{panel}, words, out, from_zero, a_little_ahead(panel));
     const long blocks = (words * PANEL + CACHED_WORDS - 1) / CACHED_WORDS;
     for (long block = 0; block < blocks; block++) {
         const long first = words * block / blocks, end = words * (block + 1) / blocks, count = end - first;
@@ -125,13 +153,13 @@ void multiply_panel(const T* x, long x_stride, long rows, const uint32_t* panel,
             const long row = rows * part / parts, num_rows = rows * (part + 1) / parts - row;
             const uint32_t* fetched = next && end == words ? next : panel + end * PANEL;
             const Ahead<2> ahead = share_of(fetched, PANEL * 4, part * count, parts);
-            multiply_rows<T>(num_rows, inputs + row * x_bytes + first * 4, x_bytes, panel + first * PANEL, count,
+            multiply_rows<T>(num_rows, inputs + row * x_bytes + first * 4, x_bytes, PanelWords{panel + first * PANEL}, count,
                              out + row * PANEL, from_zero && first == 0, ahead);
         }
     }
 }
 
-// Turns a run of a panel of signed bytes into one of T, in which every byte is exact.
+// Turns words of signed bytes into a panel of T, in which every byte is exact.
 inline void widen_word(float, const Vec* numbers, uint32_t* to) {
     for (int i = 0; i < 4; i++) store(to + i * PANEL, numbers[i]);
 }
@@ -140,14 +168,12 @@ inline void widen_word(bf16, const Vec* numbers, uint32_t* to) {
     for (int i = 0; i < 4; i += 2) store(to + i / 2 * PANEL, joined(numbers[i], numbers[i + 1]));
 }
 
-template <class T>
-void widen_panel(const uint32_t* bytes, long words, uint32_t* to) {
+template <class T, class Words>
+void widen_words(const Words& bytes, long words, uint32_t* to) {
     constexpr long WIDE_WORDS = sizeof(T);
     for (long word = 0; word < words; word++)
         for (int lane = 0; lane < PANEL; lane += LANES) {
-            const uint32_t* from = bytes + word * PANEL + lane;
-            __builtin_prefetch(from + PREFETCH_WORDS * PANEL);
-            const WordVec four = (WordVec)load(from);
+            const WordVec four = (WordVec)load(bytes.at(word, lane));
             Vec numbers[4];
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++)
@@ -155,6 +181,17 @@ void widen_panel(const uint32_t* bytes, long words, uint32_t* to) {
             widen_word(T{}, numbers, to + word * WIDE_WORDS * PANEL + lane);
         }
 }
+
+// Bytes of a panel, each of which is fetched some time before it is read.
+struct StreamedWords {
+    const uint32_t* panel;
+
+    const uint32_t* at(long word, long lane) const {
+        const uint32_t* from = panel + word * PANEL + lane;
+        __builtin_prefetch(from + PREFETCH_WORDS * PANEL);
+        return from;
+    }
+};
 
 // Which row of the source is row `row` of the packed matrix; -1 for padding.
 //

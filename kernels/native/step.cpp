@@ -22,9 +22,8 @@ void forward(const TriodeModel& model, const TriodeBatch& batch, void* scratch, 
     buffers.take(scratch, model, batch.num_tokens, num_threads);
     for (int i = 0; i < num_threads; i++) {
         const AttentionScratch<T>& mine = buffers.threads[i].attention;
-        memset(const_cast<T*>(mine.nothing), 0, model.head_dim * sizeof(T));
         // The columns past head_dim are multiplied and never read; they must not be slow to compute with.
-        memset(mine.values, 0, HeadShape{1, model.head_dim}.panels() * words_of<T>(TILE) * PANEL * 4);
+        memset(mine.values, 0, words_of<T>(TILE) * PANEL * 4);
     }
     // Padding of the attention's output meets weights of zero: anything but NaN.
     for (long token = 0; token < batch.num_tokens; token++) {

@@ -226,17 +226,18 @@ class Step {
         float* key = qkv + (N + kv_head) * H;
         rotate(key, layer.k_norm, token);
         const float* value = qkv + (N + K + kv_head) * H;
-        const long at = (batch_.slots[token] * K + kv_head) * head_bytes_;
-        auto write = [&](auto* keys, auto* values) {
-            write_kv(key, H, keys);
-            write_kv(value, H, values);
+        const long slot = batch_.slots[token], at = (slot / UNIT * K + kv_head) * UNIT * head_bytes_;
+        const bool is_last = token + 1 == batch_.num_tokens || batch_.slots[token + 1] != slot + 1;
+        char* key_unit = static_cast<char*>(batch_.keys[layer_index]) + at;
+        char* value_unit = static_cast<char*>(batch_.values[layer_index]) + at;
+        auto write = [&](auto stored) {
+            write_key(stored, key, H, key_unit, slot % UNIT);
+            write_value(stored, value, H, value_unit, slot % UNIT, is_last);
         };
-        char* key_to = static_cast<char*>(batch_.keys[layer_index]) + at;
-        char* value_to = static_cast<char*>(batch_.values[layer_index]) + at;
         if (batch_.kv_is_int8)
-            write(reinterpret_cast<int8_t*>(key_to), reinterpret_cast<int8_t*>(value_to));
+            write(int8_t{});
         else
-            write(reinterpret_cast<T*>(key_to), reinterpret_cast<T*>(value_to));
+            write(T{});
     }
 
     // Pairs (i, i + H / 2), as in arXiv 2104.09864's other layout.
@@ -279,8 +280,11 @@ class Step {
             const Queries own = decoding(model_.layers[index], row), others = decoding(model_.layers[index], next);
             const long first = others.lowest(0) / TILE * TILE;
             const long tiles = own.last() / TILE + 1 - own.lowest(0) / TILE, fetches = 2 * heads * tiles;
-            upcoming = {cached_head(index, next, 0), first, others.last() + 1, (others.last() + fetches - first) / fetches};
-            upcoming.at_once = std::min(upcoming.at_once, TILE / 4);
+            upcoming.first_head = cached_head(index, next, 0);
+            const long lines = Upcoming::unit_lines(upcoming.first_head);
+            upcoming.next = first / UNIT * lines;
+            upcoming.end = (others.last() / UNIT + 1) * lines;
+            upcoming.at_once = std::min((upcoming.end - upcoming.next + fetches - 1) / fetches, lines);
         }
         for (long head = 0; head < heads; head++) attend_block(mine, index, row, 0, 1, head, next < batch_.num_rows ? &upcoming : nullptr);
     }
@@ -311,14 +315,14 @@ class Step {
     }
 
     CachedHead cached_head(long index, long row, long kv_head) const {
-        const long at = kv_head * head_bytes_;
+        const long at = kv_head * UNIT * head_bytes_;
         return {
             static_cast<const char*>(batch_.keys[index]) + at,
             static_cast<const char*>(batch_.values[index]) + at,
             batch_.block_table + row * batch_.table_columns,
             long(batch_.block_size_tokens),
-            long(model_.num_kv_heads) * head_bytes_,
-            head_bytes_,
+            long(model_.num_kv_heads) * UNIT * head_bytes_,
+            UNIT * head_bytes_,
         };
     }
 

@@ -242,29 +242,4 @@ inline Vec exponential(Vec x) {
     return x < lowest ? Vec{} : p * power;
 }
 
-#if defined(__AVX512F__)
-// Turns 16 x 16 words in registers: four rounds in which rows exchange their halves, quarters, eighths, sixteenths.
-inline void transpose_square(const uint32_t* const* from, uint32_t* to, long to_stride) {
-    __m512i row[16];
-    for (int i = 0; i < 16; i++) row[i] = _mm512_loadu_si512(from[i]);
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-#pragma GCC unroll 4
-    for (int size = 8; size; size /= 2) {
-        // In lane i: the first row's word i, or the second row's word i - size (+ 16 selects the second operand).
-        __mmask16 second = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(size));
-        __m512i low = _mm512_mask_add_epi32(lane, second, lane, _mm512_set1_epi32(16 - size));
-        __m512i high = _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(size)), second, lane,
-                                             _mm512_set1_epi32(16));
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) {
-            if (i & size) continue;
-            __m512i a = row[i], b = row[i + size];
-            row[i] = _mm512_permutex2var_epi32(a, low, b);
-            row[i + size] = _mm512_permutex2var_epi32(a, high, b);
-        }
-    }
-    for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * to_stride, row[i]);
-}
-#endif
-
 }  // namespace triode

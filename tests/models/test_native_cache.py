@@ -39,27 +39,38 @@ def run(
     return torch.cat([decoding.step([(sequence, count)])[0] for count in chunks]), decoding, sequence
 
 
+UNIT = 16
+"""Positions whose numbers lie together (kernels/native/kv.h)."""
+
+
 def heads_in_cache(
-    cache_PBKE: torch.Tensor, sequence: PagedSequence, head_dim: int
+    cache_PBKE: torch.Tensor, sequence: PagedSequence, head_dim: int, *, are_keys: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A sequence's int8 numbers, widened, and their scales: [K, T, H] and [K, T, 1]."""
-    rows_KTE = cache_PBKE[sequence.blocks].flatten(0, 1)[: sequence.num_computed].transpose(0, 1)
-    scale_KT1 = torch.from_numpy(rows_KTE[..., -4:].contiguous().numpy().view(np.float32))
-    return rows_KTE[..., :head_dim].double(), scale_KT1.double()
+    num_heads, elements = cache_PBKE.shape[2:]
+    units_UKX = cache_PBKE[sequence.blocks].reshape(-1, num_heads, UNIT * elements)
+    bytes_UKX, scales_UKX = units_UKX[..., : -4 * UNIT], units_UKX[..., -4 * UNIT :]
+    if are_keys:
+        # Words of four bytes, [words][positions].
+        bytes_UKX = bytes_UKX.unflatten(-1, (-1, UNIT, 4)).transpose(2, 3)
+    numbers_KTH = bytes_UKX.reshape(-1, num_heads, UNIT, elements - 4).transpose(0, 1).flatten(1, 2)
+    scale_KT = torch.from_numpy(scales_UKX.transpose(0, 1).contiguous().numpy().view(np.float32)).flatten(1, 2)
+    num_tokens = sequence.num_computed
+    return numbers_KTH[:, :num_tokens, :head_dim].double(), scale_KT[:, :num_tokens, None].double()
 
 
 def checked(decoding: PagedDecoding, sequence: PagedSequence) -> Stored:
     """What the cache holds, once it is known to be the nearest to what it should."""
 
-    def dequantized(cache_PBKE: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-        numbers, scale = heads_in_cache(cache_PBKE, sequence, exact.shape[-1])
+    def dequantized(cache_PBKE: torch.Tensor, exact: torch.Tensor, *, are_keys: bool) -> torch.Tensor:
+        numbers, scale = heads_in_cache(cache_PBKE, sequence, exact.shape[-1], are_keys=are_keys)
         torch.testing.assert_close(scale, exact.abs().amax(-1, keepdim=True) / 127, rtol=1e-4, atol=0)
         assert ((numbers * scale - exact).abs() <= scale * (0.5 + 1e-2)).all()
         return numbers * scale
 
     return lambda layer, keys, values: (
-        dequantized(decoding.keys[layer], keys),
-        dequantized(decoding.values[layer], values),
+        dequantized(decoding.keys[layer], keys, are_keys=True),
+        dequantized(decoding.values[layer], values, are_keys=False),
     )
 
 

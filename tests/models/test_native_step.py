@@ -11,6 +11,7 @@ from exact_decoder import logits_float64
 from native_steps import ISAS, native_decoder, native_library
 from paged_decoding import PagedDecoding, PagedSequence
 from tiny_decoders import tiny_config, tiny_decoder, tiny_weights
+from triode.kernels.sample.reference import IMPOSSIBLE, greedy
 from triode.models.batch import build_batch
 from triode.models.config import ModelConfig
 from triode.models.decoder import Decoder
@@ -236,6 +237,52 @@ def test_an_index_out_of_bounds_is_refused_before_anything_is_computed(name: str
     with pytest.raises(ValueError, match="blocks that exist"):
         decoder.forward(batch, cache[:2], cache[2:])
     assert not any(tensor.any() for tensor in cache)
+
+
+@pytest.mark.parametrize("isa", STEP_ISAS)
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+def test_the_likeliest_token_is_the_first_of_the_largest_logits(num_rows: int, isa: str) -> None:
+    config = CONFIGS["ragged"]
+    weights = weights_of(config, torch.bfloat16)
+    # Tokens with equal logits, in one panel and in two.
+    weights.head_VD[[3, 70, 100]] = weights.head_VD[[60, 60, 60]]
+    decoder = native_decoder(config, weights, isa)
+    hidden_RD = torch.randn(num_rows, config.hidden_size, generator=torch.Generator().manual_seed(2)).bfloat16()
+    hidden_RD[0] = 4 * weights.head_VD[60]
+    before = torch.get_num_threads()
+    for num_threads in (1, 3):
+        torch.set_num_threads(num_threads)
+        assert torch.equal(decoder.likeliest(hidden_RD), greedy(decoder.logits(hidden_RD)))
+    torch.set_num_threads(before)
+    assert int(decoder.likeliest(hidden_RD)[0]) == 3
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_rows_without_a_finite_logit_have_no_likeliest_token(poison: float) -> None:
+    config = CONFIGS["ragged"]
+    decoder = native_decoder(config, weights_of(config, torch.float32))
+    hidden_RD = torch.randn(4, config.hidden_size, generator=torch.Generator().manual_seed(3))
+    hidden_RD[2, 5] = poison
+    token_R = decoder.likeliest(hidden_RD)
+    assert token_R.tolist() == greedy(decoder.logits(hidden_RD)).tolist()
+    assert (token_R == IMPOSSIBLE).tolist() == [False, False, True, False]
+
+
+def test_blocks_that_units_do_not_fill_are_refused() -> None:
+    config = tiny_config()
+    decoder = native_decoder(config, tiny_weights(config, torch.float32))
+    batch = build_batch(
+        torch.arange(5).numpy(),
+        torch.tensor([0]).numpy(),
+        torch.tensor([5]).numpy(),
+        torch.tensor([[3]]).numpy(),
+        block_size_tokens=24,
+        row_multiple=1,
+        device=torch.device("cpu"),
+    )
+    cache = [torch.zeros(10, 24, config.num_kv_heads, config.head_dim) for _ in range(4)]
+    with pytest.raises(ValueError, match="blocks that exist"):
+        decoder.forward(batch, cache[:2], cache[2:])
 
 
 def test_float16_is_refused() -> None:

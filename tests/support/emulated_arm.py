@@ -250,6 +250,15 @@ class EmulatedLibrary(NativeLibrary):
         self._machine.call("triode_logits", model_there, from_there, rows, to, self._machine.scratch, team)
         image.fetch()
 
+    def likeliest(self, model: ModelStruct, hidden: int, rows: int, tokens: int, scratch: int, team: int) -> None:
+        image = Image(self._machine)
+        model_there = self._place_model(image, model)
+        from_there = image.place(hidden, rows * model.hidden_size * (2 if model.is_bf16 else 4))
+        to = image.place_back(tokens, rows * 8)
+        assert from_there is not None
+        self._machine.call("triode_likeliest", model_there, from_there, rows, to, self._machine.scratch, team)
+        image.fetch()
+
     def _place_model(self, image: Image, model: ModelStruct) -> int:
         copy = ModelStruct.from_buffer_copy(model)
         angles = model.num_positions * model.head_dim // 2 * 4
