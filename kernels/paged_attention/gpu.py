@@ -99,108 +99,132 @@ def paged_attention(
     Raises:
         ValueError: shapes, strides or types do not fit together, or the workspace is too small.
     """
-    num_tokens, num_heads, head_dim = q_TNH.shape
-    num_rows, num_kv_heads = len(start_R), key_PBKH.shape[2]
     _check_pool(q_TNH, key_PBKH, value_PBKH, traits)
-    group = num_heads // num_kv_heads
     rows = (block_table_RC, query_start_R1, start_R)
+    launch = _Launch(q_TNH, key_PBKH, value_PBKH, rows, out_TNH, scale, window_tokens, traits)
     if tile is None:
-        small = decode_tile(group, head_dim, key_PBKH.dtype, traits)
-        long_rows = max_query_tokens > small.pairs // group
+        small = decode_tile(launch.group, q_TNH.shape[2], key_PBKH.dtype, traits)
+        long_rows = max_query_tokens > small.pairs // launch.group
         if long_rows and num_splits == 1 and hopper_serves(q_TNH, key_PBKH, traits):
-            _attend_long_rows(q_TNH, key_PBKH, value_PBKH, rows, out_TNH, scale, window_tokens, traits)
+            launch.attend_long_rows()
             return
-        tile = prefill_tile(group, head_dim, q_TNH.dtype, traits) if long_rows else small
-    query_tokens = tile.pairs // group
-    long_rows = max_query_tokens > query_tokens
-    num_tiles = num_tokens // query_tokens + num_rows if long_rows else num_rows
-    num_states = min(query_tokens, max_query_tokens) * group
-    if num_splits > 1 and (workspace is None or not _holds(workspace, num_tiles * num_kv_heads, num_states, head_dim)):
-        raise ValueError("workspace must hold every program's segments when num_splits > 1")
-    attend[(num_tiles, num_kv_heads, num_splits)](
-        q_TNH,
-        key_PBKH,
-        value_PBKH,
-        *rows,
-        out_TNH,
-        workspace.state_WSM2 if workspace is not None else out_TNH,
-        workspace.partial_WSMH if workspace is not None else out_TNH,
-        workspace.arrivals_W if workspace is not None else query_start_R1,
-        num_rows,
-        block_table_RC.stride(0),
-        workspace.state_WSM2.shape[1] if workspace is not None else 0,
-        workspace.state_WSM2.shape[2] if workspace is not None else 0,
-        scale * math.log2(math.e),
-        q_TNH.stride(0),
-        out_TNH.stride(0),
-        GROUP=group,
-        HEAD=head_dim,
-        HEAD_PADDED=max(16, triton.next_power_of_2(head_dim)),
-        NUM_KV_HEADS=num_kv_heads,
-        BLOCK=key_PBKH.shape[1],
-        PAIRS=tile.pairs,
-        QUERY_TOKENS=query_tokens,
-        TILE=TILE_TOKENS,
-        SEGMENT=SEGMENT_TOKENS,
-        WINDOW=window_tokens,
-        LONG_ROWS=long_rows,
-        SPLIT=num_splits > 1,
-        MERGE_STAGES=merge_stages(tile.pairs, head_dim, traits),
-        KV_MODE=KV_AS_STORED,
-        DOT=dot_dtype(q_TNH.dtype, traits),
-        PDL=traits.dependent_launch,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **traits.launch_options,
-    )
+        tile = prefill_tile(launch.group, q_TNH.shape[2], q_TNH.dtype, traits) if long_rows else small
+    launch.attend(tile, max_query_tokens, num_splits, workspace)
 
 
-def _attend_long_rows(
-    q_TNH: torch.Tensor,
-    key_PBKH: torch.Tensor,
-    value_PBKH: torch.Tensor,
-    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    out_TNH: torch.Tensor,
-    scale: float,
-    window_tokens: int,
-    traits: GpuTraits,
-) -> None:
-    """Launch the kernel of Hopper GPUs: as many programs as multiprocessors. `rows` are table, query starts, starts."""
-    num_tokens, num_heads, head_dim = q_TNH.shape
-    num_blocks, block_size, num_kv_heads, _ = key_PBKH.shape
-    group = num_heads // num_kv_heads
-    num_tiles = num_tokens // (HOPPER_PAIRS // group) + len(rows[2])
-    dtype = dot_dtype(q_TNH.dtype, traits)
-    # One copy takes what a tile has of a block, of one KV head.
-    box = [min(block_size, TILE_TOKENS), head_dim]
-    size, stride = [num_blocks * block_size, num_kv_heads * head_dim], [num_kv_heads * head_dim, 1]
-    layout = _layout(*box, dtype)
-    key, value = (TensorDescriptor(pool, size, stride, box, layout) for pool in (key_PBKH, value_PBKH))
-    attend_long_rows[(min(num_tiles * num_kv_heads, traits.num_sms),)](
-        q_TNH,
-        key,
-        value,
-        *rows,
-        out_TNH,
-        len(rows[2]),
-        num_tiles,
-        rows[0].stride(0),
-        scale * math.log2(math.e),
-        q_TNH.stride(0),
-        out_TNH.stride(0),
-        GROUP=group,
-        NUM_KV_HEADS=num_kv_heads,
-        BLOCK=block_size,
-        QUERY_TOKENS=HOPPER_PAIRS // group,
-        HEAD=head_dim,
-        TILE=TILE_TOKENS,
-        SEGMENT=SEGMENT_TOKENS,
-        WINDOW=window_tokens,
-        STAGES=HOPPER_STAGES,
-        DOT=dtype,
-        num_warps=4,
-        **traits.launch_options,
-    )
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """What every kernel of attention is told. `rows` are block tables, query starts and starts."""
+
+    q_TNH: torch.Tensor
+    key_PBKH: torch.Tensor
+    value_PBKH: torch.Tensor
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    out_TNH: torch.Tensor
+    scale: float
+    window_tokens: int
+    traits: GpuTraits
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows[2])
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.key_PBKH.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Query heads of one KV head."""
+        return self.q_TNH.shape[1] // self.num_kv_heads
+
+    @property
+    def scalars(self) -> tuple[float, int, int]:
+        """The scale with log2(e), and the strides of a token's queries and outputs."""
+        return self.scale * math.log2(math.e), self.q_TNH.stride(0), self.out_TNH.stride(0)
+
+    def num_tiles(self, query_tokens: int) -> int:
+        """How many tiles of so many query tokens there may be: each row's last one need not be full."""
+        return len(self.q_TNH) // query_tokens + self.num_rows
+
+    def attend(
+        self, tile: AttentionTile, max_query_tokens: int, num_splits: int, workspace: AttentionWorkspace | None
+    ) -> None:
+        """The kernel of every GPU: a program for each query tile, KV head and share of the KV."""
+        head_dim, query_tokens = self.q_TNH.shape[2], tile.pairs // self.group
+        long_rows = max_query_tokens > query_tokens
+        num_tiles = self.num_tiles(query_tokens) if long_rows else self.num_rows
+        num_states = min(query_tokens, max_query_tokens) * self.group
+        programs = num_tiles * self.num_kv_heads
+        if num_splits > 1 and (workspace is None or not _holds(workspace, programs, num_states, head_dim)):
+            raise ValueError("workspace must hold every program's segments when num_splits > 1")
+        dtype = dot_dtype(self.q_TNH.dtype, self.traits)
+        attend[(num_tiles, self.num_kv_heads, num_splits)](
+            self.q_TNH,
+            self.key_PBKH,
+            self.value_PBKH,
+            *self.rows,
+            self.out_TNH,
+            workspace.state_WSM2 if workspace is not None else self.out_TNH,
+            workspace.partial_WSMH if workspace is not None else self.out_TNH,
+            workspace.arrivals_W if workspace is not None else self.rows[1],
+            self.num_rows,
+            self.rows[0].stride(0),
+            workspace.state_WSM2.shape[1] if workspace is not None else 0,
+            workspace.state_WSM2.shape[2] if workspace is not None else 0,
+            *self.scalars,
+            HEAD_PADDED=max(16, triton.next_power_of_2(head_dim)),
+            PAIRS=tile.pairs,
+            LONG_ROWS=long_rows,
+            SPLIT=num_splits > 1,
+            MERGE_STAGES=merge_stages(tile.pairs, head_dim, self.traits),
+            KV_MODE=KV_AS_STORED,
+            PDL=self.traits.dependent_launch,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            **self._constants(query_tokens, dtype),
+        )
+
+    def attend_long_rows(self) -> None:
+        """The kernel of Hopper GPUs: as many programs as multiprocessors."""
+        head_dim, block_size, query_tokens = self.q_TNH.shape[2], self.key_PBKH.shape[1], HOPPER_PAIRS // self.group
+        num_tiles = self.num_tiles(query_tokens)
+        dtype = dot_dtype(self.q_TNH.dtype, self.traits)
+        # One copy takes what a tile has of a block, of one KV head.
+        box = [min(block_size, TILE_TOKENS), head_dim]
+        width = self.num_kv_heads * head_dim
+        size, stride = [self.key_PBKH.shape[0] * block_size, width], [width, 1]
+        layout = _layout(*box, dtype)
+        key, value = (TensorDescriptor(pool, size, stride, box, layout) for pool in (self.key_PBKH, self.value_PBKH))
+        attend_long_rows[(min(num_tiles * self.num_kv_heads, self.traits.num_sms),)](
+            self.q_TNH,
+            key,
+            value,
+            *self.rows,
+            self.out_TNH,
+            self.num_rows,
+            num_tiles,
+            self.rows[0].stride(0),
+            *self.scalars,
+            STAGES=HOPPER_STAGES,
+            num_warps=4,
+            **self._constants(query_tokens, dtype),
+        )
+
+    def _constants(self, query_tokens: int, dtype: tl.dtype) -> dict[str, object]:
+        """What both kernels are compiled for, and how."""
+        return {
+            "GROUP": self.group,
+            "HEAD": self.q_TNH.shape[2],
+            "NUM_KV_HEADS": self.num_kv_heads,
+            "BLOCK": self.key_PBKH.shape[1],
+            "QUERY_TOKENS": query_tokens,
+            "TILE": TILE_TOKENS,
+            "SEGMENT": SEGMENT_TOKENS,
+            "WINDOW": self.window_tokens,
+            "DOT": dtype,
+            **self.traits.launch_options,
+        }
 
 
 # Each asking takes 30 us of the host's time.
