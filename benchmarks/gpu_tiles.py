@@ -2,21 +2,23 @@
 
     PYTHONPATH=src:tests/support python benchmarks/gpu_tiles.py
 
-Each product is timed behind an add + RMSNorm, as a layer runs it, because a tile that fetches weights ahead gains from
-what precedes it. Kernels are compiled beforehand by as many processes as there are cores, none of which needs the GPU.
+Products of one token are timed within a chain of whole layers, one product's tile changed at a time: what precedes a
+kernel, and how it leaves the multiprocessors, matters as much as its own speed. Products of more tokens are timed behind an
+add + RMSNorm. Kernels are compiled beforehand by as many processes as there are cores, none of which needs the GPU.
 """
 
+import dataclasses
 import itertools
 import multiprocessing
 import os
 import sys
+from contextlib import AbstractContextManager
 from typing import TypeAlias
+from unittest.mock import patch
 
 import torch
-from gpu_gates import EpilogueRun
-from gpu_kernels import time_decode_attention, time_prefill_attention
+from gpu_kernels import DecodeStep, model_weights, time_decode_attention, time_prefill_attention
 from gpu_timing import (
-    BLOCK,
     DEVICE,
     LLAMA,
     QWEN,
@@ -32,10 +34,8 @@ from cross_compile import HOPPER, launches_compiled_for
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.linear.blas import linear_blas, split_k_refused
 from triode.kernels.linear.gpu import linear_sequential
-from triode.kernels.linear.tiles import LinearTile, linear_tile
+from triode.kernels.linear.tiles import MEASURED, MEASURED_QKV, MEASURED_SWIGLU, LinearTile
 from triode.kernels.paged_attention.tiles import AttentionTile
-from triode.kernels.qkv_epilogue.fused import qkv_fused
-from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
 from triode.kernels.rms_norm.gpu import add_rms_norm
 from triode.kernels.swiglu.gpu import swiglu
 
@@ -48,14 +48,16 @@ Choice: TypeAlias = tuple[int, ...]
 """Rows, features, warps, stages, and features fetched ahead if any are."""
 # By the tokens of a tile.
 PLAIN: dict[int, list[Choice]] = {
-    8: [(32, 128, 2, 6), (32, 256, 2, 3), (16, 256, 1, 3, 256), (16, 512, 1, 3, 512), (32, 256, 2, 6), (32, 512, 4, 4), (64, 128, 4, 6, 256)],
+    8: [(32, 128, 2, 6), (32, 256, 2, 6), (32, 256, 4, 8), (32, 512, 4, 4), (16, 256, 2, 8), (16, 256, 1, 4, 512),
+        (16, 512, 1, 3), (16, 512, 2, 5), (16, 1024, 2, 3), (16, 1024, 4, 4)],
     16: [(64, 256, 4, 4), (64, 128, 4, 8), (64, 128, 4, 10), (64, 128, 8, 8), (64, 128, 4, 6, 256), (32, 256, 4, 6), (32, 256, 4, 6, 256),
          (32, 256, 4, 8), (32, 512, 8, 4), (128, 128, 8, 5), (16, 512, 2, 4), (16, 512, 1, 3)],
     32: [(64, 128, 4, 6), (64, 128, 4, 8), (64, 128, 8, 8), (64, 256, 4, 4), (128, 128, 8, 5), (128, 64, 8, 6), (32, 256, 4, 6)],
     64: [(64, 128, 4, 5), (64, 128, 4, 7), (64, 128, 8, 6), (128, 64, 4, 6), (128, 64, 8, 8), (128, 128, 8, 4), (64, 64, 4, 10)],
 }  # fmt: skip
 HALVES: dict[int, list[Choice]] = {
-    8: [(32, 128, 2, 4), (32, 128, 2, 4, 256), (16, 256, 1, 3), (16, 256, 1, 3, 256), (64, 128, 4, 4, 128)],
+    8: [(16, 256, 1, 3), (16, 256, 1, 3, 256), (16, 256, 2, 4), (16, 256, 2, 6), (16, 512, 1, 3), (16, 512, 2, 3),
+        (16, 512, 4, 5), (16, 128, 1, 6), (32, 128, 2, 6), (32, 256, 2, 3), (32, 256, 4, 5)],
     16: [(32, 128, 2, 4), (32, 128, 2, 6), (32, 128, 2, 4, 128), (32, 128, 4, 8), (32, 256, 4, 4), (16, 256, 1, 3), (64, 128, 4, 5), (64, 128, 4, 4, 128)],
     32: [(16, 256, 1, 3), (32, 128, 2, 3), (32, 128, 2, 4), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 8, 4), (32, 64, 4, 6)],
     64: [(32, 128, 4, 3), (64, 64, 4, 4), (64, 64, 4, 6), (64, 64, 8, 6), (64, 128, 8, 3), (64, 128, 4, 3), (128, 64, 8, 4)],
@@ -78,14 +80,24 @@ LONG_IN: list[Choice] = [
     (16, 256, 2, 8),
     (64, 128, 4, 6),
 ]
-FUSED: list[Choice] = [(16, 128, 1, 6), (16, 256, 2, 3), (16, 256, 1, 3, 256), (32, 128, 2, 4), (32, 128, 4, 4, 256)]
+FUSED: list[Choice] = [
+    (16, 128, 1, 6),
+    (16, 256, 2, 3),
+    (16, 256, 1, 4),
+    (16, 256, 2, 6),
+    (32, 128, 2, 6),
+    (32, 128, 4, 6),
+]
+"""Of the projection of queries, keys and values: its rows are pairs."""
+CHAIN_BYTES = 3 << 30
+"""Weights of a chain of layers: enough that L2 does not hold them."""
 
 
 def tiles(shape: Shape, name: str, tokens: int) -> list[LinearTile]:
-    """What is tried for a product, or for the fused projection of queries, keys and values."""
-    _, in_features = products(shape)[name.removesuffix(" fused")]
+    """What is tried for a product; of up to 8 tokens' queries, keys and values, for the fused projection."""
+    _, in_features = products(shape)[name]
     chosen = (HALVES if name == "gate_up" else PLAIN)[tokens]
-    if name.endswith("fused"):
+    if name == "qkv" and tokens == 8:
         chosen = FUSED
     if shape.hidden <= ONE_STEP and tokens <= 32:
         chosen = LONG_IN if in_features > ONE_STEP else SMALL_HALVES if name == "gate_up" else SMALL_PLAIN
@@ -118,16 +130,15 @@ def sweep(shape: Shape, name: str, tokens: int, traits: GpuTraits) -> None:
     out_features, in_features = products(shape)[name]
     fused = name == "gate_up"
     weights = copies_of(out_features, in_features)
-    num_tokens = 1 if tokens == 8 else tokens
-    x = random(num_tokens, in_features)
-    out = unwritten(num_tokens, out_features // (2 if fused else 1))
+    x = random(tokens, in_features)
+    out = unwritten(tokens, out_features // (2 if fused else 1))
     many, residual, weight_D = (
-        unwritten(num_tokens, out_features),
-        random(num_tokens, shape.hidden),
+        unwritten(tokens, out_features),
+        random(tokens, shape.hidden),
         random(shape.hidden),
     )
-    hidden = x if in_features == shape.hidden else random(num_tokens, shape.hidden)
-    delta = random(num_tokens, shape.hidden)
+    hidden = x if in_features == shape.hidden else random(tokens, shape.hidden)
+    delta = random(tokens, shape.hidden)
 
     def timed(tile: LinearTile) -> float:
         def step() -> None:
@@ -152,7 +163,7 @@ def sweep(shape: Shape, name: str, tokens: int, traits: GpuTraits) -> None:
             print("   ", tile, repr(error)[:90])
     with split_k_refused():
         blas_us = graph_us(blas, 8) / len(weights)
-    print(f"{shape.name} {name} M={num_tokens} floor {weights[0].nbytes / 2.98e6:.1f} cuBLASLt {blas_us:.1f}; ", end="")
+    print(f"{shape.name} {name} M={tokens} floor {weights[0].nbytes / 2.98e6:.1f} cuBLASLt {blas_us:.1f}; ", end="")
     show(times)
 
 
@@ -165,33 +176,35 @@ def show(times: dict[LinearTile, float]) -> None:
     )
 
 
-def sweep_fused(shape: Shape, traits: GpuTraits) -> None:
-    """The projection of one token with all that lies between it and attention, against two kernels."""
-    weights = copies_of(shape.qkv, shape.hidden)
-    run, x, delta = EpilogueRun(shape, 1, False, traits), random(1, shape.hidden), random(1, shape.hidden)
-    residual, weight_D = random(1, shape.hidden), random(shape.hidden)
-    pool = (2, BLOCK, shape.num_kv_heads, shape.head_dim)
-    places = (run.cos, run.sin, run.position, run.slot, unwritten(*pool), unwritten(*pool), shape.num_heads)
+def used_for_one_token(shape: Shape, name: str, tile: LinearTile) -> AbstractContextManager[object]:
+    """Inside, steps of one token compute this product with this tile."""
+    out_features, in_features = products(shape)[name]
+    if name == "qkv":
+        return patch.dict(MEASURED_QKV, {(out_features // 2, in_features): tile})
+    table = MEASURED_SWIGLU if name == "gate_up" else MEASURED
+    size = (out_features // 2 if name == "gate_up" else out_features, in_features)
+    return patch.dict(table, {size: table.get(size, {}) | {8: tile}})
 
-    def norm() -> None:
-        add_rms_norm(delta, residual, weight_D, 1e-6, x, traits)
 
-    def two() -> None:
-        for weight in weights:
-            norm()
-            linear_sequential(x, weight, run.qkv, linear_tile(shape.qkv, shape.hidden, 1), traits)
-            qkv_epilogue(run.qkv, *places, traits, bias_E=run.bias)
-
-    def timed(tile: LinearTile) -> float:
-        def one() -> None:
-            for weight in weights:
-                norm()
-                qkv_fused(x, weight, run.qkv, *places, tile, traits, bias_E=run.bias)
-
-        return graph_us(one, 8) / len(weights)
-
-    print(f"{shape.name} fused qkv M=1, two kernels {graph_us(two, 8) / len(weights):.1f}; ", end="")
-    show({tile: timed(tile) for tile in tiles(shape, "qkv fused", 8)})
+def sweep_in_layers(shape: Shape, traits: GpuTraits) -> None:
+    """One token's products, each within a chain of layers."""
+    layer_bytes = sum(2 * rows * features for name, (rows, features) in products(shape).items() if name != "head")
+    chain = dataclasses.replace(shape, num_layers=min(shape.num_layers, CHAIN_BYTES // layer_bytes), vocab=2048)
+    step = DecodeStep(chain, 1, 256, traits, model_weights(chain))
+    for name in products(shape):
+        if name == "head":
+            continue
+        times: dict[LinearTile, float] = {}
+        shipped_us = graph_us(step, 20) / chain.num_layers
+        for tile in tiles(shape, name, 8):
+            try:
+                with used_for_one_token(shape, name, tile):
+                    times[tile] = graph_us(step, 20) / chain.num_layers
+            except Exception as error:
+                print("   ", tile, repr(error)[:90])
+        again_us = graph_us(step, 20) / chain.num_layers
+        print(f"{shape.name} {name} M=1, us a layer: shipped {shipped_us:.1f} and {again_us:.1f}; ", end="")
+        show(times)
 
 
 def sweep_attention(shape: Shape, traits: GpuTraits) -> None:
@@ -211,11 +224,11 @@ def main() -> None:
     traits = GpuTraits.of(DEVICE)
     if "attention" not in sys.argv:
         compile_all()
-        for shape, tokens in itertools.product(SHAPES, PLAIN):
+        for shape in SHAPES:
+            sweep_in_layers(shape, traits)
+        for shape, tokens in itertools.product(SHAPES, (16, 32, 64)):
             for name in products(shape):
                 sweep(shape, name, tokens, traits)
-        for shape in SHAPES:
-            sweep_fused(shape, traits)
     sweep_attention(QWEN, traits)
 
 
