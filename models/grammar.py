@@ -1,22 +1,26 @@
 """GuideCompiler: guides compiled for one tokenizer.
 
 llguidance turns a guide into an automaton over bytes, and walks the vocabulary's trie with it (`triode.models.matcher`). The
-compiler keeps a prototype of each guide that it has compiled; a sequence gets a copy.
+compiler keeps prototypes of each guide that it has compiled; a sequence gets a copy of one.
 
 What a caller may send is hostile. The text is bounded (`triode.models.guide`), and so is what becomes of it: compiling
 has a budget of work and of automaton states, beyond which a guide is refused. Prototypes are kept by the length of their
 text, because memory follows it: those of unfinished requests in any case, so that a step never waits for a compiler,
 and of the others the last used.
 
-All copies of a prototype share one lexer, whose states are made as outputs need them; where it has made as many as it may,
-or one copy's fuel ran out within it, it is of no more use to any of them. They then begin again with copies of another
-prototype, and once more with a lexer of their own each, so that a request fails by its own tokens only. Because that is done
-within a step, which has a budget for it, a prototype is shared by few requests (`MAX_SHARERS`) in the first place.
+All copies of a prototype share one lexer, and a lock with it: their masks are made one after the other. So a guide that many
+requests have at a time gets a prototype for each core, which are copied in turns.
+
+The states of a lexer are made as outputs need them; where it has made as many as it may, or one copy's fuel ran out within
+it, it is of no more use to any of them. They then begin again with copies of another prototype, and once more with a
+lexer of their own each, so that a request fails by its own tokens only. Because that is done within a step, which has a
+budget for it, a prototype is given to few sequences (`MAX_SHARERS`) in the first place.
 """
 
 import json
+import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +30,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from triode.errors import EngineBusy
 from triode.ids import TokenId
+from triode.kernels.native.cpus import usable_threads
 from triode.models.guide import Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
 from triode.models.matcher import GRAMMAR_LIMITS, LIMITS, MaskMaker, Matcher, reason_of
 from triode.models.tokenizer import Tokenizer
@@ -37,26 +42,57 @@ if TYPE_CHECKING:
 MAX_KEPT_BYTES = 2**21
 """Text of the guides that stay compiled: a compiled one takes up to about 200 times as much."""
 
+MAX_UNHELD = 64
+"""Guides that stay compiled although no request has them: what their lexers have grown to stays with them."""
+
 MAX_SHARERS = 16
-"""Requests for which a prototype was asked. Making another takes a millisecond or two, in the thread that checks guides."""
+"""Sequences that a prototype is given to. Making another takes a millisecond, in the thread that checks guides."""
+
+MAX_PROTOTYPES = min(16, usable_threads(os.cpu_count() or 1))
+"""Of one guide."""
 
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between tokens of JSON; without a bound, a model at a loss for words would fill its output with it."""
 
 
+@dataclass(slots=True, eq=False)
+class _Prototype:
+    matcher: LLMatcher
+    num_sharers: int = 0
+
+    @property
+    def is_worn(self) -> bool:
+        """Whether enough sequences have it, or its lexer has given up."""
+        if self.num_sharers >= MAX_SHARERS:
+            return True
+        copy = self.matcher.deep_copy()
+        copy.compute_bitmask()
+        return copy.is_error()
+
+
 @dataclass(slots=True)
 class _Compiled:
-    prototype: LLMatcher
+    prototypes: deque[_Prototype]
+    """The next one to be copied first; never empty."""
     num_bytes: int
     """Of the grammar's text."""
     num_holders: int = 0
     """Unfinished requests that have the guide."""
-    num_sharers: int = 0
-    """Requests that were given this prototype."""
 
-    def replace(self, prototype: LLMatcher) -> None:
-        """Copies are made of this one from now on."""
-        self.prototype, self.num_sharers = prototype, 0
+    def add(self, fresh: _Prototype, worn: _Prototype | None) -> None:
+        """Another one, which comes next. The worn one is given to nobody any more."""
+        if worn is not None and worn in self.prototypes:
+            self.prototypes.remove(worn)
+        self.prototypes.appendleft(fresh)
+        while len(self.prototypes) > MAX_PROTOTYPES:
+            self.prototypes.pop()
+
+    def take(self) -> _Prototype:
+        """One to copy, each in its turn."""
+        prototype = self.prototypes[0]
+        prototype.num_sharers += 1
+        self.prototypes.rotate(-1)
+        return prototype
 
 
 class GuideCompiler:
@@ -91,14 +127,14 @@ class GuideCompiler:
             EngineBusy: if those of other requests leave no room for it.
         """
         compiled = self._find(guide)
+        worn = next_one if (next_one := compiled.prototypes[0]).is_worn else None
         fresh = None
-        if compiled.num_sharers >= MAX_SHARERS or _is_spent(compiled.prototype):
+        if worn or len(compiled.prototypes) < min(MAX_PROTOTYPES, compiled.num_holders + 1):
             fresh = _compile(guide, self._vocabulary)
         with self._lock:
             compiled = self._keep(guide, compiled)
             if fresh is not None:
-                compiled.replace(fresh.prototype)
-            compiled.num_sharers += 1
+                compiled.add(fresh, worn)
             if compiled.num_holders == 0:
                 if self._held_bytes + compiled.num_bytes > MAX_KEPT_BYTES:
                     raise EngineBusy(
@@ -119,24 +155,28 @@ class GuideCompiler:
 
     def matcher(self, guide: Guide, token_ids: Sequence[TokenId]) -> Matcher:
         """A matcher for a sequence that has generated `token_ids` so far. At once, if the guide was checked."""
-        prototype = self._find(guide).prototype
+        compiled = self._find(guide)
+        with self._lock:
+            prototype = compiled.take()
         renewals = (
             lambda: self._copy_of_another(guide, prototype),
-            lambda: _compile(guide, self._vocabulary).prototype,
+            lambda: _compile(guide, self._vocabulary).matcher,
         )
-        matcher = Matcher(prototype.deep_copy(), self.masks, renewals)
+        matcher = Matcher(prototype.matcher.deep_copy(), self.masks, renewals)
         for token_id in token_ids:
             matcher.append(token_id)
         return matcher
 
-    def _copy_of_another(self, guide: Guide, spent: LLMatcher) -> LLMatcher:
+    def _copy_of_another(self, guide: Guide, spent: _Prototype) -> LLMatcher:
         """Whose lexer is not that of `spent`."""
         compiled = self._find(guide)
-        if compiled.prototype is spent or _is_spent(compiled.prototype):
+        next_one = compiled.prototypes[0]
+        if next_one is spent or next_one.is_worn:
             fresh = _compile(guide, self._vocabulary)
             with self._lock:
-                compiled.replace(fresh.prototype)
-        return compiled.prototype.deep_copy()
+                compiled.add(fresh, next_one)
+            next_one = fresh
+        return next_one.matcher.deep_copy()
 
     def _find(self, guide: Guide) -> _Compiled:
         with self._lock:
@@ -144,7 +184,7 @@ class GuideCompiler:
                 self._compiled.move_to_end(guide)
                 return compiled
             vocabulary = self._vocabulary
-        compiled = _compile(guide, vocabulary)
+        compiled = _Compiled(deque([_compile(guide, vocabulary)]), len(_grammar(guide).encode()))
         with self._lock:
             return self._keep(guide, compiled)
 
@@ -157,8 +197,9 @@ class GuideCompiler:
         return self._compiled.get(guide, compiled)
 
     def _evict(self) -> None:
-        for guide in [guide for guide, compiled in self._compiled.items() if not compiled.num_holders]:
-            if self._kept_bytes <= MAX_KEPT_BYTES:
+        unheld = [guide for guide, compiled in self._compiled.items() if not compiled.num_holders]
+        for index, guide in enumerate(unheld):
+            if self._kept_bytes <= MAX_KEPT_BYTES and len(unheld) - index <= MAX_UNHELD:
                 return
             self._kept_bytes -= self._compiled.pop(guide).num_bytes
 
@@ -175,7 +216,7 @@ class GuideCompiler:
         return vocabulary_for(self._tokenizer, self._vocab_size, self._eos_token_ids)
 
 
-def _compile(guide: Guide, vocabulary: LLTokenizer) -> _Compiled:
+def _compile(guide: Guide, vocabulary: LLTokenizer) -> _Prototype:
     try:
         grammar = _grammar(guide)
     except ValueError as error:
@@ -187,14 +228,7 @@ def _compile(guide: Guide, vocabulary: LLTokenizer) -> _Compiled:
         prototype.compute_bitmask()
     if prototype.is_error():
         raise ValueError(f"guide cannot be compiled: {reason_of(prototype)}")
-    return _Compiled(prototype, len(grammar.encode()))
-
-
-def _is_spent(prototype: LLMatcher) -> bool:
-    """Whether the lexer, which all copies share, has given up."""
-    copy = prototype.deep_copy()
-    copy.compute_bitmask()
-    return copy.is_error()
+    return _Prototype(prototype)
 
 
 def check_guide(guides: GuideCompiler | None, guide: Guide) -> None:

@@ -20,9 +20,9 @@ def refusal(runner: Runner, guide: Guide) -> Refusal | None:
     return None
 
 
-MAX_UNASKED = 15
-"""Requests with a guide that the worker keeps already, for each one about which it is asked: what it is asked about is also
-how many share a lexer (`models/grammar.py`)."""
+MAX_UNASKED = 3
+"""Requests with a guide that the worker keeps already, for each one about which it is asked, which may bring another
+prototype of it (`models/grammar.py`)."""
 
 
 @dataclass(slots=True)

@@ -243,11 +243,12 @@ def test_compiled_guides_are_kept_up_to_a_bound(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_guide_stays_compiled_while_a_request_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "MAX_KEPT_BYTES", 1000)
+    monkeypatch.setattr(grammar, "MAX_PROTOTYPES", 1)
     guides = fresh_guides()
     compiled: list[Guide] = []
     make = grammar._compile
 
-    def counted(guide: Guide, vocabulary: LLTokenizer) -> grammar._Compiled:
+    def counted(guide: Guide, vocabulary: LLTokenizer) -> grammar._Prototype:
         compiled.append(guide)
         return make(guide, vocabulary)
 
@@ -281,12 +282,12 @@ def test_a_lexer_that_has_given_up_is_not_given_to_the_next_request() -> None:
     guides.check(SPENDING)
     assert allowed(guides, guides.matcher(SPENDING, []))
     spend(guides)
-    assert grammar._is_spent(guides._compiled[SPENDING].prototype)
+    assert guides._compiled[SPENDING].prototypes[0].is_worn
     # Where nobody has asked, in process mode, no less than where the check has found it.
     assert allowed(guides, guides.matcher(SPENDING, []))
     spend(guides)
     guides.check(SPENDING)
-    assert not grammar._is_spent(guides._compiled[SPENDING].prototype)
+    assert not guides._compiled[SPENDING].prototypes[0].is_worn
 
 
 def test_a_lexer_that_has_given_up_fails_only_the_sequence_that_spent_it() -> None:
@@ -298,7 +299,7 @@ def test_a_lexer_that_has_given_up_fails_only_the_sequence_that_spent_it() -> No
     compiled: list[int] = []
     make = grammar._compile
 
-    def counted(guide: Guide, vocabulary: LLTokenizer) -> grammar._Compiled:
+    def counted(guide: Guide, vocabulary: LLTokenizer) -> grammar._Prototype:
         compiled.append(1)
         return make(guide, vocabulary)
 
@@ -319,13 +320,36 @@ def test_a_lexer_that_has_given_up_fails_only_the_sequence_that_spent_it() -> No
     assert (np.array(masks) == masks[0]).all()
 
 
-def test_a_few_requests_share_a_lexer() -> None:
+def test_a_few_sequences_share_a_lexer() -> None:
     guides, prototypes = fresh_guides(), []
     for _ in range(2 * MAX_SHARERS):
         guides.check(DIGITS)
-        prototypes.append(guides._compiled[DIGITS].prototype)
+        prototypes.append(guides._compiled[DIGITS].prototypes[0])
+        guides.matcher(DIGITS, [])
         guides.release(DIGITS)
     assert [prototypes.count(prototype) for prototype in dict.fromkeys(prototypes)] == [MAX_SHARERS, MAX_SHARERS]
+
+
+def test_requests_of_one_time_have_lexers_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_PROTOTYPES", 3)
+    guides = fresh_guides()
+    for number in range(1, 8):
+        guides.check(DIGITS)
+        assert len(guides._compiled[DIGITS].prototypes) == min(number, 3)
+    for _ in range(9):
+        guides.matcher(DIGITS, [])
+    assert [prototype.num_sharers for prototype in guides._compiled[DIGITS].prototypes] == [3, 3, 3]
+
+
+def test_few_guides_stay_compiled_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_UNHELD", 3)
+    guides = fresh_guides()
+    guides.check(Regex("held"))
+    for number in range(10):
+        guides.check(Regex(f"number {number}"))
+        guides.release(Regex(f"number {number}"))
+    assert list(guides._compiled) == [Regex(text) for text in ("held", "number 7", "number 8", "number 9")]
+    assert guides._kept_bytes == sum(compiled.num_bytes for compiled in guides._compiled.values())
 
 
 def test_guides_of_unfinished_requests_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
