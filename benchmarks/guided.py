@@ -154,6 +154,8 @@ async def gaps_among(engine: Engine, params: triode.SamplingParams, num_others: 
 def time_masks(guides: GuideCompiler, tokenizer: Tokenizer, batch: int, num_tokens: int) -> None:
     """Masks of a batch, as one step asks for them, with random tokens in between."""
     draw = random.Random(batch)
+    for _ in range(batch):
+        guides.check(endless())
     matchers = [guides.matcher(endless(), []) for _ in range(batch)]
     mask_GW = np.zeros((batch, guides.masks.num_words), np.int32)
     times_us = []
@@ -164,6 +166,8 @@ def time_masks(guides: GuideCompiler, tokenizer: Tokenizer, batch: int, num_toke
         for matcher, mask_W in zip(matchers, mask_GW, strict=True):
             bits = np.unpackbits(mask_W.view(np.uint8), bitorder="little")[: tokenizer.vocab_size].nonzero()[0]
             matcher.append(TokenId(int(draw.choice(bits))))
+    for _ in range(batch):
+        guides.release(endless())
     print(
         f"masks of {batch}: median {median(times_us):.0f} µs, p99 {quantiles(times_us, n=100)[98]:.0f} µs", flush=True
     )
