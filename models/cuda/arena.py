@@ -6,6 +6,7 @@ block tables, the set of rows) is one list of (index, value) pairs: one transfer
     S slots, the last of them nobody's    R rows of the largest decode step    X blocks of the longest table
 """
 
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,13 @@ from triode.models.cuda.gpu import Gpu
 from triode.models.step import Admission
 
 Words = npt.NDArray[np.int32]
+ALIGNED_WORDS = 4
+"""A kernel is compiled anew for a pointer that is not at a multiple of 16 bytes."""
+
+
+def aligned(num_words: int) -> int:
+    """Where the array behind one of so many words begins."""
+    return -(-num_words // ALIGNED_WORDS) * ALIGNED_WORDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +43,7 @@ class ArenaLayout:
 
     @property
     def _stride(self) -> int:
-        return self.num_slots + 1
+        return aligned(self.num_slots + 1)
 
     @property
     def seed(self) -> int:
@@ -85,12 +93,21 @@ class ArenaLayout:
     @property
     def table(self) -> int:
         """Block tables, slot by slot."""
-        return self.row_slot + self.num_rows
+        return self.row_slot + aligned(self.num_rows)
+
+    @property
+    def spare(self) -> int:
+        """A word that nobody reads, the last one."""
+        return self.table + (self.num_slots + 1) * self.num_entries
 
     @property
     def num_words(self) -> int:
         """Size of the tensor."""
-        return self.table + self._stride * self.num_entries
+        return self.spare + 1
+
+
+_ADMITTED = struct.Struct("=Qddifi")
+"""Seed, top_p, min_p, sample index, temperature and top_k."""
 
 
 class Changes:
@@ -98,6 +115,10 @@ class Changes:
 
     def __init__(self, layout: ArenaLayout) -> None:
         self._layout = layout
+        pairs = [first + word for first in (layout.seed, layout.top_p, layout.min_p) for word in (0, 1)]
+        singles = [layout.sample_index, layout.temperature, layout.top_k]
+        self._admitted_of_first = np.array(pairs + singles, np.int32)
+        self._admitted_stride = np.array([2] * len(pairs) + [1] * len(singles), np.int32)
         self._indices: list[Words] = []
         self._values: list[Words] = []
 
@@ -108,15 +129,14 @@ class Changes:
 
     def admit(self, admission: Admission) -> None:
         """How a slot's new sequence is sampled."""
-        layout, slot, params = self._layout, admission.slot, admission.params
-        self.set_words(layout.seed + 2 * slot, np.array([admission.seed], np.uint64).view(np.int32))
-        for first, value in ((layout.top_p, params.top_p), (layout.min_p, params.min_p)):
-            pair = np.array([value], np.float64).view(np.int32)
-            self.set_words(first + 2 * slot, pair)
-        self.set_words(layout.sample_index + slot, np.array([admission.sample_index], np.int32))
-        self.set_words(layout.temperature + slot, np.array([params.temperature], np.float32).view(np.int32))
+        params = admission.params
         # More than any vocabulary keeps all, as 0 does.
-        self.set_words(layout.top_k + slot, np.array([min(params.top_k, 2**31 - 1)], np.int32))
+        top_k = min(params.top_k, 2**31 - 1)
+        words = _ADMITTED.pack(
+            admission.seed, params.top_p, params.min_p, admission.sample_index, params.temperature, top_k
+        )
+        self._indices.append(self._admitted_of_first + self._admitted_stride * np.int32(admission.slot))
+        self._values.append(np.frombuffer(words, np.int32))
 
     def set_table(self, slot: int, first_block: int, blocks: Words) -> None:
         """Entries of a slot's block table."""
@@ -153,11 +173,11 @@ class Arena:
         assert layout.num_words < 2**31, "the kernels count words in 32 bits"
         self.layout = layout
         self._gpu = gpu
-        self._words = torch.zeros(layout.num_words, dtype=torch.int32, device=gpu.device)
+        self.words = torch.zeros(layout.num_words, dtype=torch.int32, device=gpu.device)
         num = layout.num_slots + 1
 
         def column(first: int, dtype: torch.dtype) -> torch.Tensor:
-            return self._words[first : first + num * dtype.itemsize // 4].view(dtype)
+            return self.words[first : first + num * dtype.itemsize // 4].view(dtype)
 
         self.columns = SlotColumns(
             last_token_S=column(layout.last_token, torch.int32),
@@ -170,12 +190,26 @@ class Arena:
             min_p_S=column(layout.min_p, torch.float64),
         )
         self.columns.top_p_S.fill_(1)
-        self.row_slot_R = self._words[layout.row_slot : layout.table]
+        self.row_slot_R = self.words[layout.row_slot :][: layout.num_rows]
         self.row_slot_R.fill_(layout.nobody)
-        self.table_SX = self._words[layout.table :].view(num, layout.num_entries)
+        self.table_SX = self.words[layout.table : layout.spare].view(num, layout.num_entries)
 
     def apply(self, changes: Changes) -> None:
         """Send what has changed; nothing is launched when nothing has."""
-        pairs = changes.take()
+        self._scatter(changes.take())
+
+    def pairs(self, changes: Changes, num_pairs: int) -> Words:
+        """What has changed as so many pairs, for a step that scatters them itself. Where there are more they are sent."""
+        words = np.full(2 * num_pairs, self.layout.spare, np.int32)
+        taken = changes.take()
+        if taken is not None and len(taken) > len(words):
+            self._scatter(taken)
+        elif taken is not None:
+            num_taken = len(taken) // 2
+            words[:num_taken] = taken[:num_taken]
+            words[num_pairs : num_pairs + num_taken] = taken[num_taken:]
+        return words
+
+    def _scatter(self, pairs: Words | None) -> None:
         if pairs is not None:
-            scatter(self._words, self._gpu.upload(pairs), self._gpu.traits)
+            scatter(self.words, self._gpu.upload(pairs), self._gpu.traits)

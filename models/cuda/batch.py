@@ -15,21 +15,19 @@ what it samples, which counts for nobody, is the next of these tokens (`overtake
 
 import threading
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
 from triode.ids import TokenId
-from triode.models.cuda.arena import ArenaLayout, Changes, Words
+from triode.models.cuda.arena import ArenaLayout, Changes, Words, aligned
 from triode.models.grammar import GuideCompiler
 from triode.models.slots import IntArray, Slots, SlotState
 from triode.models.step import Output, StepPlan
 
 SAMPLING = frozenset({Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE})
 """Outputs that add a token to the sequence."""
-
-ALIGNED_WORDS = 4
-"""A kernel is compiled anew for a pointer that is not at a multiple of 16 bytes."""
 
 # The device knows nothing of a slot that was just admitted.
 _UNKNOWN = -1
@@ -44,7 +42,8 @@ class PackedRows:
 
     words: Words
     """query_start_R1, start_R, end_R, slot_R, then sample_token_Q, sample_end_Q, sample_slot_Q, then token_T, position_T,
-    kv_slot_T: one after the other, each at a multiple of `ALIGNED_WORDS`. For a step of fixed shape Q is R, whoever samples."""
+    kv_slot_T: one after the other, each at a multiple of `ALIGNED_WORDS`. For a step of fixed shape Q is R, whoever
+    samples."""
     order: Words
     """The plan's row at each packed row."""
     num_tokens: int
@@ -163,13 +162,16 @@ class HostBatch:
         T, R = shape or (num_tokens, len(order))
         Q = R if shape else len(sampled_slots)
         nobody, num_long = self._layout.nobody, int((num_query_R > 1).sum())
-        arrays = [_padded(query_start_R1, R + 1, num_tokens), _padded(start_R, R), _padded(end_R, R)]
-        arrays += [_padded(slot_R, R, nobody)]
-        arrays += [_padded(query_start_R1[1:][is_sampled] - 1, Q), _padded(sampled_ends, Q)]
-        arrays += [_padded(sampled_slots, Q, nobody)]
-        arrays += [_padded(words, T) for words in (token_T, position_T, kv_slot_T)]
+        words, parts = packed_parts(T, R, Q)
+        parts[0][:] = num_tokens
+        parts[3][:] = parts[6][:] = nobody
+        sample_token_Q = query_start_R1[1:][is_sampled] - 1
+        by_sample = (sample_token_Q, sampled_ends, sampled_slots)
+        by_token = (token_T, position_T, kv_slot_T)
+        for part, values in zip(parts, (query_start_R1, start_R, end_R, slot_R, *by_sample, *by_token), strict=True):
+            part[: len(values)] = values
         return PackedRows(
-            words=np.concatenate([_padded(words, aligned(len(words))) for words in arrays], dtype=np.int32),
+            words=words,
             order=order,
             num_tokens=T,
             num_rows=R,
@@ -209,15 +211,17 @@ class HostBatch:
         return is_overtaken_R
 
 
-def aligned(num_words: int) -> int:
-    """Where the array behind one of so many words begins."""
-    return -(-num_words // ALIGNED_WORDS) * ALIGNED_WORDS
+def packed_starts(num_tokens: int, num_rows: int, num_sampled: int) -> tuple[list[int], list[int]]:
+    """Where each array of `PackedRows.words` begins, and where the last one ends; and how long each is."""
+    sizes = [num_rows + 1, *[num_rows] * 3, *[num_sampled] * 3, *[num_tokens] * 3]
+    return [0, *accumulate(map(aligned, sizes))], sizes
 
 
-def _padded(words: IntArray, length: int, value: int = 0) -> IntArray:
-    if len(words) == length:
-        return words
-    return np.concatenate([words, np.full(length - len(words), value, words.dtype)])
+def packed_parts(num_tokens: int, num_rows: int, num_sampled: int) -> tuple[Words, list[Words]]:
+    """`PackedRows.words`, all zeros, and its arrays."""
+    starts, sizes = packed_starts(num_tokens, num_rows, num_sampled)
+    words = np.zeros(starts[-1], np.int32)
+    return words, [words[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
 def is_decode(plan: StepPlan) -> bool:

@@ -7,7 +7,7 @@ T packed tokens     R rows     D hidden     E q, k and v features     N query he
 F intermediate      V vocab    P blocks     B block size     U = H / 2     X blocks of the longest table
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,10 @@ from triode.models.weights import DecoderWeights, LayerWeights
 
 # States of programs that share a long context between the tiles of a short chunk.
 _WORKSPACE_BYTES = 256 << 20
+
+
+# How much longer a program takes for a segment that shares a row than one of Hopper's own kernel: 30 and 8 µs were measured.
+_SHARED_WALK = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,17 +234,9 @@ class CudaDecoder:
         return GpuLinear(weight_ED, bias_E, proof.triton_tokens, self.traits)
 
     def forward(
-        self,
-        places: TokenPlaces,
-        keys_PBKH: Sequence[torch.Tensor],
-        values_PBKH: Sequence[torch.Tensor],
-        cut: Callable[[], None] = lambda: None,
+        self, places: TokenPlaces, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         """Compute the step whose embeddings are the first rows of `buffers.residual_TD`; store its keys and values.
-
-        Args:
-            cut: called between parts, each of which has twice as many layers as the one before: launching a part is
-                hidden by computing the one before if a layer takes the device half as long as the host, or longer.
 
         Returns:
             The hidden states after the final norm, [T, D]: a view that the next step overwrites.
@@ -250,8 +246,6 @@ class CudaDecoder:
         rms_norm(buffers.residual_TD, first_norm_D, self.config.rms_norm_eps, buffers.hidden_TD, self.traits)
         for index, (layer, key_PBKH, value_PBKH) in enumerate(zip(self._layers, keys_PBKH, values_PBKH, strict=True)):
             if index > 0:
-                if (index + 1).bit_count() == 1:
-                    cut()
                 layer.add_input_norm(buffers)
             layer.attend(key_PBKH, value_PBKH, places, buffers)
             layer.add_post_norm(buffers)
@@ -270,22 +264,27 @@ class CudaDecoder:
         """How many programs share the KV of a row, for so many rows of at most so many segments."""
         return splits_for(num_rows, self.config.num_kv_heads, min(max_segments, self.max_segments), self.traits)
 
-    def prefill_splits(self, num_tokens: int, num_rows: int, longest: int) -> int:
+    def prefill_splits(self, num_tokens: int, num_rows: int, longest: int, *, walks_fast: bool) -> int:
         """The same for a packed step of so many tokens and rows, of which none ends beyond `longest`.
 
-        1 where there is nothing to share, and where the workspace cannot hold the states.
+        1 where the workspace cannot hold the states, and where a program that shares nothing is done sooner.
+
+        Args:
+            walks_fast: Hopper's own kernel serves programs that share nothing.
         """
-        if longest <= SEGMENT_TOKENS:
-            return 1
-        group = self.config.num_heads // self.config.num_kv_heads
-        tile = prefill_tile(group, self.config.head_dim, self.dtype, self.traits)
-        if num_tokens <= decode_tile(group, self.config.head_dim, self.dtype, self.traits).pairs // group:
+        config, traits = self.config, self.traits
+        group = config.num_heads // config.num_kv_heads
+        tile = prefill_tile(group, config.head_dim, self.dtype, traits)
+        if num_tokens <= decode_tile(group, config.head_dim, self.dtype, traits).pairs // group:
             # Such rows take the decode tile: one program a row.
             return 1
         num_tiles = num_tokens // (tile.pairs // group) + num_rows
-        if num_tiles * self.config.num_kv_heads > len(self.prefill_workspace.arrivals_W):
+        if num_tiles * config.num_kv_heads > len(self.prefill_workspace.arrivals_W):
             return 1
-        return self.splits(num_tiles, self.max_segments)
+        splits, segments = self.splits(num_tiles, self.max_segments), -(-longest // SEGMENT_TOKENS)
+        waves = -(-num_tiles * config.num_kv_heads * min(splits, segments) // traits.num_sms)
+        slowness = _SHARED_WALK if walks_fast else 1
+        return splits if waves * -(-segments // splits) * slowness < segments else 1
 
     def _allocate_workspace(self) -> AttentionWorkspace:
         # More than one program shares a row only while that leaves the GPU unfilled.

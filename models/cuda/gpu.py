@@ -3,7 +3,8 @@
 Everything that a runner computes is in the order of its one stream. Buffers may therefore be reused by the next step as
 they are, and block copies, table changes and cancelled requests need no other synchronisation.
 
-Host memory of transfers is pinned once and lent to one step after the other. Torch's own allocator of pinned memory must
+Host memory of transfers is pinned once and lent to one step after the other; pinning waits for the device, so what the
+largest steps need is pinned before the first one. Torch's own allocator of pinned memory must
 not serve here: it marks a freed block in the stream, whichever thread frees it, and a mark within a capture is an error.
 """
 
@@ -20,6 +21,9 @@ import torch
 from triode.kernels.gpu_traits import GpuTraits
 
 _LEAST_PINNED_BYTES = 4096
+_MOST_STOCKED_BYTES = 2**18
+_STOCK = 4
+"""Pieces of host memory of each size: a step takes one or two, and two steps are under way."""
 
 
 class Mark(Protocol):
@@ -61,11 +65,7 @@ class Gpu(Protocol):
         """The step's last mark; its `release` gives back the host memory of the step's transfers."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """The work as one launch, or one for each part of it. What it has to compile must be compiled already."""
-
-    def cut(self) -> None:
-        """Called by work that is being captured, a part ends here: the device begins with it while the host launches the
-        next one. Does nothing otherwise."""
+        """The work as one launch. What it has to compile must be compiled already."""
 
     def wait(self) -> None:
         """Until all work is done."""
@@ -108,7 +108,10 @@ class CudaGpu:
         self._pool = torch.cuda.graph_pool_handle()
         self._idle: defaultdict[int, deque[torch.Tensor]] = defaultdict(deque)
         self._lent: list[torch.Tensor] = []
-        self._parts: list[torch.cuda.CUDAGraph] = []
+        size = _LEAST_PINNED_BYTES
+        while size <= _MOST_STOCKED_BYTES:
+            self._idle[size] += torch.empty(_STOCK, size, dtype=torch.uint8, pin_memory=True).unbind()
+            size *= 2
         # What was written before, weights above all, comes first.
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -156,31 +159,16 @@ class CudaGpu:
         return memory[:num_bytes].view(dtype).view(shape)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """CUDA graphs."""
-        self._begin_part()
+        """A CUDA graph."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process may allocate meanwhile: they are none of our business.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             work()
         finally:
-            self._parts[-1].capture_end()
-            parts, self._parts = self._parts, []
-
-        def replay() -> None:
-            for part in parts:
-                part.replay()
-
+            graph.capture_end()
+        replay: Callable[[], None] = graph.replay
         return replay
-
-    def cut(self) -> None:
-        """One graph ends, another begins."""
-        if self._parts:
-            self._parts[-1].capture_end()
-            self._begin_part()
-
-    def _begin_part(self) -> None:
-        part = torch.cuda.CUDAGraph()
-        # Other threads of the process may allocate meanwhile: they are none of our business.
-        part.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        self._parts.append(part)
 
     def wait(self) -> None:
         """Synchronises the stream."""

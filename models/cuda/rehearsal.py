@@ -30,7 +30,7 @@ _MOST_SAMPLES = 8
 _PARAMS = SamplingParams(temperature=1.0)
 # Kernels have tiles for up to so many tokens; beyond, sizes make no difference to how they are compiled.
 _SIZES = (1, 16, 32, 64)
-_SHORT_TOKENS = 128
+_SHORT_TOKENS = (64, 256)
 
 
 class Rehearsal:
@@ -133,10 +133,6 @@ class AbsentGpu:
         """As it is."""
         return work
 
-    def cut(self) -> None:
-        """Nothing is captured."""
-        return
-
     def wait(self) -> None:
         """For nothing."""
         return
@@ -172,13 +168,11 @@ def compile_ahead(
 
 
 def _every_kind(rehearsal: Rehearsal, max_context: int, max_running: int, max_tokens: int) -> Iterator[StepPlan]:
-    """Prompts long and short, with and without a long context, and batches of every size."""
+    """Prompts long and short, alone and beside others, with and without a long context, and batches of every size."""
     longest = min(max_tokens, max_context - _MOST_SAMPLES)
     yield rehearsal.read(0, longest)
-    for num_tokens in (*_SIZES, _SHORT_TOKENS):
-        if 1 < num_tokens <= longest:
-            yield rehearsal.read(0, num_tokens)
-            yield rehearsal.read(0, longest, longest - num_tokens)
+    for num_tokens in _SHORT_TOKENS:
+        yield rehearsal.read(0, longest, max(0, longest - num_tokens))
     if max_running > 1:
         yield rehearsal.read_beside(1, longest - 1)
     for num_rows in sorted({min(num_rows, max_running) for num_rows in (*_SIZES, max_running)}):

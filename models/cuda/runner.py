@@ -162,12 +162,14 @@ class CudaRunner:
         shape = None if reads_hidden else prefill_shape(num_tokens, len(plan.slots), steps.max_rows)
         with self._host.lock:
             packed = self._host.pack(plan, slot_R, start_R, end_R, shape)
-        steps.prepare(self._changes, plan.copies)
-        begun = self._gpu.mark()
         if shape is not None:
-            logits_QV = steps.prefill(packed)
+            steps.copy_blocks(plan.copies)
+            begun = self._gpu.mark()
+            logits_QV = steps.prefill(packed, self._changes)
             sampled = packed.sampled.tolist()
             return self._finish(plan, begun, sampled, logits_QV, lambda: steps.sample_prefill(packed))
+        steps.prepare(self._changes, plan.copies)
+        begun = self._gpu.mark()
         arrays = steps.upload(packed)
         hidden_TD = steps.compute(packed, arrays)
         # Both read hidden states and wait; the head's buffer is theirs until the sampling rows take it.

@@ -5,29 +5,30 @@ T packed query tokens    R rows    Q rows that sample    D hidden    V vocabular
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
 
 from triode.cache.messages import BlockCopy
 from triode.cache.pool import KVPool
-from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS
+from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS, hopper_serves
 from triode.kernels.sample.gpu import SampleWorkspace, sample
-from triode.kernels.step.gpu import begin_decode, embed, gather_tables
+from triode.kernels.step.gpu import begin_decode, embed, gather_tables, scatter
 from triode.models.cuda.arena import Arena, Changes
-from triode.models.cuda.batch import PackedRows, aligned
+from triode.models.cuda.batch import PackedRows, packed_starts
 from triode.models.cuda.decoder import CudaDecoder, RowGroup, TokenPlaces
 from triode.models.cuda.gpu import Gpu
 from triode.models.cuda.programs import PREFILL_TOKENS, Programs, bucket_for, segment_bucket_for
+
+_PAIRS = 512
+"""Changes of the arena that a packed step of fixed shape brings along: those of a prompt of 8,000 tokens."""
 
 
 class PackedArrays:
     """`PackedRows.words` on the device, cut into its arrays."""
 
     def __init__(self, words: torch.Tensor, num_tokens: int, num_rows: int, num_sampled: int) -> None:
-        sizes = [num_rows + 1] + [num_rows] * 3 + [num_sampled] * 3 + [num_tokens] * 3
-        starts = [0, *accumulate(map(aligned, sizes))]
+        starts, sizes = packed_starts(num_tokens, num_rows, num_sampled)
         parts = [words[start : start + size] for start, size in zip(starts, sizes, strict=False)]
         self.query_start_R1, self.start_R, self.end_R, self.slot_R = parts[:4]
         self.sample_token_Q, self.sample_end_Q, self.sample_slot_Q = parts[4:7]
@@ -36,7 +37,8 @@ class PackedArrays:
     @staticmethod
     def num_words(num_tokens: int, num_rows: int) -> int:
         """Of a step of fixed shape."""
-        return aligned(num_rows + 1) + 6 * aligned(num_rows) + 3 * aligned(num_tokens)
+        starts, _ = packed_starts(num_tokens, num_rows, num_rows)
+        return starts[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class _StepTensors:
     table_RX: torch.Tensor
     token_R: torch.Tensor
     words: torch.Tensor
-    """A packed step of fixed shape."""
+    """Changes of the arena, then a packed step of fixed shape."""
 
     @classmethod
     def allocate(cls, num_rows: int, num_entries: int, device: torch.device) -> "_StepTensors":
@@ -65,7 +67,7 @@ class _StepTensors:
             query_start_R1=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
             table_RX=zeros(num_rows, num_entries),
             token_R=zeros(num_rows),
-            words=zeros(PackedArrays.num_words(PREFILL_TOKENS[-1], num_rows)),
+            words=zeros(2 * _PAIRS + PackedArrays.num_words(PREFILL_TOKENS[-1], num_rows)),
         )
 
 
@@ -79,6 +81,7 @@ class DeviceSteps:
         self._gpu = gpu
         layout = arena.layout
         self._tensors = _StepTensors.allocate(layout.num_rows, layout.num_entries, gpu.device)
+        self._walks_fast = hopper_serves(decoder.buffers.attended_TNH, pool.keys[0], decoder.traits)
         self._workspace = SampleWorkspace.allocate(layout.num_rows, decoder.config.vocab_size, gpu.device)
         self._forward = Programs(self._compute_decode, gpu)
         self._sample = Programs(self._sample_decode, gpu)
@@ -99,6 +102,10 @@ class DeviceSteps:
     def prepare(self, changes: Changes, copies: Sequence[BlockCopy]) -> None:
         """Bring the arena up to date, then copy blocks."""
         self._arena.apply(changes)
+        self.copy_blocks(copies)
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Before the step computes."""
         if copies:
             pairs = np.array([[copy.source for copy in copies], [copy.target for copy in copies]], np.int32)
             sources, targets = self._gpu.upload(pairs).long()
@@ -139,11 +146,13 @@ class DeviceSteps:
         self._choose(logits_QV, arrays.sample_slot_Q, arrays.sample_end_Q, token_Q)
         return token_Q
 
-    def prefill(self, packed: PackedRows) -> torch.Tensor:
-        """Logits of the sampling rows of a packed step of fixed shape."""
-        self._gpu.upload(packed.words, self._tensors.words[: len(packed.words)])
+    def prefill(self, packed: PackedRows, changes: Changes) -> torch.Tensor:
+        """Bring the arena up to date; logits of the sampling rows of a packed step of fixed shape."""
+        words = np.concatenate([self._arena.pairs(changes, _PAIRS), packed.words])
+        self._gpu.upload(words, self._tensors.words[: len(words)])
         sizes = packed.num_tokens, packed.num_rows
-        self._prefill.run(*sizes, self.decoder.prefill_splits(*sizes, packed.longest))
+        splits = self.decoder.prefill_splits(*sizes, packed.longest, walks_fast=self._walks_fast)
+        self._prefill.run(*sizes, splits)
         return self.decoder.buffers.logits_RV[: len(packed.sampled)]
 
     def sample_prefill(self, packed: PackedRows) -> torch.Tensor:
@@ -152,6 +161,7 @@ class DeviceSteps:
         return self._tensors.token_R[: len(packed.sampled)]
 
     def _compute_prefill(self, num_tokens: int, num_rows: int, num_splits: int) -> None:
+        scatter(self._arena.words, self._tensors.words[: 2 * _PAIRS], self.decoder.traits)
         arrays = self._fixed_arrays(num_tokens, num_rows)
         group = RowGroup(
             num_tokens=num_tokens,
@@ -169,7 +179,7 @@ class DeviceSteps:
         self.sample(self.decoder.buffers.logits_RV[:num_rows], arrays)
 
     def _fixed_arrays(self, num_tokens: int, num_rows: int) -> PackedArrays:
-        return PackedArrays(self._tensors.words, num_tokens, num_rows, num_rows)
+        return PackedArrays(self._tensors.words[2 * _PAIRS :], num_tokens, num_rows, num_rows)
 
     def _compute(self, arrays: PackedArrays, num_tokens: int, groups: tuple[RowGroup, ...]) -> torch.Tensor:
         decoder, tensors, block_size = self.decoder, self._tensors, self._pool.block_size_tokens
@@ -178,8 +188,7 @@ class DeviceSteps:
         table_SX = self._arena.table_SX
         gather_tables(arrays.slot_R, arrays.end_R, table_SX, tensors.table_RX, block_size, decoder.traits)
         places = TokenPlaces(num_tokens, arrays.position_T, arrays.kv_slot_T, groups)
-        # Nothing is launched ahead of a first token: the sooner the device begins, the sooner it is there.
-        return decoder.forward(places, self._pool.keys, self._pool.values, self._gpu.cut)
+        return decoder.forward(places, self._pool.keys, self._pool.values)
 
     def _compute_decode(self, bucket: int, num_splits: int) -> None:
         decoder, tensors, columns = self.decoder, self._tensors, self._arena.columns

@@ -69,9 +69,6 @@ class InterpretedGpu:
         self.num_captured += 1
         return work
 
-    def cut(self) -> None:
-        return
-
     def wait(self) -> None:
         return
 

@@ -6,8 +6,8 @@ import pytest
 pytest.importorskip("triton")
 
 from triode.ids import BlockId, SlotId, StepId, TokenId
-from triode.models.cuda.arena import ArenaLayout, Changes
-from triode.models.cuda.batch import ALIGNED_WORDS, HostBatch, PackedRows, aligned, is_decode
+from triode.models.cuda.arena import ALIGNED_WORDS, ArenaLayout, Changes, aligned
+from triode.models.cuda.batch import HostBatch, PackedRows, is_decode
 from triode.models.cuda.programs import bucket_for, prefill_shape, segment_bucket_for
 from triode.models.sampling import SamplingParams
 from triode.models.step import Admission, Output, StepPlan, TableChange
@@ -50,11 +50,11 @@ def applied(changes: Changes) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
     return words
 
 
-def test_columns_lie_side_by_side_and_long_ones_are_aligned() -> None:
+def test_columns_lie_side_by_side_and_are_aligned() -> None:
     first = [LAYOUT.seed, LAYOUT.top_p, LAYOUT.min_p, LAYOUT.last_token, LAYOUT.position, LAYOUT.sample_index]
-    first += [LAYOUT.temperature, LAYOUT.top_k, LAYOUT.row_slot, LAYOUT.table, LAYOUT.num_words]
-    assert np.diff(first).tolist() == [10, 10, 10, 5, 5, 5, 5, 5, 4, 40]
-    assert all(start % 2 == 0 for start in first[:3])
+    first += [LAYOUT.temperature, LAYOUT.top_k, LAYOUT.row_slot, LAYOUT.table]
+    assert np.diff([*first, LAYOUT.spare, LAYOUT.num_words]).tolist() == [16, 16, 16, 8, 8, 8, 8, 8, 4, 40, 1]
+    assert not any(start % ALIGNED_WORDS for start in first)
 
 
 def test_an_admission_writes_its_slots_columns_and_no_others() -> None:

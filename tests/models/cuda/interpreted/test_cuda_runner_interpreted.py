@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
-from cuda_world import CudaWorld
+from cuda_world import CudaWorld, InterpretedGpu
 from guides import COLOURS, DIGITS, EOS, PERSON, tiny_guides
 from runner_world import RunnerWorld, Running
 from triode.cache.messages import BlockCopy
+from triode.models.cuda.arena import Arena, ArenaLayout, Changes
 from triode.models.sampling import SamplingParams
 from triode.models.step import Output, Pooling, TableChange
 
@@ -94,6 +96,18 @@ def test_a_steady_decode_step_sends_nothing_and_replays_what_was_captured() -> N
     world.decode(running, num_tokens=3)
     assert world.gpu.uploads == []
     assert world.gpu.num_captured == 2
+
+
+def test_changes_travel_with_a_short_step_unless_there_are_too_many() -> None:
+    layout = ArenaLayout(num_slots=3, num_rows=4, num_entries=8)
+    arena, changes = Arena(layout, InterpretedGpu()), Changes(layout)
+    changes.set_table(1, 2, np.array([5], np.int32))
+    at = layout.table + 8 + 2
+    assert arena.pairs(changes, 2).tolist() == [at, layout.spare, 5, layout.spare]
+    assert not arena.table_SX.any()
+    changes.set_table(1, 0, np.array([7, 8, 9], np.int32))
+    assert arena.pairs(changes, 2).tolist() == [layout.spare] * 4
+    assert arena.table_SX[1].tolist() == [7, 8, 9, 0, 0, 0, 0, 0]
 
 
 def test_steps_may_be_launched_before_the_tokens_of_the_last_are_read() -> None:
