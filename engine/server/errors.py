@@ -59,12 +59,14 @@ def wrong_value(error: Exception, guide: str | None = None) -> RequestError:
     message = str(error)
     if guide is not None and message.startswith("guide "):
         return RequestError(400, guide + message.removeprefix("guide"), param=guide)
-    found = _PATH.search(message) or _NAME.match(message)
+    found = _PATH.search(message) or _FIELD.search(message) or _NAME.match(message)
     return RequestError(400, message, param=found.group(1) if found else None)
 
 
 # msgspec says where a wrong value is: "Expected `int`, got `str` - at `$.top_k`".
 _PATH = re.compile(r"at `\$\.(\w+)")
+# "Object contains unknown field `best`".
+_FIELD = re.compile(r"^Object (?:contains unknown|missing required) field `(\w+)`")
 # Triode's own messages begin with it: "top_k must be an integer >= 0, got -5".
 _NAME = re.compile(r"([a-z]\w*)[\w.\[\]]* must ")
 

@@ -72,7 +72,7 @@ def test_what_is_to_be_refused_is_refused_by_name(client: httpx.Client, path: st
     for name in (*fields(path, "Refused"), "no_such_field"):
         answer = client.post(path, json={**BODIES[path], name: "low"})
         assert answer.status_code == 400
-        assert f"`{name}`" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] == name
 
 
 @pytest.mark.parametrize("path", STRUCTS)

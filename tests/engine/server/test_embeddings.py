@@ -84,7 +84,7 @@ def test_pooling_may_be_chosen(client: openai.OpenAI) -> None:
         ({"input": [2**40]}, "input", "prompt must"),
         ({"input": "a", "dimensions": 3}, "dimensions", "dimensions must be 64"),
         ({"input": "a", "extra_body": {"pooling": "max"}}, "pooling", "Invalid enum value"),
-        ({"input": "a", "extra_body": {"truncate": 1}}, None, "unknown field `truncate`"),
+        ({"input": "a", "extra_body": {"truncate": 1}}, "truncate", "unknown field `truncate`"),
     ],
 )
 def test_wrong_inputs_are_refused_by_name(

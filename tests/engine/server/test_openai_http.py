@@ -283,8 +283,8 @@ def test_the_server_says_what_it_serves(client: httpx.Client) -> None:
 REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     (TEXT, {"prompt": "x", "temperature": -1}, "temperature", "temperature must be 0, or a number"),
     (TEXT, {"prompt": "x", "temperature": "hot"}, "temperature", "Expected `float | null`, got `str`"),
-    (TEXT, {"prompt": "x", "tempreature": 1}, None, "unknown field `tempreature`"),
-    (TEXT, {}, None, "missing required field `prompt`"),
+    (TEXT, {"prompt": "x", "tempreature": 1}, "tempreature", "unknown field `tempreature`"),
+    (TEXT, {}, "prompt", "missing required field `prompt`"),
     (TEXT, {"prompt": ""}, "prompt", "prompt must have at least one token"),
     (TEXT, {"prompt": []}, "prompt", "prompt must be a text, token ids"),
     (TEXT, {"prompt": ["a", 1]}, "prompt", "prompt must be a text, token ids"),

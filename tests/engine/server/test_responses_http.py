@@ -190,7 +190,7 @@ def test_leaving_the_stream_cancels_the_response(server: Running, client: openai
         ({"model": "gpt-4"}, "model", "model must be 'tiny'"),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options", "must be given with stream"),
         ({"extra_body": {"text": {"format": WRONG}}}, "text", "text cannot be compiled"),
-        ({"extra_body": {"conversation": "x"}}, None, "unknown field `conversation`"),
+        ({"extra_body": {"conversation": "x"}}, "conversation", "unknown field `conversation`"),
     ],
 )
 def test_a_wrong_request_is_refused_by_name(
