@@ -86,11 +86,11 @@ def _rehearse(
 ) -> int:
     """Run the largest steps; returns how many bytes the graphs of one size of batch take."""
     runner = CudaRunner(decoder, _pool(2, decoder, cache_config), gpu, max_running=max_running)
-    num_tokens = max(2, min(max_step_tokens, decoder.config.max_context_tokens) - 2)
-    rehearsal = Rehearsal(cache_config.block_size_tokens)
+    rehearsal = Rehearsal(cache_config.block_size_tokens, decoder.config.max_context_tokens)
+    longest = rehearsal.longest(max_step_tokens)
     free_bytes = []
     # The second decode step is captured.
-    for plan in (rehearsal.read(0, num_tokens), rehearsal.decode(max_running), rehearsal.decode(max_running)):
+    for plan in (rehearsal.read(0, longest), rehearsal.decode(max_running), rehearsal.decode(max_running)):
         runner.launch(plan)
         runner.collect()
         free_bytes.append(_free_bytes(decoder.device))

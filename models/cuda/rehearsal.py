@@ -25,8 +25,8 @@ from triode.models.weights import allocate
 
 _META = torch.device("meta")
 _BLOCK = BlockId(1)
+# Each sequence has room for so many more tokens.
 _MOST_SAMPLES = 8
-"""Of a sequence."""
 _PARAMS = SamplingParams(temperature=1.0)
 # Kernels have tiles for up to so many tokens; beyond, sizes make no difference to how they are compiled.
 _SIZES = (1, 16, 32, 64)
@@ -36,10 +36,15 @@ _SHORT_TOKENS = (64, 256)
 class Rehearsal:
     """Makes plans. A slot that is named for the first time is admitted, any other one decodes."""
 
-    def __init__(self, block_size_tokens: int) -> None:
+    def __init__(self, block_size_tokens: int, max_context_tokens: int) -> None:
         self._block_size = block_size_tokens
+        self._max_context = max_context_tokens
         self._known: dict[int, int] = {}
         self._num_steps = 0
+
+    def longest(self, max_step_tokens: int) -> int:
+        """Of the prompts that a step can read."""
+        return max(2, min(max_step_tokens, self._max_context - _MOST_SAMPLES))
 
     def read(self, slot: int, num_tokens: int, num_cached: int = 0) -> StepPlan:
         """A prompt of so many tokens, of which the first ones need not be computed."""
@@ -163,13 +168,13 @@ def compile_ahead(
             device=_META,
         )
         runner = CudaRunner(decoder, pool, gpu, max_running=max_running)
-        for plan in _every_kind(Rehearsal(block_size_tokens), config.max_context_tokens, max_running, max_tokens):
+        for plan in _every_kind(Rehearsal(block_size_tokens, config.max_context_tokens), max_running, max_tokens):
             runner.launch(plan)
 
 
-def _every_kind(rehearsal: Rehearsal, max_context: int, max_running: int, max_tokens: int) -> Iterator[StepPlan]:
+def _every_kind(rehearsal: Rehearsal, max_running: int, max_tokens: int) -> Iterator[StepPlan]:
     """Prompts long and short, alone and beside others, with and without a long context, and batches of every size."""
-    longest = min(max_tokens, max_context - _MOST_SAMPLES)
+    longest = rehearsal.longest(max_tokens)
     yield rehearsal.read(0, longest)
     for num_tokens in _SHORT_TOKENS:
         yield rehearsal.read(0, longest, max(0, longest - num_tokens))

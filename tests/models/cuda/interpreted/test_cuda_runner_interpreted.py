@@ -7,9 +7,10 @@ import pytest
 
 from cuda_world import CudaWorld, InterpretedGpu
 from guides import COLOURS, DIGITS, EOS, PERSON, tiny_guides
-from runner_world import RunnerWorld, Running
+from runner_world import BLOCK_SIZE_TOKENS, RunnerWorld, Running, tiny_config
 from triode.cache.messages import BlockCopy
 from triode.models.cuda.arena import Arena, ArenaLayout, Changes
+from triode.models.cuda.rehearsal import Rehearsal
 from triode.models.sampling import SamplingParams
 from triode.models.step import Output, Pooling, TableChange
 
@@ -108,6 +109,15 @@ def test_changes_travel_with_a_short_step_unless_there_are_too_many() -> None:
     changes.set_table(1, 0, np.array([7, 8, 9], np.int32))
     assert arena.pairs(changes, 2).tolist() == [layout.spare] * 4
     assert arena.table_SX[1].tolist() == [7, 8, 9, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("max_step_tokens", [64, 4096])
+def test_the_largest_steps_can_be_rehearsed_however_short_the_context_is(max_step_tokens: int) -> None:
+    world = CudaWorld()
+    rehearsal = Rehearsal(BLOCK_SIZE_TOKENS, tiny_config().max_context_tokens)
+    for plan in (rehearsal.read(0, rehearsal.longest(max_step_tokens)), rehearsal.decode(8), rehearsal.decode(8)):
+        world.runner.launch(plan)
+        assert len(world.runner.collect().token_ids) == len(plan.slots)
 
 
 def test_steps_may_be_launched_before_the_tokens_of_the_last_are_read() -> None:
