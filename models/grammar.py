@@ -9,7 +9,7 @@ text, because memory follows it: those of unfinished requests in any case, so th
 and of the others the last used.
 
 All copies of a prototype share one lexer, and a lock with it: their masks are made one after the other. So a guide that many
-requests have at a time gets a prototype for each core, which are copied in turns.
+requests have at a time gets a prototype for each thread that makes masks, and they are copied in turns.
 
 The states of a lexer are made as outputs need them; where it has made as many as it may, or one copy's fuel ran out within
 it, it is of no more use to any of them. They then begin again with copies of another prototype, and once more with a
@@ -18,21 +18,20 @@ budget for it, a prototype is given to few sequences (`MAX_SHARERS`) in the firs
 """
 
 import json
-import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLTokenizer
 
 from triode.errors import EngineBusy
 from triode.ids import TokenId
-from triode.kernels.native.cpus import usable_threads
 from triode.models.guide import Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
-from triode.models.matcher import GRAMMAR_LIMITS, LIMITS, MaskMaker, Matcher, reason_of
+from triode.models.matcher import GRAMMAR_LIMITS, LIMITS, MASK_THREADS, MaskMaker, Matcher, reason_of
 from triode.models.tokenizer import Tokenizer
 from triode.models.vocabulary import vocabulary_for
 
@@ -48,9 +47,6 @@ MAX_UNHELD = 64
 MAX_SHARERS = 16
 """Sequences that a prototype is given to. Making another takes a millisecond, in the thread that checks guides."""
 
-MAX_PROTOTYPES = min(16, usable_threads(os.cpu_count() or 1))
-"""Of one guide."""
-
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between tokens of JSON; without a bound, a model at a loss for words would fill its output with it."""
 
@@ -59,6 +55,7 @@ _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 class _Prototype:
     matcher: LLMatcher
     num_sharers: int = 0
+    number: int = field(default_factory=count().__next__)
 
     @property
     def is_worn(self) -> bool:
@@ -84,7 +81,7 @@ class _Compiled:
         if worn is not None and worn in self.prototypes:
             self.prototypes.remove(worn)
         self.prototypes.appendleft(fresh)
-        while len(self.prototypes) > MAX_PROTOTYPES:
+        while len(self.prototypes) > MASK_THREADS:
             self.prototypes.pop()
 
     def take(self) -> _Prototype:
@@ -129,7 +126,7 @@ class GuideCompiler:
         compiled = self._find(guide)
         worn = next_one if (next_one := compiled.prototypes[0]).is_worn else None
         fresh = None
-        if worn or len(compiled.prototypes) < min(MAX_PROTOTYPES, compiled.num_holders + 1):
+        if worn or len(compiled.prototypes) < min(MASK_THREADS, compiled.num_holders + 1):
             fresh = _compile(guide, self._vocabulary)
         with self._lock:
             compiled = self._keep(guide, compiled)
@@ -162,7 +159,7 @@ class GuideCompiler:
             lambda: self._copy_of_another(guide, prototype),
             lambda: _compile(guide, self._vocabulary).matcher,
         )
-        matcher = Matcher(prototype.matcher.deep_copy(), self.masks, renewals)
+        matcher = Matcher(prototype.matcher.deep_copy(), self.masks, prototype.number, renewals)
         for token_id in token_ids:
             matcher.append(token_id)
         return matcher

@@ -64,6 +64,9 @@ MAX_FORCED_TOKENS = 64
 MAX_FORCED_BYTES = 4096
 """Of a longer text without a choice the tokens come one by one: all of it is encoded to find the first of them."""
 
+MASK_THREADS = max(1, min(4, usable_threads(os.cpu_count() or 1) * 4 // 5))
+"""Threads that make masks together. A mask takes some 40 microseconds, and waking a thread hardly less."""
+
 _LEXER_GAVE_UP = "lexer error"
 """How llguidance begins its reason then."""
 _MAX_READ_TOKENS = 256
@@ -73,8 +76,12 @@ _MAX_READ_TOKENS = 256
 class Matcher:
     """How far one sequence has come in its guide."""
 
-    def __init__(self, inner: LLMatcher, masks: "MaskMaker", renewals: Sequence[Callable[[], LLMatcher]] = ()) -> None:
+    def __init__(
+        self, inner: LLMatcher, masks: "MaskMaker", lexer: int = 0, renewals: Sequence[Callable[[], LLMatcher]] = ()
+    ) -> None:
         """`renewals` are where to get another lexer from when this one has given up, one after the other."""
+        self.lexer = lexer
+        """The same number for those that share one."""
         self.inner = inner
         self.masks = masks
         """Who makes its masks."""
@@ -124,7 +131,8 @@ class Matcher:
             return []
         if self.inner.is_stopped():
             return [self.masks.eos_token_id][:max_tokens]
-        if len(self.inner.compute_ff_bytes()) > MAX_FORCED_BYTES:
+        # What it takes to find none counts: at most places there are none.
+        if not 0 < len(self.inner.compute_ff_bytes()) <= MAX_FORCED_BYTES:
             return []
         forced = [TokenId(token_id) for token_id in self.inner.compute_ff_tokens()[:max_tokens]]
         self._read += forced
@@ -182,7 +190,8 @@ class MaskMaker:
             )
         if trusted:
             start_s = time.perf_counter()
-            suspects += self._fill_together(trusted, mask_GW)
+            # A thread gets neighbours. Those that share a lexer share a lock, for which threads would wait for each other.
+            suspects += self._fill_together(sorted(trusted, key=_lexer_of), mask_GW)
             if time.perf_counter() - start_s > MAX_FILL_S:
                 for _, matcher in trusted:
                     matcher.is_suspect = True
@@ -241,7 +250,11 @@ class MaskMaker:
 
     @cached_property
     def _executor(self) -> LLExecutor:
-        return LLExecutor()
+        return LLExecutor(num_threads=MASK_THREADS)
+
+
+def _lexer_of(row: tuple[int, Matcher]) -> int:
+    return row[1].lexer
 
 
 def costliest(took_s: Sequence[float], budget_s: float) -> list[int]:

@@ -20,7 +20,7 @@ def refusal(runner: Runner, guide: Guide) -> Refusal | None:
     return None
 
 
-MAX_UNASKED = 3
+MAX_UNASKED = 15
 """Requests with a guide that the worker keeps already, for each one about which it is asked, which may bring another
 prototype of it (`models/grammar.py`)."""
 

@@ -243,7 +243,7 @@ def test_compiled_guides_are_kept_up_to_a_bound(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_guide_stays_compiled_while_a_request_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "MAX_KEPT_BYTES", 1000)
-    monkeypatch.setattr(grammar, "MAX_PROTOTYPES", 1)
+    monkeypatch.setattr(grammar, "MASK_THREADS", 1)
     guides = fresh_guides()
     compiled: list[Guide] = []
     make = grammar._compile
@@ -331,7 +331,7 @@ def test_a_few_sequences_share_a_lexer() -> None:
 
 
 def test_requests_of_one_time_have_lexers_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_PROTOTYPES", 3)
+    monkeypatch.setattr(grammar, "MASK_THREADS", 3)
     guides = fresh_guides()
     for number in range(1, 8):
         guides.check(DIGITS)
