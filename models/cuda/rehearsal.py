@@ -170,6 +170,7 @@ def compile_ahead(
         runner = CudaRunner(decoder, pool, gpu, max_running=max_running)
         for plan in _every_kind(Rehearsal(block_size_tokens, config.max_context_tokens), max_running, max_tokens):
             runner.launch(plan)
+        runner.forget()
 
 
 def _every_kind(rehearsal: Rehearsal, max_running: int, max_tokens: int) -> Iterator[StepPlan]:
