@@ -10,10 +10,11 @@ from triode.cache.config import CacheConfig
 from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_blocks_for
 from triode.kernels.native.cpus import usable_threads
 from triode.kernels.threads import cpu_threads
+from triode.models.ahead import AheadRunner
 from triode.models.config import KernelChoice, ModelConfig
 from triode.models.cpu import choose_native, cpu_program, describe_kernels
 from triode.models.decoder import Decoder
-from triode.models.eager import EagerRunner
+from triode.models.eager import EagerRunner, RunnerSettings
 from triode.models.grammar import GuideCompiler
 from triode.models.native import NativeDecoder
 from triode.models.parallel import RankOrder
@@ -94,15 +95,16 @@ def build_runner(
     pool = _build_pool(config, cache_config, max_running, decoder, kv_dtype)
     # OpenMP's threads spin for milliseconds after an operation, on processors that the compiled step has threads on.
     sampling_threads = None if native.library is None else 1
+    settings: RunnerSettings = {
+        "max_running": max_running,
+        "num_threads": num_threads,
+        "sampling_threads": sampling_threads,
+        "guides": guides,
+    }
     return BuiltRunner(
-        runner=EagerRunner(
-            decoder,
-            pool,
-            max_running=max_running,
-            num_threads=num_threads,
-            sampling_threads=sampling_threads,
-            guides=guides,
-        ),
+        runner=AheadRunner(decoder, pool, **settings)
+        if isinstance(decoder, NativeDecoder)
+        else EagerRunner(decoder, pool, **settings),
         num_blocks=pool.num_blocks,
         num_threads=num_threads_used,
         weights_bytes=_num_bytes(config, dtype) if isinstance(decoder, Decoder) else decoder.weights_bytes,

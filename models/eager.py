@@ -1,7 +1,7 @@
 """EagerRunner: one torch operation after the other. `launch` computes the whole step.
 
 The order of a step: admissions, table changes, block copies; pack the batch; decoder; head, on the rows that need
-logits; sample. While the same rows decode together, all that depends only on which rows they are is kept (`_RowSet`), so
+logits; sample. While the same rows decode together, all that depends only on which rows they are is kept (`RowSet`), so
 that a step packs token ids, positions and block tables and nothing else.
 
 A plan that contradicts the slots is a bug of ours: AssertionError.
@@ -12,6 +12,8 @@ A plan that contradicts the slots is a bug of ours: AssertionError.
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NotRequired, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ _SAMPLING = frozenset({Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE})
 _SCORING = frozenset({Output.PROMPT_LOGPROBS, Output.PROMPT_LOGPROBS_AND_SAMPLE})
 
 
-class _RowSet:
+class RowSet:
     """The rows of a plan, and what follows from which they are."""
 
     def __init__(
@@ -55,6 +57,16 @@ def _row_key(plan: StepPlan) -> tuple[tuple[SlotId, ...], tuple[int, ...], tuple
     return plan.slots, plan.epochs, plan.outputs
 
 
+class RunnerSettings(TypedDict):
+    """What a runner is told besides its decoder and pool."""
+
+    max_running: int
+    num_threads: NotRequired[int | None]
+    """Torch's, while it computes; None leaves the number alone."""
+    sampling_threads: NotRequired[int | None]
+    guides: NotRequired[GuideCompiler | None]
+
+
 class EagerRunner:
     """Runs plans over one decoder and one pool."""
 
@@ -62,19 +74,20 @@ class EagerRunner:
         self,
         decoder: StepProgram,
         pool: KVPool,
-        *,
-        max_running: int,
-        num_threads: int | None = None,
-        sampling_threads: int | None = None,
-        guides: GuideCompiler | None = None,
+        **settings: Unpack[RunnerSettings],
     ) -> None:
         self._decoder = decoder
         self._pool = pool
-        self._slots = Slots(max_running, decoder.config.max_context_tokens, pool.block_size_tokens, guides)
-        self._num_threads = num_threads
-        self._sampling_threads = sampling_threads
+        self._slots = Slots(
+            settings["max_running"],
+            decoder.config.max_context_tokens,
+            pool.block_size_tokens,
+            settings.get("guides"),
+        )
+        self._num_threads = settings.get("num_threads")
+        self._sampling_threads = settings.get("sampling_threads")
         self._pooled: dict[SlotId, PooledHidden] = {}
-        self._rows: _RowSet | None = None
+        self._rows: RowSet | None = None
         self._results: deque[StepResult] = deque()
         self._statistics = RunnerStatistics()
 
@@ -87,9 +100,8 @@ class EagerRunner:
         release_guide(self._slots.guides, guide)
 
     def launch(self, plan: StepPlan) -> None:
-        """Compute the step."""
-        with torch.inference_mode(), cpu_threads(self._num_threads):
-            self._results.append(self._run(plan))
+        """Begin the step."""
+        self._begin(plan, time.perf_counter())
 
     def is_ready(self) -> bool:
         """Always, once a step is launched."""
@@ -111,9 +123,14 @@ class EagerRunner:
             self.__dict__.pop(part, None)
         return_freed_memory()
 
-    def _run(self, plan: StepPlan) -> StepResult:
-        start_s = time.perf_counter()
-        rows, batch = self._prepare(plan)
+    def _begin(self, plan: StepPlan, start_s: float) -> None:
+        with torch.inference_mode(), cpu_threads(self._num_threads):
+            self._results.append(self._compute(plan, self._apply(plan), start_s))
+
+    def _compute(self, plan: StepPlan, rows: RowSet, start_s: float) -> StepResult:
+        if overtaken := _overtaken(plan, rows):
+            rows = RowSet(plan, self._slots, self._decoder.device, overtaken)
+        batch = self._pack(plan, rows)
         if rows.sampling is not None:
             rows.sampling.begin()
         prepared_s = time.perf_counter()
@@ -126,13 +143,22 @@ class EagerRunner:
                 samples = sample(logits_RV, rows.sampling)
         prompt_logprobs = self._score_prompts(hidden_TD, batch, rows, plan)
         embeddings = self._pool_hidden(hidden_TD, batch, rows, plan)
-        forced = {} if samples is None else _append(samples, rows)
+        forced = {} if samples is None else append_samples(samples, rows)
         end_s = time.perf_counter()
         self._count(plan, rows, prepared_s - start_s, computed_s - prepared_s, end_s - computed_s)
-        times_s = (computed_s - start_s, end_s - computed_s)
-        return _result(plan, rows, samples, forced, prompt_logprobs, embeddings, *times_s)
+        return step_result(
+            plan,
+            rows,
+            samples,
+            forced=forced,
+            prompt_logprobs=prompt_logprobs,
+            embeddings=embeddings,
+            forward_s=computed_s - start_s,
+            sample_s=end_s - computed_s,
+        )
 
-    def _prepare(self, plan: StepPlan) -> tuple[_RowSet, StepBatch]:
+    def _apply(self, plan: StepPlan) -> RowSet:
+        """What a plan changes in slots and pool, and its rows."""
         for admission in plan.admissions:
             self._slots.admit(admission)
             self._pooled.pop(admission.slot, None)
@@ -141,20 +167,26 @@ class EagerRunner:
         self._pool.copy(plan.copies)
         rows = self._rows
         if rows is None or rows.key != _row_key(plan):
-            rows = self._rows = _RowSet(plan, self._slots, self._decoder.device)
-        if overtaken := _overtaken(plan, rows):
-            rows = _RowSet(plan, self._slots, self._decoder.device, overtaken)
-        return rows, self._pack(plan, rows)
+            rows = self._rows = RowSet(plan, self._slots, self._decoder.device)
+        return rows
 
-    def _pack(self, plan: StepPlan, rows: _RowSet) -> StepBatch:
+    def _num_columns(self, num_blocks: int) -> int:
+        """How many columns block tables are packed with, of which a step reads so many."""
+        return num_blocks
+
+    def _known_tokens(self, rows: RowSet) -> IntArray:
+        """How many tokens each row's sequence has, as far as steps are concerned that come now."""
+        return np.array([state.num_tokens for state in rows.states])
+
+    def _pack(self, plan: StepPlan, rows: RowSet) -> StepBatch:
         start_R = np.array(plan.start_positions)
         num_query_R = np.array(plan.num_query_tokens)
         end_R = start_R + num_query_R
-        known_R = np.array([state.num_tokens for state in rows.states])
+        known_R = self._known_tokens(rows)
         assert (end_R <= known_R).all(), f"step {plan.step_id} computes tokens that its slots do not have"
         assert (end_R == known_R)[rows.sampled].all(), f"step {plan.step_id} samples before the end of a sequence"
         num_blocks_R = (end_R - 1) // self._pool.block_size_tokens + 1
-        table_RC = self._slots.table_SX[rows.slot_R, : num_blocks_R.max()]
+        table_RC = self._slots.table_SX[rows.slot_R, : self._num_columns(num_blocks_R.max())]
         assert table_RC[np.arange(len(table_RC)), num_blocks_R - 1].all(), f"step {plan.step_id} lacks a block"
         return build_batch(
             self._token_ids(rows.slot_R, start_R, end_R),
@@ -174,7 +206,7 @@ class EagerRunner:
         return np.concatenate([tokens_SC[slot, start:end] for slot, start, end in rows])
 
     def _head(
-        self, hidden_TD: torch.Tensor, batch: StepBatch, rows: _RowSet
+        self, hidden_TD: torch.Tensor, batch: StepBatch, rows: RowSet
     ) -> tuple[Samples | None, torch.Tensor | None]:
         """What the rows get that sample, if their likeliest tokens are all they want, and otherwise their logits."""
         if rows.sampling is None:
@@ -182,12 +214,12 @@ class EagerRunner:
         if len(rows.sampled) < len(hidden_TD):
             last_T = torch.from_numpy(batch.rows.query_start_R1[1:] - 1)
             hidden_TD = hidden_TD[last_T[rows.sampled].to(hidden_TD.device)]
-        if rows.sampling.takes_likeliest and (samples := likeliest(self._decoder.likeliest(hidden_TD))) is not None:
-            return samples, None
+        if rows.sampling.takes_likeliest:
+            return likeliest(self._decoder.likeliest(hidden_TD).tolist()), None
         return None, self._decoder.logits(hidden_TD)
 
     def _score_prompts(
-        self, hidden_TD: torch.Tensor, batch: StepBatch, rows: _RowSet, plan: StepPlan
+        self, hidden_TD: torch.Tensor, batch: StepBatch, rows: RowSet, plan: StepPlan
     ) -> tuple[tuple[TokenLogprobs, ...], ...] | None:
         if not rows.scored:
             return None
@@ -202,7 +234,7 @@ class EagerRunner:
         return tuple(scores)
 
     def _pool_hidden(
-        self, hidden_TD: torch.Tensor, batch: StepBatch, rows: _RowSet, plan: StepPlan
+        self, hidden_TD: torch.Tensor, batch: StepBatch, rows: RowSet, plan: StepPlan
     ) -> tuple[tuple[float, ...], ...] | None:
         if not rows.pooled:
             return None
@@ -216,7 +248,7 @@ class EagerRunner:
                 embeddings[row] = pooled.result()
         return tuple(embeddings)
 
-    def _count(self, plan: StepPlan, rows: _RowSet, prepare_s: float, forward_s: float, sample_s: float) -> None:
+    def _count(self, plan: StepPlan, rows: RowSet, prepare_s: float, forward_s: float, sample_s: float) -> None:
         before = self._statistics
         self._statistics = RunnerStatistics(
             num_steps=before.num_steps + 1,
@@ -229,7 +261,7 @@ class EagerRunner:
         )
 
 
-def _overtaken(plan: StepPlan, rows: _RowSet) -> frozenset[int]:
+def _overtaken(plan: StepPlan, rows: RowSet) -> frozenset[int]:
     """Rows that were planned before anyone knew of the tokens that a guide has forced: the last of them is no query."""
     if rows.sampling is None or rows.sampling.guided is None:
         return frozenset()
@@ -239,7 +271,7 @@ def _overtaken(plan: StepPlan, rows: _RowSet) -> frozenset[int]:
     )
 
 
-def _append(samples: Samples, rows: _RowSet) -> dict[int, list[TokenId]]:
+def append_samples(samples: Samples, rows: RowSet) -> dict[int, list[TokenId]]:
     """Sampled tokens become part of their sequences. Returns what guides force after them, by row."""
     forced: dict[int, list[TokenId]] = {}
     for row, token_id in zip(rows.sampled, samples.token_ids, strict=True):
@@ -252,16 +284,18 @@ def _append(samples: Samples, rows: _RowSet) -> dict[int, list[TokenId]]:
     return forced
 
 
-def _result(
+def step_result(
     plan: StepPlan,
-    rows: _RowSet,
+    rows: RowSet,
     samples: Samples | None,
-    forced: Mapping[int, Sequence[TokenId]],
-    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None,
-    embeddings: tuple[tuple[float, ...], ...] | None,
-    forward_s: float,
-    sample_s: float,
+    *,
+    forced: Mapping[int, Sequence[TokenId]] = MappingProxyType({}),
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None,
+    embeddings: tuple[tuple[float, ...], ...] | None = None,
+    forward_s: float = 0.0,
+    sample_s: float = 0.0,
 ) -> StepResult:
+    """What is told of a plan's step."""
     num_accepted = [0] * len(plan.slots)
     token_ids: list[TokenId] = []
     logprobs: list[TokenLogprobs | None] = []

@@ -16,10 +16,11 @@ import torch
 
 from triode.cache.pool import elements_per_head
 from triode.kernels.native.isa import InstructionSet
-from triode.kernels.native.library import BatchStruct, NativeLibrary, RanksStruct
+from triode.kernels.native.library import BatchStruct, NativeLibrary, OrderStruct, RanksStruct
 from triode.kernels.native.team import Team
 from triode.models.batch import StepBatch
 from triode.models.config import ModelConfig
+from triode.models.ordered import DecodingRun, Indices, OrderBook, OrderedStep, PendingTokens, Results
 from triode.models.packed import ALIGNMENT_BYTES, PANEL, PackedModel, rounded_up
 from triode.models.quantization import NOT_QUANTIZED, WeightPlan
 from triode.models.weights import DecoderWeights, LayerWeights
@@ -78,6 +79,7 @@ class NativeDecoder:
         library.check(self._model)
         self._team = Team(library, torch.get_num_threads())
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._orders: OrderBook | None = None
         self._pool: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None
         self._pool_addresses = (_addresses(()), _addresses(()))
 
@@ -107,6 +109,109 @@ class NativeDecoder:
         Raises:
             ValueError: the batch's arrays contradict each other or name what does not exist; nothing was computed.
         """
+        self._wait()
+        batch_struct, hidden_TD, kept = self._batch(batch, keys_PBKH, values_PBKH)
+        team = self._current_team()
+        scratch = self._working_memory(len(hidden_TD), team.num_threads)
+        self._library.forward(self._model, batch_struct, scratch, team.handle)
+        # What the struct points to was needed until here.
+        del kept
+        return hidden_TD
+
+    def order(
+        self,
+        batch: StepBatch,
+        keys_PBKH: Sequence[torch.Tensor],
+        values_PBKH: Sequence[torch.Tensor],
+        sampled_S: Indices,
+        pending: PendingTokens,
+        before: OrderedStep | None,
+    ) -> tuple[OrderedStep, DecodingRun | None]:
+        """Have a step computed when those before it are done, and the likeliest tokens of some of its queries found.
+
+        Args:
+            batch: as for `forward`; tokens that are pending may be anything. The library may change its arrays.
+            keys_PBKH: as for `forward`.
+            values_PBKH: as for `forward`.
+            sampled_S: the indices of the query tokens after which one is wanted, int64.
+            pending: those of its tokens that the order before it finds.
+            before: that order; None if none is pending.
+
+        Returns:
+            What `wait` takes, and, if each row has one query token and wants the next one, what goes on from there.
+        """
+        if self._orders is None:
+            self._orders = OrderBook(self._library)
+        batch_struct, hidden_TD, kept = self._batch(batch, keys_PBKH, values_PBKH)
+        team, num_sampled = self._current_team(), len(sampled_S)
+        hidden_SD, results = torch.empty_like(hidden_TD[:num_sampled]), Results(num_sampled)
+        struct = OrderStruct(
+            model=ctypes.pointer(self._model),
+            batch=batch_struct,
+            scratch=self._working_memory(len(hidden_TD), team.num_threads),
+            team=team.handle,
+            num_pending=len(pending.index_N),
+            token_ids=batch_struct.token_ids,
+            pending=pending.index_N.ctypes.data,
+            sources=pending.source_N.ctypes.data,
+            previous_tokens=None if before is None else before.token_S.ctypes.data,
+            num_sampled=num_sampled,
+            sampled=sampled_S.ctypes.data,
+            sampled_hidden=hidden_SD.data_ptr(),
+        )
+        results.fill(struct)
+        previous = None if before is None else before.token_S
+        memory = (self._memory, self._scratch, team, keys_PBKH, values_PBKH)
+        everything = (kept, memory, batch, hidden_TD, hidden_SD, sampled_S, pending, previous, results)
+        step = OrderedStep(results.token_S, results.outcome, everything)
+        self._orders.submit(step, struct)
+        if not len(batch.rows.start_R) == len(hidden_TD) == num_sampled:
+            return step, None
+        return step, DecodingRun(struct, results, everything, batch.rows.block_table_RC)
+
+    def go_on(self, run: DecodingRun) -> OrderedStep:
+        """Order the step after the last one that was ordered, which was one of the run."""
+        assert self._orders is not None, "a run begins with an order"
+        step, struct = run.next()
+        self._orders.submit(step, struct)
+        return step
+
+    def wait(self, step: OrderedStep, wait_s: float | None = None) -> bool:
+        """Whether an ordered step is done, after waiting for at most `wait_s`; None is for ever."""
+        assert self._orders is not None, "only what was ordered is waited for"
+        return self._orders.wait(step, wait_s)
+
+    def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """float32 logits [R, V] of the rows that need them; V is the head's part of the vocabulary."""
+        self._wait()
+        hidden_RD = hidden_RD.contiguous()
+        num_rows, team = len(hidden_RD), self._current_team()
+        out = torch.empty(num_rows, rounded_up(self._memory.num_outputs, PANEL))
+        scratch = self._working_memory(num_rows, team.num_threads)
+        self._library.logits(self._model, hidden_RD.data_ptr(), num_rows, out.data_ptr(), scratch, team.handle)
+        return out[:, : self._memory.num_outputs]
+
+    def likeliest(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """The token with the largest logit of each row, [R], int64, the lowest id among equals; -1 where there is none.
+
+        Logits are compared as they are computed, and never kept."""
+        self._wait()
+        hidden_RD = hidden_RD.contiguous()
+        num_rows, team = len(hidden_RD), self._current_team()
+        token_R = torch.empty(num_rows, dtype=torch.int64)
+        scratch = self._working_memory(num_rows, team.num_threads)
+        self._library.likeliest(self._model, hidden_RD.data_ptr(), num_rows, token_R.data_ptr(), scratch, team.handle)
+        return token_R
+
+    def _wait(self) -> None:
+        """Until nothing is computed in the background."""
+        if self._orders is not None:
+            self._orders.wait_for_all()
+
+    def _batch(
+        self, batch: StepBatch, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]
+    ) -> tuple[BatchStruct, torch.Tensor, tuple[object, ...]]:
+        """A step's struct, its hidden states [T, D], and what must live as long as the struct."""
         self._bind_pool(keys_PBKH, values_PBKH)
         rows = batch.rows
         num_tokens, num_rows = len(batch.token_ids_T), len(rows.start_R)
@@ -117,7 +222,6 @@ class NativeDecoder:
                 f"got {lengths} of them for {num_tokens} tokens in {num_rows} rows"
             )
         hidden_TD = torch.empty(num_tokens, self.config.hidden_size, dtype=self.dtype)
-        # Held here until the call returns.
         arrays = [np.ascontiguousarray(a) for a in (rows.query_start_R1, rows.start_R, rows.block_table_RC)]
         query_start_R1, start_R, block_table_RC = arrays
         struct = BatchStruct(
@@ -137,35 +241,13 @@ class NativeDecoder:
             values=ctypes.addressof(self._pool_addresses[1]),
             hidden=hidden_TD.data_ptr(),
         )
-        team = self._current_team()
-        scratch = self._working_memory(num_tokens, team.num_threads)
-        self._library.forward(self._model, struct, scratch, team.handle)
-        return hidden_TD
-
-    def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """float32 logits [R, V] of the rows that need them; V is the head's part of the vocabulary."""
-        hidden_RD = hidden_RD.contiguous()
-        num_rows, team = len(hidden_RD), self._current_team()
-        out = torch.empty(num_rows, rounded_up(self._memory.num_outputs, PANEL))
-        scratch = self._working_memory(num_rows, team.num_threads)
-        self._library.logits(self._model, hidden_RD.data_ptr(), num_rows, out.data_ptr(), scratch, team.handle)
-        return out[:, : self._memory.num_outputs]
-
-    def likeliest(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """The token with the largest logit of each row, [R], int64, the lowest id among equals; -1 where there is none.
-
-        Logits are compared as they are computed, and never kept."""
-        hidden_RD = hidden_RD.contiguous()
-        num_rows, team = len(hidden_RD), self._current_team()
-        token_R = torch.empty(num_rows, dtype=torch.int64)
-        scratch = self._working_memory(num_rows, team.num_threads)
-        self._library.likeliest(self._model, hidden_RD.data_ptr(), num_rows, token_R.data_ptr(), scratch, team.handle)
-        return token_R
+        return struct, hidden_TD, (*arrays, self._pool_addresses)
 
     def _current_team(self) -> Team:
         """As many threads as torch would use; others are started when their number changes."""
         num_threads = torch.get_num_threads()
         if self._team.num_threads != num_threads:
+            self._wait()
             self._team.close()
             self._team = Team(self._library, num_threads)
         return self._team

@@ -82,11 +82,11 @@ class SampledRows:
             self.guided.begin()
 
 
-def likeliest(token_R: torch.Tensor) -> Samples | None:
-    """What rows get that take the likeliest token (`StepProgram.likeliest`); None if one of them has none, whose logits tell
-    why."""
-    token_ids = token_R.tolist()
-    return None if IMPOSSIBLE in token_ids else Samples(tuple(token_ids), errors=None, logprobs=None)
+def likeliest(chosen: Sequence[int]) -> Samples:
+    """What rows get that take the likeliest token (`StepProgram.likeliest`). Nothing is forbidden to them."""
+    token_ids = tuple(None if token_id == IMPOSSIBLE else TokenId(token_id) for token_id in chosen)
+    errors = tuple(NOT_FINITE if token_id is None else None for token_id in token_ids)
+    return Samples(token_ids, errors=errors if any(errors) else None, logprobs=None)
 
 
 def sample(logits_RV: torch.Tensor, rows: SampledRows) -> Samples:

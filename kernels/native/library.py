@@ -107,7 +107,32 @@ class BatchStruct(Structure):
     )
 
 
-STRUCTS = (MatrixStruct, LayerStruct, ModelStruct, BatchStruct, RanksStruct)
+class OrderStruct(Structure):
+    """A step to be computed in its turn; addresses of memory that is left alone until it is done."""
+
+    _fields_ = (
+        ("model", POINTER(ModelStruct)),
+        ("batch", BatchStruct),
+        ("scratch", c_void_p),
+        ("team", c_void_p),
+        ("positions", c_void_p),
+        ("start", c_void_p),
+        ("slots", c_void_p),
+        ("num_pending", c_int64),
+        ("token_ids", c_void_p),
+        ("pending", c_void_p),
+        ("sources", c_void_p),
+        ("previous_tokens", c_void_p),
+        ("num_sampled", c_int64),
+        ("sampled", c_void_p),
+        ("sampled_hidden", c_void_p),
+        ("tokens", c_void_p),
+        ("is_computed", c_void_p),
+        ("seconds", c_void_p),
+    )
+
+
+STRUCTS = (MatrixStruct, LayerStruct, ModelStruct, BatchStruct, RanksStruct, OrderStruct)
 
 _SIGNATURES: dict[str, tuple[type | None, tuple[object, ...]]] = {
     "triode_sizes": (None, (POINTER(c_int64),)),
@@ -123,6 +148,10 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[object, ...]]] = {
     "triode_read": (c_uint32, (c_void_p, c_int64, c_void_p)),
     "triode_forward": (c_int32, (POINTER(ModelStruct), POINTER(BatchStruct), c_void_p, c_void_p)),
     "triode_logits": (None, (POINTER(ModelStruct), c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
+    "triode_open_pipeline": (c_void_p, ()),
+    "triode_close_pipeline": (None, (c_void_p,)),
+    "triode_submit": (c_int64, (c_void_p, POINTER(OrderStruct))),
+    "triode_wait": (c_int32, (c_void_p, c_int64, c_int64)),
     "triode_likeliest": (None, (POINTER(ModelStruct), c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
 }
 
@@ -235,6 +264,30 @@ class NativeLibrary:
         """The token of the largest logit of each row, the lowest id among equals, to `tokens`, [rows] of int64; -1 where a
         logit is NaN or the largest one is not finite."""
         self._library.triode_likeliest(byref(model), hidden, rows, tokens, scratch, team)
+
+    def open_pipeline(self) -> int:
+        """Start a thread that computes steps one after the other.
+
+        Raises:
+            OSError: the system starts no more threads.
+        """
+        pipeline = self._library.triode_open_pipeline()
+        if pipeline is None:
+            raise OSError("the system does not start one more thread, raise its limits")
+        return int(pipeline)
+
+    def close_pipeline(self, pipeline: int) -> None:
+        """Compute what has been ordered, and end the thread."""
+        self._library.triode_close_pipeline(pipeline)
+
+    def submit(self, pipeline: int, order: OrderStruct) -> int:
+        """Order a step. Returns its number."""
+        return int(self._library.triode_submit(pipeline, byref(order)))
+
+    def wait(self, pipeline: int, number: int, wait_s: float | None) -> bool:
+        """Whether an order is done, after waiting for at most `wait_s`; None is for ever."""
+        microseconds = -1 if wait_s is None else int(wait_s * 1e6)
+        return bool(self._library.triode_wait(pipeline, number, microseconds))
 
 
 def load_library(announce: Callable[[str], None]) -> NativeLibrary:

@@ -80,4 +80,26 @@ struct TriodeBatch {
     void* const* values;
     void* hidden;                // out: [T, hidden_size]
 };
+
+// A step to be computed in its turn, down to the likeliest tokens of some of its query tokens.
+struct TriodeOrder {
+    const TriodeModel* model;
+    TriodeBatch batch;
+    void* scratch;
+    void* team;
+    int64_t* positions;            // null; or those of the batch, to be one further than in the order before this one, with the
+    int64_t* start;                // same arrays: those of the batch as well, as many as tokens,
+    int64_t* slots;                // and those of the batch, which follow from the block tables
+    int64_t num_pending;           // query tokens that the order before this one finds
+    int64_t* token_ids;            // those of the batch
+    const int64_t* pending;        // [num_pending]: which of the batch's tokens
+    const int64_t* sources;        // [num_pending]: which of `previous_tokens`
+    const int64_t* previous_tokens;
+    int64_t num_sampled;
+    const int64_t* sampled;        // [num_sampled]: which of the batch's tokens
+    void* sampled_hidden;          // [num_sampled, hidden_size], to be worked with
+    int64_t* tokens;               // out: [num_sampled], -1 where no token is possible
+    int64_t* is_computed;          // out: 0 if an index of the batch is out of bounds
+    double* seconds;               // out
+};
 }

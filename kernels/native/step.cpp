@@ -2,6 +2,7 @@
 #include "check.h"
 #include "head.h"
 #include "packing.h"
+#include "pipeline.h"
 #include "self_check.h"
 #include "step.h"
 
@@ -42,6 +43,52 @@ void pack(const T* source, long rows, long columns, bool halves, uint32_t* to) {
         pack_panel(source, rows, columns, halves, panel, to + panel * words * PANEL);
 }
 
+int32_t forward(const TriodeModel& model, const TriodeBatch& batch, void* scratch, Team& team) {
+    if (!rows_fit(batch) || !tokens_fit(model, batch)) return 0;
+    if (model.is_bf16)
+        forward<bf16>(model, batch, scratch, team);
+    else
+        forward<float>(model, batch, scratch, team);
+    return 1;
+}
+
+void likeliest(const TriodeModel& model, const void* hidden, long rows, int64_t* tokens, void* scratch, Team& team) {
+    if (model.is_bf16)
+        likeliest(model, static_cast<const bf16*>(hidden), rows, tokens, scratch, team);
+    else
+        likeliest(model, static_cast<const float*>(hidden), rows, tokens, scratch, team);
+}
+
+// Each decoding row goes on by one token. Its table may lack a block, and is refused then.
+bool advance(const TriodeOrder& order) {
+    const TriodeBatch& batch = order.batch;
+    for (long row = 0; row < batch.num_rows; row++) {
+        const int64_t at = ++order.start[row], column = at / batch.block_size_tokens;
+        order.positions[row]++;
+        if (column >= batch.table_columns) return false;
+        const int64_t block = batch.block_table[row * batch.table_columns + column];
+        order.slots[row] = block * batch.block_size_tokens + at % batch.block_size_tokens;
+    }
+    return true;
+}
+
+void compute(const TriodeOrder& order) {
+    const TriodeModel& model = *order.model;
+    Team& team = *static_cast<Team*>(order.team);
+    *order.is_computed = 0;
+    if (order.positions && !advance(order)) return;
+    for (long i = 0; i < order.num_pending; i++)
+        // A row without a token has failed, and any token takes its place.
+        order.token_ids[order.pending[i]] = std::max<int64_t>(order.previous_tokens[order.sources[i]], 0);
+    *order.is_computed = forward(model, order.batch, order.scratch, team);
+    if (!*order.is_computed || !order.num_sampled) return;
+    const long bytes = model.hidden_size * (model.is_bf16 ? 2 : 4);
+    for (long i = 0; i < order.num_sampled; i++)
+        memcpy(static_cast<char*>(order.sampled_hidden) + i * bytes,
+               static_cast<const char*>(order.batch.hidden) + order.sampled[i] * bytes, bytes);
+    likeliest(model, order.sampled_hidden, order.num_sampled, order.tokens, order.scratch, team);
+}
+
 // Reads everything once, and returns what a compiler cannot leave out.
 uint32_t read_all(const char* memory, long bytes, Team& team) {
     constexpr long ITEM_BYTES = 1 << 20;
@@ -63,12 +110,13 @@ uint32_t read_all(const char* memory, long bytes, Team& team) {
 extern "C" {
 
 // The sizes of the structs, for whoever mirrors them.
-void triode_sizes(int64_t sizes[5]) {
+void triode_sizes(int64_t sizes[6]) {
     sizes[0] = sizeof(TriodeMatrix);
     sizes[1] = sizeof(TriodeLayer);
     sizes[2] = sizeof(TriodeModel);
     sizes[3] = sizeof(TriodeBatch);
     sizes[4] = sizeof(TriodeRanks);
+    sizes[5] = sizeof(TriodeOrder);
 }
 
 // `number_bytes` is 2 for bfloat16, 4 for float: what the format PLAIN keeps. `group` is for formats that have groups;
@@ -155,12 +203,7 @@ void triode_close_team(void* team) { delete static_cast<Team*>(team); }
 
 // Computes a step. Returns false, having touched nothing, if some index of the batch is out of bounds.
 int32_t triode_forward(const TriodeModel* model, const TriodeBatch* batch, void* scratch, void* team) {
-    if (!rows_fit(*batch) || !tokens_fit(*model, *batch)) return 0;
-    if (model->is_bf16)
-        forward<bf16>(*model, *batch, scratch, *static_cast<Team*>(team));
-    else
-        forward<float>(*model, *batch, scratch, *static_cast<Team*>(team));
-    return 1;
+    return forward(*model, *batch, scratch, *static_cast<Team*>(team));
 }
 
 // out[rows][outputs of the head rounded up to 64] from contiguous hidden states.
@@ -175,9 +218,26 @@ void triode_logits(const TriodeModel* model, const void* hidden, int64_t rows, f
 // tokens[rows]: what has the largest logit, the lowest id among equals; -1 where a logit is NaN or the largest not finite.
 void triode_likeliest(const TriodeModel* model, const void* hidden, int64_t rows, int64_t* tokens, void* scratch,
                       void* team) {
-    if (model->is_bf16)
-        likeliest(*model, static_cast<const bf16*>(hidden), rows, tokens, scratch, *static_cast<Team*>(team));
-    else
-        likeliest(*model, static_cast<const float*>(hidden), rows, tokens, scratch, *static_cast<Team*>(team));
+    likeliest(*model, hidden, rows, tokens, scratch, *static_cast<Team*>(team));
+}
+
+// A thread that computes orders, or null if the system starts no more.
+void* triode_open_pipeline() {
+    try {
+        return new Pipeline(compute);
+    } catch (const std::exception&) {
+        return nullptr;
+    }
+}
+
+// Computes what has been ordered, and ends the thread.
+void triode_close_pipeline(void* pipeline) { delete static_cast<Pipeline*>(pipeline); }
+
+// Returns the order's number. All that it points to must be left alone until it is done.
+int64_t triode_submit(void* pipeline, const TriodeOrder* order) { return static_cast<Pipeline*>(pipeline)->submit(*order); }
+
+// Whether the order of this number is done, after at most so long; less than 0: wait for it.
+int32_t triode_wait(void* pipeline, int64_t number, int64_t microseconds) {
+    return static_cast<Pipeline*>(pipeline)->wait(number, microseconds);
 }
 }

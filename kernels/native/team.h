@@ -15,6 +15,7 @@
 #include <atomic>
 #include <chrono>
 #include <climits>
+#include <functional>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -129,6 +130,9 @@ class Team {
 
     int size() const { return int(helpers_.size()) + 1; }
 
+    // Called once, when helpers have begun with what is run next.
+    std::function<void()> once_begun;
+
     // Calls `work(Worker&)` here and on the helpers that come in time. All phases are done when it returns.
     template <class Work>
     void run(Phase* phases, long num_phases, const Work& work) {
@@ -140,6 +144,10 @@ class Team {
         call_ = [](const void* work, int index) { (*static_cast<const decltype(call)*>(work))(index); };
         work_ = &call;
         announce();
+        if (once_begun) {
+            once_begun();
+            once_begun = nullptr;
+        }
         call(0);
         job_.fetch_add(1);
         Patience patience;

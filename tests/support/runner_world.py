@@ -1,5 +1,6 @@
 """Drives a runner over a tiny random model as the scheduler would: slots, epochs, block tables."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,10 +13,12 @@ from triode.cache.messages import BlockCopy
 from triode.cache.pool import KVPool
 from triode.ids import BlockId, SlotId, StepId, TokenId
 from triode.kernels.dispatch import choose_kernels
+from triode.models.ahead import AheadRunner
 from triode.models.config import ModelConfig
 from triode.models.decoder import Decoder
-from triode.models.eager import EagerRunner
+from triode.models.eager import EagerRunner, RunnerSettings
 from triode.models.grammar import GuideCompiler
+from triode.models.native import NativeDecoder
 from triode.models.progress import NullProgress
 from triode.models.random_model import RandomTensors, random_config
 from triode.models.runner import Runner
@@ -68,8 +71,18 @@ class Running:
 class RunnerWorld:
     """A runner and the blocks it may use, handed out in random order."""
 
-    def __init__(self, *, max_running: int = 8, seed: int = 0, guides: GuideCompiler | None = None) -> None:
-        decoder, config = tiny_decoder(), tiny_config()
+    def __init__(
+        self,
+        *,
+        max_running: int = 8,
+        seed: int = 0,
+        guides: GuideCompiler | None = None,
+        native: NativeDecoder | None = None,
+        ahead: bool = False,
+    ) -> None:
+        """`native` computes instead of torch, and launches `ahead` if told."""
+        config = tiny_config()
+        decoder = native or tiny_decoder()
         self.pool = KVPool(
             128,
             block_size_tokens=BLOCK_SIZE_TOKENS,
@@ -82,7 +95,11 @@ class RunnerWorld:
         # What nobody has written must never be read.
         for tensor in (*self.pool.keys, *self.pool.values):
             tensor.fill_(torch.nan)
-        self.runner: Runner = EagerRunner(decoder, self.pool, max_running=max_running, guides=guides)
+        settings: RunnerSettings = {"max_running": max_running, "guides": guides}
+        self.runner: Runner = EagerRunner(decoder, self.pool, **settings)
+        if ahead:
+            assert native is not None, "only the compiled step launches ahead"
+            self.runner = AheadRunner(native, self.pool, **settings)
         self.free = list(map(BlockId, range(1, 128)))
         Random(seed).shuffle(self.free)
         self.num_steps = 0
@@ -90,6 +107,7 @@ class RunnerWorld:
         self.admissions: list[Admission] = []
         self.changes: list[TableChange] = []
         self.copies: list[BlockCopy] = []
+        self.begun: deque[tuple[tuple[Running, int, Output], ...]] = deque()
 
     def admit(
         self,
@@ -150,12 +168,22 @@ class RunnerWorld:
 
     def step(self, *rows: tuple[Running, int, Output]) -> StepResult:
         """Run a step and let the sequences know."""
+        self.begin(*rows)
+        return self.finish()
+
+    def begin(self, *rows: tuple[Running, int, Output]) -> None:
+        """Launch a step."""
         self.runner.launch(self.plan(*rows))
-        result = self.runner.collect()
+        for running, num_tokens, _ in rows:
+            running.num_computed += num_tokens
+        self.begun.append(rows)
+
+    def finish(self) -> StepResult:
+        """Let the sequences know of the oldest step."""
+        rows, result = self.begun.popleft(), self.runner.collect()
         token_ids = iter(result.token_ids)
         logprobs = iter(result.logprobs or ())
-        for row, (running, num_tokens, _) in enumerate(rows):
-            running.num_computed += num_tokens
+        for row, (running, _, _) in enumerate(rows):
             for _ in range(result.num_accepted[row]):
                 running.tokens.append(next(token_ids))
                 if (entry := next(logprobs, None)) is not None:
