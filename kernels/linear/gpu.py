@@ -141,17 +141,19 @@ def tile_options(tile: LinearTile, x_MK: torch.Tensor, traits: GpuTraits, *, pai
     feature_bytes = (tile.rows * (2 if paired else 1) + tile.tokens) * x_MK.element_size()
     most_features = traits.shared_memory_bytes // feature_bytes
     ahead = tile.ahead if tile.ahead <= most_features else 0
+    # Wide numbers may not leave room for one step of the tile; shorter ones give the same bits.
+    features = min(tile.features, 1 << most_features.bit_length() - 1)
     num_left = max(0, in_features - ahead)
     return {
         "ROWS": tile.rows,
         "TOKENS": tile.tokens,
-        "FEATURES": tile.features if num_left else 0,
-        "WHOLE": ahead <= in_features and num_left % tile.features == 0,
+        "FEATURES": features if num_left else 0,
+        "WHOLE": ahead <= in_features and num_left % features == 0,
         "AHEAD": ahead,
         "DOT": dot_dtype(x_MK.dtype, traits),
         "PDL": traits.dependent_launch,
         "num_warps": tile.num_warps,
-        "num_stages": max(1, min(tile.num_stages, most_features // tile.features)),
+        "num_stages": max(1, min(tile.num_stages, most_features // features)),
         **traits.launch_options,
     }
 
