@@ -1,6 +1,7 @@
 """Guided requests through a whole engine whose steps the GPU's runner computes, interpreted: what a guide leaves no choice
 about comes at once, and every output is that of the CPU's runner."""
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -16,6 +17,8 @@ from model_files import write_tiny_gguf
 from triode.actors.executor import opening
 from triode.engine.completion import Result
 from triode.engine.engine import Engine
+from triode.models.cuda.runner import CudaRunner
+from triode.models.step import StepPlan
 
 # Its keys and punctuation are forced.
 FORCING = triode.Grammar(
@@ -96,12 +99,22 @@ async def test_forced_tokens_are_those_of_the_cpu_and_take_one_step_together(
 
 
 async def test_ahead_and_in_chunks_and_after_preemption_they_are_the_same(
-    open_on_gpu: Open, expected: list[Result]
+    open_on_gpu: Open, expected: list[Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 14 blocks for seven samples that take up to five each.
-    memory = 15 * SMALL["kv_cache_bytes"] // 256
-    async with open_on_gpu(executor="thread", max_step_tokens=14, kv_cache_bytes=memory, prefix_cache=False) as engine:
-        assert list(map(content, await run_all(engine))) == list(map(content, expected))
+    are_queued, launch = threading.Event(), CudaRunner.launch
+
+    def launch_then(runner: CudaRunner, plan: StepPlan) -> None:
+        are_queued.wait()
+        launch(runner, plan)
+
+    monkeypatch.setattr(CudaRunner, "launch", launch_then)
+    # 11 blocks for five samples that take up to five each.
+    memory = 12 * SMALL["kv_cache_bytes"] // 256
+    settings = {"executor": "thread", "max_step_tokens": 14, "kv_cache_bytes": memory, "prefix_cache": False}
+    async with open_on_gpu(**settings) as engine:
+        streams = [await engine.submit(PROMPT[index:], params) for index, params in enumerate(KINDS[:4])]
+        are_queued.set()
+        assert [content(await stream.result()) for stream in streams] == list(map(content, expected[:4]))
         assert engine.statistics().scheduler.num_preemptions > 0
         await check_nothing_is_left(engine)
 
