@@ -17,25 +17,15 @@ T packed query tokens    R rows of the batch    N query heads    K KV heads    H
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from triode.kernels.paged_attention import attend
+from triode.kernels.paged_attention.hopper_walk import GROUP_PAIRS, ONES, barrier, empty_state, merge, walk_segment
 
-LOWEST = gl.constexpr(attend.LOWEST.value)
-ONES = gl.constexpr(attend.ONES.value)
-# Pairs of one warp group: the rows of its instruction.
-GROUP_PAIRS = gl.constexpr(64)
 row_of_tile = gluon.jit(attend.row_of_tile.fn)
-# Triton 3.9 and 3.7 call them as given first; before, they had other names.
+# Triton 3.9 calls it as given first; before, it had another name.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
@@ -110,116 +100,6 @@ def copy_tile(desc, table, first, end, kv_head, tile, full, HEAD: gl.constexpr, 
 
 
 @gluon.jit
-def weigh(s, peak, first, position, scale, unmasked_end, WINDOW: gl.constexpr, DOT: gl.constexpr):
-    """A tile's scores become weights; also the new maximum, and the factor that the sums so far take on."""
-    if first + s.shape[1] > unmasked_end:
-        kv = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
-        visible = kv[None, :] <= position[:, None]
-        if WINDOW > 0:
-            visible = visible & (kv[None, :] > position[:, None] - WINDOW)
-        s = gl.where(visible, s, -float("inf"))
-    new = gl.maximum(peak, gl.max(s, 1))
-    alpha = gl.exp2((peak - new) * scale)
-    return new, alpha, gl.exp2(gl.fma(s, gl.to_tensor(scale), -(new * scale)[:, None])).to(DOT)
-
-
-@gluon.jit
-def times(x, factor):
-    """Rows of `x` times their factors, whatever layout these are in."""
-    return x * gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout))[:, None]
-
-
-@gluon.jit
-def clear_from(tile, num_rows, LAYOUT: gl.constexpr):
-    """Make the rows from `num_rows` on zero: what a block holds behind a row's end may be NaN, which 0 times is NaN.
-
-    Both warp groups do, with the same zeros.
-    """
-    x = tile.load(LAYOUT)
-    inside = gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT)) < num_rows
-    barrier()
-    tile.store(gl.where(inside[:, None], x, gl.full_like(x, 0.0)))
-    fence_async_shared()
-    barrier()
-
-
-@gluon.jit
-def walk_segment(
-    q_tile,
-    pipes,
-    step,
-    first,
-    end,
-    position,
-    scale,
-    unmasked_end,
-    LAYOUT: gl.constexpr,
-    WINDOW: gl.constexpr,
-    STAGES: gl.constexpr,
-    DOT: gl.constexpr,
-):
-    """The softmax state of one segment, whose tiles begin at `first` and end before `end`, and the next step."""
-    k_tiles, v_tiles, k_full, v_full, k_free, v_free, ones = pipes
-    TILE: gl.constexpr = k_tiles.shape[1]
-    HEAD: gl.constexpr = k_tiles.shape[2]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
-    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ONES, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    WEIGHTS_TO_SUM: gl.constexpr = gl.DotOperandLayout(0, SUM, 2)
-    no_scores = gl.full([GROUP_PAIRS, TILE], 0.0, gl.float32, SCORES)
-    peak = gl.full([GROUP_PAIRS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
-    mass = gl.full([GROUP_PAIRS, ONES], 0.0, gl.float32, SUM)
-    acc = gl.full([GROUP_PAIRS, HEAD], 0.0, gl.float32, ACC)
-
-    stage = step % STAGES
-    mbarrier.wait(k_full.index(stage), step // STAGES % 2)
-    k = k_tiles.index(stage).permute((1, 0))
-    scores = warpgroup_mma(q_tile, k, no_scores, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, [scores])
-    barrier()
-    mbarrier.arrive(k_free.index(stage))
-    peak, alpha, p = weigh(s, peak, first, position, scale, unmasked_end, WINDOW, DOT)
-    weights = gl.convert_layout(p, WEIGHTS)
-    for next_first in range(first + TILE, end, TILE):
-        next_stage = (step + 1) % STAGES
-        mbarrier.wait(k_full.index(next_stage), (step + 1) // STAGES % 2)
-        k = k_tiles.index(next_stage).permute((1, 0))
-        scores = warpgroup_mma(q_tile, k, no_scores, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(stage), step // STAGES % 2)
-        sums = warpgroup_mma(gl.convert_layout(weights, WEIGHTS_TO_SUM), ones, mass, is_async=True)
-        products = warpgroup_mma(weights, v_tiles.index(stage), acc, is_async=True)
-        s = warpgroup_mma_wait(2, [scores])
-        barrier()
-        mbarrier.arrive(k_free.index(next_stage))
-        peak, alpha, p = weigh(s, peak, next_first, position, scale, unmasked_end, WINDOW, DOT)
-        acc, mass, weights = warpgroup_mma_wait(0, [products, sums, weights])
-        barrier()
-        mbarrier.arrive(v_free.index(stage))
-        acc, mass = times(acc, alpha), times(mass, alpha)
-        weights = gl.convert_layout(p, WEIGHTS)
-        step += 1
-        stage = next_stage
-    mbarrier.wait(v_full.index(stage), step // STAGES % 2)
-    v_tile = v_tiles.index(stage)
-    if end % TILE > 0:
-        clear_from(v_tile, end % TILE, LAYOUT)
-    sums = warpgroup_mma(gl.convert_layout(weights, WEIGHTS_TO_SUM), ones, mass, is_async=True)
-    products = warpgroup_mma(weights, v_tile, acc, is_async=True)
-    acc, mass, weights = warpgroup_mma_wait(0, [products, sums, weights])
-    barrier()
-    mbarrier.arrive(v_free.index(stage))
-    return peak, mass, acc, step + 1
-
-
-@gluon.jit
-def scaled_sum(x, a, x2, b):
-    """x times a plus x2 times b, for rows: the multiply-adds of `attend.merge`."""
-    a = gl.convert_layout(a, gl.SliceLayout(1, x.type.layout))
-    return gl.fma(x, a[:, None] + gl.full_like(x, 0.0), times(x2, b))
-
-
-@gluon.jit
 def compute(
     q_ptr,
     out_ptr,
@@ -241,8 +121,6 @@ def compute(
     TILE: gl.constexpr = pipes[0].shape[1]
     HEAD: gl.constexpr = pipes[0].shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
-    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ONES, 16])
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
     q_tile = q_tiles.index(WHICH)
     pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, gl.SliceLayout(1, LAYOUT))
@@ -265,21 +143,18 @@ def compute(
         unmasked_end = start_position + first_token + 1
         if WINDOW > 0:
             unmasked_end = gl.to_tensor(0)
-        row_peak = gl.full([GROUP_PAIRS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
-        row_mass = gl.full([GROUP_PAIRS, ONES], 0.0, gl.float32, SUM)
-        row_acc = gl.full([GROUP_PAIRS, HEAD], 0.0, gl.float32, ACC)
+        row_peak, row_mass, row_acc = empty_state(TILE, HEAD)
         for segment in range(begin // SEGMENT, gl.cdiv(kv_end, SEGMENT)):
             first = gl.maximum(begin, segment * SEGMENT)
             end = gl.minimum(kv_end, (segment + 1) * SEGMENT)
             peak, mass, acc, step = walk_segment(
                 q_tile, pipes, step, first, end, position, scale, unmasked_end, LAYOUT, WINDOW, STAGES, DOT
             )
-            new = gl.maximum(row_peak, peak)
-            a = gl.exp2((row_peak - new) * scale)
-            b = gl.exp2((peak - new) * scale)
-            row_peak, row_mass, row_acc = new, scaled_sum(row_mass, a, mass, b), scaled_sum(row_acc, a, acc, b)
+            row_peak, row_mass, row_acc = merge(row_peak, row_mass, row_acc, peak, mass, acc, scale)
         mass = gl.max(row_mass, 1)
-        mass = gl.convert_layout(gl.where(mass > 0, mass, gl.full_like(mass, 1.0)), gl.SliceLayout(1, ACC))
+        mass = gl.convert_layout(
+            gl.where(mass > 0, mass, gl.full_like(mass, 1.0)), gl.SliceLayout(1, row_acc.type.layout)
+        )
         out = gl.convert_layout((row_acc / mass[:, None]).to(DOT), LAYOUT)
         out_at = (token * out_stride + column)[:, None] + dim[None, :]
         gl.store(out_ptr + out_at, out, mask=valid[:, None])
