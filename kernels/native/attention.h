@@ -181,8 +181,8 @@ void score(T, const CachedHead& head, const long* offsets, long count, const Hea
     if constexpr (READS_IN_PLACE<T>)
         multiply_words(scratch.queries, shape.head_dim, rows, keys, words, scratch.scores, true);
     else
-        multiply_panel(scratch.queries, shape.head_dim, rows, as_panel(keys, words, TILE, scratch.keys), words, scratch.scores,
-                       true);
+        multiply_panel(scratch.queries, shape.head_dim, rows, as_panel(keys, words, TILE, scratch.keys), words,
+                       scratch.scores, true);
 }
 
 // Every byte is exact as a T, and the scale of a position multiplies its scores.
@@ -214,8 +214,8 @@ const float* take_value_scales(T, const CachedHead&, const long*, long, long, fl
 
 // out[rows][64] += weights times the values of a tile, 64 of head_dim from `column` on.
 template <class T>
-void add_values(T, const CachedHead& head, const long* offsets, long count, const HeadShape& shape, long rows, long column,
-                const AttentionScratch<T>& scratch, float* out) {
+void add_values(T, const CachedHead& head, const long* offsets, long count, const HeadShape& shape, long rows,
+                long column, const AttentionScratch<T>& scratch, float* out) {
     const TileValues<T> values(head.values, offsets, count, shape.head_dim, column);
     const long lanes = std::min(long(PANEL), shape.head_dim - column), words = words_of<T>(count);
     if (READS_IN_PLACE<T> && lanes == PANEL)
@@ -225,8 +225,8 @@ void add_values(T, const CachedHead& head, const long* offsets, long count, cons
 }
 
 template <class T>
-void add_values(int8_t, const CachedHead& head, const long* offsets, long count, const HeadShape& shape, long rows, long column,
-                const AttentionScratch<T>& scratch, float* out) {
+void add_values(int8_t, const CachedHead& head, const long* offsets, long count, const HeadShape& shape, long rows,
+                long column, const AttentionScratch<T>& scratch, float* out) {
     constexpr long IN_A_WORD = 4 / sizeof(T);
     const long padded = kv_padded(shape.head_dim);
     auto read = [&](long position, long d) {

@@ -243,7 +243,8 @@ struct GroupBlock {
             if (parts > 1) {
                 // A share of the next block is fetched meanwhile.
                 const long done = part * (end - first) * layout.words;
-                Ahead<2> ahead = share_of(end < count ? panel + end * size : next_panel, size * 4 / layout.words, done, parts);
+                const uint32_t* next = end < count ? panel + end * size : next_panel;
+                Ahead<2> ahead = share_of(next, size * 4 / layout.words, done, parts);
                 for (long index = first; index < end; index++, ahead.at += layout.words * ahead.step)
                     GroupProduct<Kind, ROWS, 2>{x, index, panel + index * size, layout, out, ahead}.run(index == 0);
                 return;

@@ -72,7 +72,8 @@ struct HeadBuffers {
 
 // Gives the logits of `hidden`, [rows][hidden size], to `write(thread, row, first output, 64 logits)`.
 template <class T, class Write>
-void share_head(const TriodeModel& model, const HeadBuffers<T>& buffers, const T* hidden, long rows, Team& team, Write write) {
+void share_head(const TriodeModel& model, const HeadBuffers<T>& buffers, const T* hidden, long rows, Team& team,
+                Write write) {
     for (long row = 0; row < rows; row++) {
         T* to = buffers.x + row * buffers.stride;
         std::copy_n(hidden + row * model.hidden_size, model.hidden_size, to);
@@ -80,8 +81,8 @@ void share_head(const TriodeModel& model, const HeadBuffers<T>& buffers, const T
     }
     team.run(buffers.phases, HeadBuffers<T>::PHASES, [&](Worker& worker) {
         auto write_panel = [&](long row, long output, const float* sums) { write(worker.index, row, output, sums); };
-        linear<T>(worker, buffers.threads[worker.index], model.head, model.head, GivenRows<T>{buffers.x, buffers.stride}, rows,
-                  write_panel);
+        const GivenRows<T> inputs{buffers.x, buffers.stride};
+        linear<T>(worker, buffers.threads[worker.index], model.head, model.head, inputs, rows, write_panel);
     });
 }
 

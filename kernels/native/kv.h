@@ -1,11 +1,11 @@
 // How keys and values lie in the cache: as numbers, or as signed bytes with a scale for each position and head.
 //
-// Sixteen consecutive positions of a block, a unit, lie together, head after head, in the order in which products read them
-// (`panel.h`): nothing is turned around while a query attends. A unit's keys of one head are words of [words][16 positions], of
-// which each holds one float, two bfloat16 numbers or four bytes of one position. Its values are [positions][head_dim] floats;
-// or [8 pairs of positions][head_dim] words, in which two positions have a bfloat16 number each; or [16 positions][bytes]. Rows
-// of bytes are padded with zeros to whole words. Behind a head's keys and behind its values that are bytes come sixteen floats
-// that multiply them, each the largest number of its position divided by 127.
+// Sixteen consecutive positions of a block, a unit, lie together, head after head, in the order in which products read
+// them (`panel.h`): nothing is turned around while a query attends. A unit's keys of one head are words of
+// [words][16 positions], of which each holds one float, two bfloat16 numbers or four bytes of one position. Its values are
+// [16 positions][head_dim] floats; or [8 pairs of positions][head_dim] words, in which two positions have a bfloat16 number
+// each; or [16 positions][bytes]. Rows of bytes are padded with zeros to whole words. Behind a head's keys and behind its
+// values, where they are bytes, come sixteen floats that multiply them: the largest number of each position over 127.
 #pragma once
 
 #include <algorithm>
@@ -67,8 +67,8 @@ inline void write_value(bf16, const float* numbers, long head_dim, char* unit, l
         for (long d = 0; d < head_dim; d++) pairs[d * 2 + 1] = bf16{0};
 }
 
-// Rounds to bytes, which `put(d, byte)` takes, and returns their scale. A number that is not finite makes it NaN, and with it all
-// of the head.
+// Rounds to bytes, which `put(d, byte)` takes, and returns their scale. A number that is not finite makes it NaN, and with
+// it all of the head.
 template <class Put>
 float round_head(const float* numbers, long head_dim, Put put) {
     float most = 0.f, broken = 0.f;

@@ -87,9 +87,9 @@ struct TriodeOrder {
     TriodeBatch batch;
     void* scratch;
     void* team;
-    int64_t* positions;            // null; or those of the batch, to be one further than in the order before this one, with the
-    int64_t* start;                // same arrays: those of the batch as well, as many as tokens,
-    int64_t* slots;                // and those of the batch, which follow from the block tables
+    int64_t* positions;            // null; or the batch's, which are those of the order before this one, to be moved on by one,
+    int64_t* start;                // as are the batch's starts, one for each token;
+    int64_t* slots;                // the batch's, which follow from its block tables
     int64_t num_pending;           // query tokens that the order before this one finds
     int64_t* token_ids;            // those of the batch
     const int64_t* pending;        // [num_pending]: which of the batch's tokens

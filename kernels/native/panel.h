@@ -67,8 +67,8 @@ struct PanelWords {
     const uint32_t* at(long word, long lane) const { return panel + word * PANEL + lane; }
 };
 
-// ROWS rows by 64 outputs, from `out` or from zero. Registers hold ROWS x GROUP vectors. `weights.at(word, lane)` are those of
-// LANES outputs.
+// ROWS rows by 64 outputs, from `out` or from zero. Registers hold ROWS x GROUP vectors. `weights.at(word, lane)` are those
+// of LANES outputs.
 template <class T, int ROWS, class Words, int LINES>
 void multiply_rows(const char* x, long x_bytes, const Words& weights, long words, float* out, bool from_zero,
                    Ahead<LINES> ahead) {
@@ -135,8 +135,8 @@ void multiply_words(const T* x, long x_stride, long rows, const Words& weights, 
     }
 }
 
-// out[rows][64] (+)= x[rows][words] times one panel. `x_stride` counts numbers of type T. `next` is multiplied after it; null:
-// what lies behind it.
+// out[rows][64] (+)= x[rows][words] times one panel. `x_stride` counts numbers of type T. `next` is multiplied after it;
+// null: what lies behind it.
 template <class T>
 void multiply_panel(const T* x, long x_stride, long rows, const uint32_t* panel, long words, float* out, bool from_zero,
                     const uint32_t* next = nullptr) {
@@ -145,7 +145,8 @@ void multiply_panel(const T* x, long x_stride, long rows, const uint32_t* panel,
 #if defined(TRIODE_TILES)
     if constexpr (HAS_TILES<T>) return multiply_by_tiles(inputs, x_bytes, rows, panel, words, out, from_zero);
 #endif
-    if (parts == 1) return multiply_rows<T>(rows, inputs, x_bytes, PanelWords{panel}, words, out, from_zero, a_little_ahead(panel));
+    if (parts == 1)
+        return multiply_rows<T>(rows, inputs, x_bytes, PanelWords{panel}, words, out, from_zero, a_little_ahead(panel));
     const long blocks = (words * PANEL + CACHED_WORDS - 1) / CACHED_WORDS;
     for (long block = 0; block < blocks; block++) {
         const long first = words * block / blocks, end = words * (block + 1) / blocks, count = end - first;

@@ -67,7 +67,8 @@ class Pipeline {
             const TriodeOrder order = orders_.front();
             orders_.pop_front();
             // Who waits for the order before this one may take our processor when told. The helpers go on meanwhile.
-            if (num_told_ < num_done_) static_cast<Team*>(order.team)->once_begun = [this, count = num_done_] { tell(count); };
+            if (num_told_ < num_done_)
+                static_cast<Team*>(order.team)->once_begun = [this, count = num_done_] { tell(count); };
             lock.unlock();
             const auto start = std::chrono::steady_clock::now();
             compute_(order);

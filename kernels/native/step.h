@@ -4,73 +4,14 @@
 // is T. Each phase of a layer is a loop over items that any thread may take; no result depends on who took it.
 #pragma once
 
-#include "attention.h"
+#include "buffers.h"
 #include "embedding.h"
-#include "linear.h"
 #include "ranks.h"
 
 namespace triode {
 
-constexpr long PHASES_A_LAYER = 17;
-constexpr long PHASES_BESIDE = 4;
 // Decoding rows that are attended to whole, if there are so many for each thread; otherwise head by head.
 constexpr long ROWS_A_THREAD = 4;
-
-// What one thread has to itself.
-template <class T>
-struct Private {
-    T* normed;  // [FEW_ROWS][padded hidden]
-    LinearScratch linear;
-    AttentionScratch<T> attention;
-};
-
-template <class T>
-struct Buffers {
-    long hidden_stride, qkv_stride, attended_stride, inner_stride;
-    Phase* phases;
-    float* residual;
-    T* normed;
-    float* qkv;
-    T* attended;
-    T* inner;
-    float* pieces;  // [PIECES_A_THREAD * num_threads] `Softmax` of one query's group
-    Private<T>* threads;
-    long num_threads;
-
-    // Lays out the buffers of a step over `base`; returns how many bytes they take.
-    long take(void* base, const TriodeModel& model, long tokens, int thread_count) {
-        num_threads = thread_count;
-        hidden_stride = rounded_up(model.hidden_size, PANEL);
-        qkv_stride = rounded_up((model.num_heads + 2 * model.num_kv_heads) * model.head_dim, PANEL);
-        attended_stride = rounded_up(model.num_heads * model.head_dim, PANEL);
-        inner_stride = rounded_up(model.intermediate_size, PANEL);
-        Arena arena(base);
-        phases = arena.take<Phase>(num_phases(model));
-        threads = arena.take<Private<T>>(num_threads);
-        residual = arena.take<float>(tokens * hidden_stride);
-        normed = arena.take<T>(tokens * hidden_stride);
-        qkv = arena.take<float>(tokens * qkv_stride);
-        attended = arena.take<T>(tokens * attended_stride);
-        inner = arena.take<T>(tokens * inner_stride);
-        const long most_inputs = std::max({hidden_stride, attended_stride, inner_stride});
-        ByteRows byte_rows;
-        byte_rows.take(arena, tokens, most_inputs);
-        for (int i = 0; i < num_threads; i++) {
-            Private<T> mine;
-            mine.linear.take(arena, most_inputs, byte_rows);
-            mine.normed = arena.take<T>(FEW_ROWS * hidden_stride);
-            mine.attention.take(arena, {model.num_heads / model.num_kv_heads, model.head_dim});
-            if (base) threads[i] = mine;
-        }
-        const HeadShape shape{model.num_heads / model.num_kv_heads, model.head_dim};
-        pieces = arena.take<float>(max_pieces() * Softmax::floats(shape.group, shape.panels()));
-        return arena.used();
-    }
-
-    long max_pieces() const { return num_threads > 1 ? PIECES_A_THREAD * num_threads : 0; }
-
-    static long num_phases(const TriodeModel& model) { return model.num_layers * PHASES_A_LAYER + PHASES_BESIDE; }
-};
 
 // weight * x / sqrt(mean(x^2) + eps). `out` may be `x`.
 template <class T>
@@ -181,7 +122,8 @@ class Step {
             T* to = buffers_.inner + token * buffers_.inner_stride + output / 2;
             for (int i = 0; i < PANEL; i += 32) gate(layer.gate_up, output + i, sums + i, to + i / 2);
         };
-        linear<T>(worker, mine.linear, layer.gate_up, layer.down, normed(mine, layer.post_norm), batch_.num_tokens, write_inner);
+        linear<T>(worker, mine.linear, layer.gate_up, layer.down, normed(mine, layer.post_norm), batch_.num_tokens,
+                  write_inner);
         const TriodeMatrix& following = index + 1 < model_.num_layers ? model_.layers[index + 1].qkv : model_.head;
         add_product(worker, mine, layer.down, following, buffers_.inner, buffers_.inner_stride, Ranks::FEED_FORWARD);
     }
@@ -286,7 +228,8 @@ class Step {
             upcoming.end = (others.last() / UNIT + 1) * lines;
             upcoming.at_once = std::min((upcoming.end - upcoming.next + fetches - 1) / fetches, lines);
         }
-        for (long head = 0; head < heads; head++) attend_block(mine, index, row, 0, 1, head, next < batch_.num_rows ? &upcoming : nullptr);
+        Upcoming* meanwhile = next < batch_.num_rows ? &upcoming : nullptr;
+        for (long head = 0; head < heads; head++) attend_block(mine, index, row, 0, 1, head, meanwhile);
     }
 
     long num_queries(long row) const { return batch_.query_start[row + 1] - batch_.query_start[row]; }
