@@ -56,6 +56,8 @@ MAX_TOKEN_S = 2e-5
 """Added for each token that is read beyond the first, as after a preemption: these take a microsecond or two."""
 MAX_FILL_S = 0.01
 """What a step's masks may take together, spread over the cores that this process may use."""
+MAX_RENEWING_S = 0.005
+"""What beginning again may take of a step; it is not begun when so much has been spent."""
 CHEAP_MASK_S = 0.002
 """Whose mask takes no longer is not to blame, however many they are."""
 
@@ -215,7 +217,7 @@ class MaskMaker:
     @property
     def may_renew(self) -> bool:
         """Whether the step's budget leaves room for another lexer."""
-        return self._renewing_s < MAX_FILL_S
+        return self._renewing_s < MAX_RENEWING_S
 
     def renewed(self, took_s: float) -> None:
         """A matcher has begun again."""

@@ -290,7 +290,9 @@ def test_a_lexer_that_has_given_up_is_not_given_to_the_next_request() -> None:
     assert not guides._compiled[SPENDING].prototypes[0].is_worn
 
 
-def test_a_lexer_that_has_given_up_fails_only_the_sequence_that_spent_it() -> None:
+def test_a_lexer_that_has_given_up_fails_only_the_sequence_that_spent_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # However busy the machine is.
+    monkeypatch.setattr("triode.models.matcher.MAX_RENEWING_S", 60)
     guides = fresh_guides()
     guides.check(SPENDING)
     token_ids = [TokenId(token_id) for token_id in tiny_tokenizer().encode("ab a")]
@@ -318,6 +320,16 @@ def test_a_lexer_that_has_given_up_fails_only_the_sequence_that_spent_it() -> No
     assert (together == together[0]).all()
     assert together[0].any()
     assert (np.array(masks) == masks[0]).all()
+
+
+def test_beginning_again_has_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triode.models.matcher.MAX_RENEWING_S", 0)
+    guides = fresh_guides()
+    guides.check(SPENDING)
+    other = guides.matcher(SPENDING, [])
+    spend(guides)
+    assert not allowed(guides, other)
+    assert "lexer error" in (other.error or "")
 
 
 def test_a_few_sequences_share_a_lexer() -> None:
