@@ -57,6 +57,9 @@ def linear_blas(
     x_MK: torch.Tensor, weight_NK: torch.Tensor, out_MN: torch.Tensor, bias_N: torch.Tensor | None = None
 ) -> None:
     """Write `x @ weight.T (+ bias)` into `out_MN`, which may be float32. In order of K inside `split_k_refused`."""
+    if out_MN.is_meta:
+        # Nothing is compiled here, and torch would import a great deal to tell the shape of a product.
+        return
     if out_MN.dtype == x_MK.dtype:
         if bias_N is None:
             torch.mm(x_MK, weight_NK.t(), out=out_MN)

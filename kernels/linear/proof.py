@@ -61,16 +61,19 @@ def prove(
     """
     out_features, in_features = weight_NK.shape
     counts = [count for count in MANY_TOKENS if count <= most_tokens] or [MANY_TOKENS[0]]
-    x_MK = torch.randn(counts[-1], in_features, device=weight_NK.device).to(weight_NK.dtype)
-    new_empty = functools.partial(torch.empty, dtype=out_dtype or weight_NK.dtype, device=weight_NK.device)
-    few = [new_empty((count, out_features)) for count in FEW_TOKENS]
+    new_empty = functools.partial(torch.empty, device=weight_NK.device)
+    x_MK = new_empty((counts[-1], in_features), dtype=weight_NK.dtype)
+    if not weight_NK.is_meta:
+        # torch imports for seconds what it needs to draw what is not there.
+        x_MK.normal_()
+    few = [new_empty((count, out_features), dtype=out_dtype or weight_NK.dtype) for count in FEW_TOKENS]
     for count, out_MN in zip(FEW_TOKENS, few, strict=True):
         tile = linear_tile(out_features, in_features, count)
         linear_sequential(x_MK[:count], weight_NK, out_MN, tile, traits, bias_N=bias_N)
     if weight_NK.is_meta:
         # Nothing is computed where kernels are only compiled.
         return LinearProof(out_features, in_features, ())
-    many_MN = new_empty((counts[-1], out_features))
+    many_MN = new_empty((counts[-1], out_features), dtype=out_dtype or weight_NK.dtype)
     differing = []
     with split_k_refused() if refuse_split_k else contextlib.nullcontext():
         for count in counts:

@@ -64,7 +64,7 @@ class _StepTensors:
             position_R=zeros(num_rows),
             kv_slot_R=zeros(num_rows),
             end_R=zeros(num_rows),
-            query_start_R1=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
+            query_start_R1=torch.arange(num_rows + 1, dtype=torch.int32).to(device),
             table_RX=zeros(num_rows, num_entries),
             token_R=zeros(num_rows),
             words=zeros(2 * _PAIRS + PackedArrays.num_words(PREFILL_TOKENS[-1], num_rows)),
@@ -137,7 +137,9 @@ class DeviceSteps:
         """Of the rows that sample: a view that the next step overwrites."""
         # The residual stream has ended; its buffer is free.
         hidden_QD = self.decoder.buffers.x_TD[: len(arrays.sample_token_Q)]
-        torch.index_select(hidden_TD, 0, arrays.sample_token_Q, out=hidden_QD)
+        # Where kernels are only compiled torch would import a great deal to tell the result's shape.
+        if not hidden_TD.is_meta:
+            torch.index_select(hidden_TD, 0, arrays.sample_token_Q, out=hidden_QD)
         return self.decoder.logits(hidden_QD)
 
     def sample(self, logits_QV: torch.Tensor, arrays: PackedArrays) -> torch.Tensor:
