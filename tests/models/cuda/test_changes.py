@@ -1,21 +1,29 @@
 """What the host sends to the arena, and how it packs a step. No GPU and no interpreter."""
 
+import msgspec
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
+from guides import tiny_guides, tiny_tokenizer
 from triode.ids import BlockId, SlotId, StepId, TokenId
 from triode.models.cuda.arena import ALIGNED_WORDS, ArenaLayout, Changes, aligned
-from triode.models.cuda.batch import HostBatch, PackedRows, is_decode
+from triode.models.cuda.batch import HostBatch, PackedRows, is_decode, packed_starts
+from triode.models.cuda.flight import Flight
+from triode.models.cuda.gpu import Mark
 from triode.models.cuda.programs import bucket_for, prefill_shape, segment_bucket_for
+from triode.models.guide import Grammar
 from triode.models.sampling import SamplingParams
+from triode.models.slots import SlotState
 from triode.models.step import Admission, Output, StepPlan, TableChange
 
+FORCING = Grammar('start: /[a-c]/ "bcdefgh" /[xyz]{1,9}/')
 LAYOUT = ArenaLayout(num_slots=4, num_rows=4, num_entries=8)
 
 
-def admission(slot: int, length: int, **fields: float) -> Admission:
+def admission(slot: int, length: int, **fields: object) -> Admission:
     params = SamplingParams(**fields)  # type: ignore[arg-type]
     tokens = tuple(TokenId(100 * slot + index) for index in range(length))
     return Admission(SlotId(slot), 1, tokens, length, params, 2**64 - 1 - slot, slot, ())
@@ -171,3 +179,71 @@ def test_only_steps_of_single_sampled_tokens_decode() -> None:
     assert is_decode(plan((0, 1), (3, 4), (1, 1), (Output.SAMPLE, Output.SAMPLE)))
     assert not is_decode(plan((0, 1), (3, 4), (1, 1), (Output.SAMPLE, Output.NONE)))
     assert not is_decode(plan((0,), (3,), (2,), (Output.SAMPLE,)))
+
+
+def forced_world() -> tuple[HostBatch, Changes, SlotState]:
+    """Slot 0 has read a prompt of 5 tokens, and its first sample is on its way; a guide forces what follows 'a'."""
+    guides = tiny_guides()
+    guides.check(FORCING)
+    host, changes = HostBatch(LAYOUT, 32, 4, guides), Changes(LAYOUT)
+    first = plan(
+        (0,),
+        (0,),
+        (5,),
+        (Output.SAMPLE,),
+        admissions=(admission(0, 5, guide=FORCING, max_tokens=20),),
+        table_changes=(TableChange(SlotId(0), 0, tuple(map(BlockId, range(3, 9)))),),
+    )
+    host.apply(first, changes)
+    host.pack(first, *host.check(first, every_row_samples=False))
+    changes.take()
+    (state,) = host.states(first)
+    return host, changes, state
+
+
+def test_a_row_that_forced_tokens_have_overtaken_goes_on_from_the_next_of_them() -> None:
+    host, changes, state = forced_world()
+    ahead = plan((0,), (5,), (1,), (Output.SAMPLE,))
+    host.decode(ahead, *host.check(ahead, every_row_samples=True)[:2], changes)
+    (sampled,) = tiny_tokenizer().encode("a", add_special_tokens=False)
+    forced = host.learn(state, 0, sampled)
+    assert tiny_tokenizer().decode([sampled, *forced]) == "abcdefgh"
+    assert state.tokens[5:].tolist() == [sampled, *forced]
+    # All of them at once, though the device has sampled the first of them by itself.
+    together = plan((0,), (6,), (len(forced),), (Output.SAMPLE,))
+    packed = host.pack(together, *host.check(together, every_row_samples=False))
+    assert packed.words[packed_starts(len(forced), 1, 1)[0][7] :][: len(forced)].tolist() == forced
+    with pytest.raises(AssertionError, match="computes tokens that its slots do not have"):
+        host.check(plan((0,), (6 + len(forced),), (2,), (Output.SAMPLE,)), every_row_samples=False)
+
+
+def test_what_a_slots_former_sequence_got_is_not_learned() -> None:
+    host, changes, state = forced_world()
+    host.apply(plan((), (), (), (), admissions=(msgspec.structs.replace(admission(0, 3), epoch=2),)), changes)
+    assert host.learn(state, 0, tiny_tokenizer().encode("a", add_special_tokens=False)[0]) == []
+    assert state.num_tokens == 5
+
+
+class Passed:
+    """A mark behind which everything is done."""
+
+    def is_passed(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return
+
+    def seconds_since(self, earlier: Mark) -> float:
+        return 0.0
+
+    def release(self) -> None:
+        return
+
+
+def test_a_result_has_forced_tokens_behind_their_own_and_none_of_overtaken_rows() -> None:
+    step = plan((0, 1, 2), (5, 6, 7), (1, 1, 1), (Output.SAMPLE,) * 3)
+    mark = Passed()
+    flight = Flight(step, mark, mark, mark, (1, 0, 2), torch.tensor([11, -1, 33], dtype=torch.int32), overtaken={1})
+    flight.forced[0] = [TokenId(12), TokenId(13)]
+    result = flight.result()
+    assert (result.num_accepted, result.token_ids, result.errors) == ((0, 3, 1), (11, 12, 13, 33), None)
