@@ -58,8 +58,7 @@ from triode.models.step import StepPlan
 Opener = Callable[[Open, Progress], tuple[Runner | Follower, Built]]
 
 POLL_S = 50e-6
-"""How often a running step is asked whether it is done while another one waits behind it: about what the kernel's timers
-resolve. One that runs alone is asked without a pause: a first token, as a rule, for which somebody waits."""
+"""How often a running step is asked whether it is done: about what the kernel's timers resolve."""
 
 _RECEIVE_BYTES = 2**18
 _PR_SET_PDEATHSIG = 1
@@ -141,8 +140,7 @@ def run_steps(connection: Connection, runner: Runner) -> None:
             connection.send(Stepped(runner.collect(), runner.statistics()))
             num_in_flight -= 1
             continue
-        pause_s = None if num_in_flight == 0 else 0.0 if num_in_flight == 1 else POLL_S
-        match connection.receive(pause_s):
+        match connection.receive(POLL_S if num_in_flight else None):
             case StepPlan() as plan:
                 runner.launch(plan)
                 num_in_flight += 1
