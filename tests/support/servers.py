@@ -75,7 +75,7 @@ class Running:
         connection.sendall(head.encode() + content)
         return connection
 
-    def wait_until_running(self, number: int, timeout_s: float = 20) -> None:
+    def wait_until_running(self, number: int, timeout_s: float = 60) -> None:
         """Until so many sequences are in the batch."""
         deadline_s = time.perf_counter() + timeout_s
         while self.engine.statistics().scheduler.num_running < number:
@@ -83,7 +83,7 @@ class Running:
                 raise TimeoutError(f"there are never {number} sequences in the batch")
             time.sleep(0.002)
 
-    def wait_until_idle(self, timeout_s: float = 20) -> float:
+    def wait_until_idle(self, timeout_s: float = 60) -> float:
         """Seconds until the engine has no unfinished request and uses no block."""
         began_at_s = time.perf_counter()
         while (waited_s := time.perf_counter() - began_at_s) < timeout_s:
