@@ -98,11 +98,16 @@ def _one_further(plan: StepPlan) -> tuple[int, ...]:
 
 
 class AheadRunner(EagerRunner):
-    """Runs plans over one compiled decoder and one pool."""
+    """Runs plans over one compiled decoder and one pool.
+
+    Raises:
+        OSError: the system starts no more threads.
+    """
 
     def __init__(self, decoder: NativeDecoder, pool: KVPool, **settings: Unpack[RunnerSettings]) -> None:
         super().__init__(decoder, pool, **settings)
         self._native = decoder
+        decoder.begin_orders()
         # Held while sequences are read or grow: `launch` and `collect` are called by different threads.
         self._sequences = threading.Lock()
         self._unsettled: deque[_Flight] = deque()

@@ -118,6 +118,15 @@ class NativeDecoder:
         del kept
         return hidden_TD
 
+    def begin_orders(self) -> None:
+        """Start the thread that `order` needs, if it has not been started.
+
+        Raises:
+            OSError: the system starts no more threads.
+        """
+        if self._orders is None:
+            self._orders = OrderBook(self._library)
+
     def order(
         self,
         batch: StepBatch,
@@ -140,8 +149,8 @@ class NativeDecoder:
         Returns:
             What `wait` takes, and, if each row has one query token and wants the next one, what goes on from there.
         """
-        if self._orders is None:
-            self._orders = OrderBook(self._library)
+        self.begin_orders()
+        assert self._orders is not None, "orders have begun"
         batch_struct, hidden_TD, kept = self._batch(batch, keys_PBKH, values_PBKH)
         team, num_sampled = self._current_team(), len(sampled_S)
         hidden_SD, results = torch.empty_like(hidden_TD[:num_sampled]), Results(num_sampled)
