@@ -25,7 +25,7 @@ C blocks in a table      W programs (query tile, KV head)    S segments      M (
 import triton
 import triton.language as tl
 
-from triode.kernels.device_code import let_next_start, wait_for_previous
+from triode.kernels.device_code import wait_for_inputs
 
 ONES = tl.constexpr(8)  # Columns of the product that sums a row's weights, all equal: the fewest that there may be.
 LOWEST = tl.constexpr(-1e30)  # finite, so that the difference of two empty maxima is 0 and not NaN
@@ -303,7 +303,7 @@ def attend(
     PDL: tl.constexpr,
 ):
     """One query tile of one KV head; with SPLIT one share of its KV segments. `scale` includes log2(e)."""
-    let_next_start(PDL)
+    wait_for_inputs(PDL)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     if LONG_ROWS:
@@ -324,7 +324,6 @@ def attend(
             return
     table = table_ptr + row.to(tl.int64) * table_stride
     block = pages_of_tile(table, begin, end, tl.arange(0, TILE), BLOCK)
-    wait_for_previous(PDL)
 
     pair = tl.arange(0, PAIRS)
     token = first_token + pair // GROUP

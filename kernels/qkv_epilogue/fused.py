@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from triode.kernels.device_code import let_next_start
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.linear.gpu import sums_in_order, tile_options
 from triode.kernels.linear.tiles import LinearTile
@@ -51,7 +50,6 @@ def project_qkv(
     PDL: tl.constexpr,
 ):
     """ROWS pairs of dimensions; pair p is dimension p % HALF of head p // HALF and the one that it rotates with."""
-    let_next_start(PDL)
     pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real_pair = pair < (NUM_HEADS + 2 * NUM_KV_HEADS) * HALF
     head = tl.where(real_pair, pair, 0) // HALF
@@ -59,17 +57,6 @@ def project_qkv(
     row = (head * 2 * HALF + dim).to(tl.int64)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     real = token < num_tokens
-    is_q = (head < NUM_HEADS)[:, None]
-    is_v = (head >= NUM_HEADS + NUM_KV_HEADS)[:, None]
-    # All that is there before the inputs are.
-    position = tl.load(position_ptr + token, mask=real, other=0).to(tl.int64)
-    slot = tl.load(slot_ptr + token, mask=real, other=0).to(tl.int64)
-    rope_at = position[None, :] * HALF + dim[:, None]
-    cos = tl.load(cos_ptr + rope_at)
-    sin = tl.load(sin_ptr + rope_at)
-    if BIAS:
-        bias1 = tl.load(bias_ptr + row).to(tl.float32)
-        bias2 = tl.load(bias_ptr + row + HALF).to(tl.float32)
     acc1, acc2 = sums_in_order(
         x_ptr, weight_ptr, row, row + HALF, token, real, in_features, x_stride,
         ROWS, TOKENS, FEATURES, WHOLE, AHEAD, True, DOT, PDL,
@@ -78,9 +65,14 @@ def project_qkv(
     x1 = acc1.to(qkv_ptr.dtype.element_ty).to(tl.float32)
     x2 = acc2.to(qkv_ptr.dtype.element_ty).to(tl.float32)
     if BIAS:
-        x1 += bias1[:, None]
-        x2 += bias2[:, None]
-    y1, y2 = rotate(x1, x2, cos, sin, is_v)
+        x1 += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+        x2 += tl.load(bias_ptr + row + HALF).to(tl.float32)[:, None]
+    is_q = (head < NUM_HEADS)[:, None]
+    is_v = (head >= NUM_HEADS + NUM_KV_HEADS)[:, None]
+    position = tl.load(position_ptr + token, mask=real, other=0).to(tl.int64)
+    slot = tl.load(slot_ptr + token, mask=real, other=0).to(tl.int64)
+    rope_at = position[None, :] * HALF + dim[:, None]
+    y1, y2 = rotate(x1, x2, tl.load(cos_ptr + rope_at), tl.load(sin_ptr + rope_at), is_v)
     kv_head = tl.where(is_v, head[:, None] - NUM_HEADS - NUM_KV_HEADS, head[:, None] - NUM_HEADS)
     at = token.to(tl.int64)[None, :] * qkv_stride + row[:, None]
     kv_at = (slot[None, :] * NUM_KV_HEADS + kv_head) * 2 * HALF + dim[:, None]

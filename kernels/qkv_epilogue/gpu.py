@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from triode.kernels.device_code import let_next_start, wait_for_previous
+from triode.kernels.device_code import wait_for_inputs
 from triode.kernels.gpu_traits import GpuTraits
 
 # As many as keep memory busy: programs of 4 heads and one warp took 45 us instead of 28 for 4,096 tokens of Qwen2.5-7B on
@@ -104,7 +104,7 @@ def finish_qkv(
     PDL: tl.constexpr,
 ):
     """HEADS heads of one token; head h of the row is a query, a key or a value by its number."""
-    let_next_start(PDL)
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     real = (head < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None]
@@ -115,7 +115,6 @@ def finish_qkv(
     cos = tl.load(cos_ptr + rope_at, mask=in_half, other=0.0)[None, :]
     sin = tl.load(sin_ptr + rope_at, mask=in_half, other=0.0)[None, :]
     kv_row = tl.load(slot_ptr + token).to(tl.int64) * NUM_KV_HEADS + kv_head
-    wait_for_previous(PDL)
 
     qkv_row = qkv_ptr + token * qkv_stride
     mask = real & in_half[None, :]

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from triode.kernels.device_code import let_next_start, wait_for_inputs, wait_for_previous
+from triode.kernels.device_code import wait_for_inputs
 from triode.kernels.gpu_traits import GpuTraits
 
 
@@ -33,12 +33,7 @@ def normalise_row(
     dim = tl.arange(0, HIDDEN_PADDED)
     mask = dim < HIDDEN
     weight = tl.load(weight_ptr + dim, mask=mask, other=0.0).to(tl.float32)
-    if ADD:
-        wait_for_inputs(PDL)
-    else:
-        # A step begins with this norm. Whoever starts behind it may count on what came before.
-        wait_for_previous(PDL)
-        let_next_start(PDL)
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     x = tl.load(x_ptr + row * x_stride + dim, mask=mask, other=0.0).to(tl.float32)
     if ADD:
