@@ -1,9 +1,9 @@
 """AheadRunner: an `EagerRunner` over the compiled step that launches a step while the one before it is computed.
 
 Rows that take the likeliest token need nothing of Python's between two steps: the library finds their tokens and goes on with
-the next order (`models/ordered.py`). While it computes one, `launch` prepares the next. Whatever else a plan asks for (random
-draws, guides, logprobs, embeddings, copied blocks, a new sequence in a slot) waits until nothing is under way, and is then
-computed as `EagerRunner` does.
+the next order (`models/ordered.py`). While it computes one, `launch` prepares the next. A plan with copied blocks or a new
+sequence in a slot waits until nothing is under way. So does one that asks for more (random draws, guides, logprobs,
+embeddings), and is then computed as `EagerRunner` does.
 """
 
 import threading
@@ -136,6 +136,7 @@ class AheadRunner(EagerRunner):
         """Let what is under way end, and drop decoder and pool, and with them their memory."""
         while self._unsettled:
             self._native.wait(self._unsettled.popleft().step)
+        self._launched.clear()
         for part in ("_native", "_run"):
             self.__dict__.pop(part, None)
         super().close()
@@ -147,17 +148,19 @@ class AheadRunner(EagerRunner):
                 self._launched.append(self._go_on(plan, self._run, start_s))
                 return
             self._run = None
-        with torch.inference_mode(), cpu_threads(self._num_threads), self._sequences:
-            if plan.admissions or plan.copies:
+        with torch.inference_mode(), cpu_threads(self._num_threads):
+            with self._sequences:
+                if plan.admissions or plan.copies:
+                    self._settle(0)
+                rows = self._apply(plan)
+                if _goes_ahead(rows):
+                    # An order knows only the tokens of the one before it.
+                    self._settle(1)
+                    self._launched.append(self._order(plan, rows, start_s))
+                    return
                 self._settle(0)
-            rows = self._apply(plan)
-            if _goes_ahead(rows):
-                # An order knows only the tokens of the one before it.
-                self._settle(1)
-                self._launched.append(self._order(plan, rows, start_s))
-            else:
-                self._settle(0)
-                self._launched.append(self._compute(plan, rows, start_s))
+            # Nothing is left to settle: whoever collects the step before this one need not wait for it.
+            self._launched.append(self._compute(plan, rows, start_s))
 
     def _num_columns(self, num_blocks: int) -> int:
         return num_blocks + _ROOM_BLOCKS

@@ -176,7 +176,9 @@ class NativeDecoder:
         self._orders.submit(step, struct)
         if not len(batch.rows.start_R) == len(hidden_TD) == num_sampled:
             return step, None
-        return step, DecodingRun(struct, results, everything, batch.rows.block_table_RC)
+        table_RC = batch.rows.block_table_RC
+        assert table_RC.flags.c_contiguous, "the library reads the table to which the run adds blocks, not a copy"
+        return step, DecodingRun(struct, results, everything, table_RC)
 
     def go_on(self, run: DecodingRun) -> OrderedStep:
         """Order the step after the last one that was ordered, which was one of the run."""

@@ -1,7 +1,10 @@
 """Steps that are launched while the ones before them are computed."""
 
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
@@ -80,8 +83,31 @@ def test_a_step_is_done_without_anyone_waiting_for_it() -> None:
     world = RunnerWorld(native=decoder_of(), ahead=True)
     assert not world.runner.is_ready()
     world.begin(*sample(world.admit(0, prompt(20))))
-    while not world.runner.is_ready():
-        pass
+    assert any(world.runner.is_ready() for _ in range(20_000))
+    assert len(world.finish().token_ids) == 1
+
+
+def test_a_step_is_collected_while_the_next_one_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = decoder_of()
+    world = RunnerWorld(native=native, ahead=True)
+    plain = world.admit(0, prompt(20))
+    drawn = world.admit(1, prompt(9), SamplingParams(temperature=1.0), seed=3)
+    world.begin(*sample(plain))
+    forward = NativeDecoder.forward
+    is_computing, is_collected = threading.Event(), threading.Event()
+
+    def forward_once_collected(self: NativeDecoder, *args: Any) -> torch.Tensor:
+        is_computing.set()
+        assert is_collected.wait(30), "collecting waited for the next step"
+        return forward(self, *args)
+
+    monkeypatch.setattr(NativeDecoder, "forward", forward_once_collected)
+    with ThreadPoolExecutor(1) as launching:
+        begun = launching.submit(world.begin, *sample(drawn))
+        assert is_computing.wait(30)
+        assert len(world.finish().token_ids) == 1
+        is_collected.set()
+        begun.result()
     assert len(world.finish().token_ids) == 1
 
 
