@@ -13,8 +13,8 @@ requests have at a time gets a prototype for each thread that makes masks, and t
 
 The states of a lexer are made as outputs need them; where it has made as many as it may, or one copy's fuel ran out within
 it, it is of no more use to any of them. They then begin again with copies of another prototype, and once more with a
-lexer of their own each, so that a request fails by its own tokens only. Because that is done within a step, which has a
-budget for it, a prototype is given to few sequences (`MAX_SHARERS`) in the first place.
+lexer of their own each, so that a request fails by its own tokens only. That is done within a step, which has a budget for
+it; whoever is beyond that fails, too. So a prototype is given to few sequences (`MAX_SHARERS`) in the first place.
 """
 
 import json
@@ -83,6 +83,11 @@ class _Compiled:
         self.prototypes.appendleft(fresh)
         while len(self.prototypes) > MASK_THREADS:
             self.prototypes.pop()
+
+    def drop(self, spent: _Prototype) -> None:
+        """Give it to nobody any more, if there is another."""
+        if len(self.prototypes) > 1 and spent in self.prototypes:
+            self.prototypes.remove(spent)
 
     def take(self) -> _Prototype:
         """One to copy, each in its turn."""
@@ -167,7 +172,9 @@ class GuideCompiler:
     def _copy_of_another(self, guide: Guide, spent: _Prototype) -> LLMatcher:
         """Whose lexer is not that of `spent`."""
         compiled = self._find(guide)
-        next_one = compiled.prototypes[0]
+        with self._lock:
+            compiled.drop(spent)
+            next_one = compiled.prototypes[0]
         if next_one is spent or next_one.is_worn:
             fresh = _compile(guide, self._vocabulary)
             with self._lock:

@@ -12,7 +12,8 @@ times, because neighbours in the batch wait for it:
 
 A sequence that fails says why; the others get their masks in the same step. Sequences with the same guide share a lexer, of
 which one may make so much that it is of no more use to any of them. So a matcher whose lexer gives up begins again with
-another one, and fails if that gives up, too, over its own tokens alone.
+another one, and fails if that gives up, too, over its own tokens alone. This has a budget a step (`MAX_RENEWING_S`), beyond
+which those fail that have not begun again.
 
     G matchers        W 32-bit words of a mask, one bit a token
 """
