@@ -26,6 +26,8 @@ MAX_OPTIONAL = 240
 """The most properties of an object that may be left out one after the other: the parser looks at all of them at once."""
 _DATA = frozenset({"const", "default", "enum", "examples"})
 """Keywords whose values are no schemas."""
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+"""Keywords whose values are schemas by name, whatever the names are."""
 
 
 class _Guide(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -151,7 +153,11 @@ def check_optional(schema: Mapping[str, object]) -> None:
                     f"schema must have <= {MAX_OPTIONAL} optional properties of an object one after the other, got "
                     f"{num_optional}; make some of them required"
                 )
-            found += [part for key, part in value.items() if key not in _DATA]
+            for key, part in value.items():
+                if key in _NAMED and isinstance(part, Mapping):
+                    found += part.values()
+                elif key not in _DATA:
+                    found.append(part)
 
 
 def _longest_optional(schema: Mapping[str, object]) -> int:

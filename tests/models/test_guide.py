@@ -48,6 +48,8 @@ def test_optional_properties_are_counted_between_required_ones_and_not_in_data()
     JsonSchema(optional(MAX_OPTIONAL))
     JsonSchema(optional(2 * MAX_OPTIONAL, required=[f"p{MAX_OPTIONAL}"]))
     JsonSchema({"const": optional(2 * MAX_OPTIONAL)})
+    with pytest.raises(ValueError, match="got 241"):
+        JsonSchema({"properties": {"const": optional(MAX_OPTIONAL + 1)}})
 
 
 cyclic: dict[str, object] = {}
