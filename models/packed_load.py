@@ -12,6 +12,7 @@ from triode.models.config import ModelOptions
 from triode.models.cpu import choose_native
 from triode.models.loader import Checkpoint
 from triode.models.packed_file import PackedFile
+from triode.models.parallel import RankOrder
 from triode.models.progress import Progress
 from triode.models.quantization import WeightPlan
 from triode.models.weights import DecoderWeights, allocate
@@ -26,6 +27,7 @@ def load_packed(
     plan: WeightPlan,
     progress: Progress,
     share: tuple[int, int] = (0, 1),
+    ranks: RankOrder | None = None,
 ) -> DecoderWeights:
     """The weights for `options.packed_cache`, which a decoder writes there if they were not taken from it.
 
@@ -36,6 +38,7 @@ def load_packed(
         plan: how each matrix is kept.
         progress: told why the file is made anew.
         share: whose it is, and of how many ranks; each has a file of its own, named after the one that was asked for.
+        ranks: what all of them may take together when the file is made anew.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -56,7 +59,7 @@ def load_packed(
     if isinstance(found, str):
         progress.stage(f"Packing weights anew: {found}", None, "")
         progress.done()
-        return replace(checkpoint.load_weights(dtype, CPU, progress, plan), pack_to=file)
+        return replace(checkpoint.load_weights(dtype, CPU, progress, plan, ranks), pack_to=file)
     return replace(allocate(checkpoint.config, dtype, "meta"), packed=found)
 
 

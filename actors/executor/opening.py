@@ -131,4 +131,4 @@ def _load_weights(
         return checkpoint.load_weights(dtype, device, progress, plan, order.ranks)
     if device.type != "cpu":
         raise ValueError(f"packed_cache must be None on a GPU, got {options.packed_cache!r}")
-    return load_packed(checkpoint, options, dtype, plan, progress, share)
+    return load_packed(checkpoint, options, dtype, plan, progress, share, order.ranks)
