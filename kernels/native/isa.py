@@ -118,6 +118,13 @@ def _ask_for_tiles() -> bool:
     return answer == 0
 
 
+def withheld() -> tuple[str, ...]:
+    """What this processor has and the system does not let this process use."""
+    if "amx_tile" not in features(processor_info(), 0) or _ask_for_tiles():
+        return ()
+    return (f"{_AMX.name}: the system does not let this process use the processor's tiles",)
+
+
 def fitting(machine: str, has: frozenset[str]) -> tuple[InstructionSet, ...]:
     """Those that a processor of this machine, with these features, can run, best first."""
     return tuple(isa for isa in INSTRUCTION_SETS.values() if isa.machine in (None, machine) and isa.features <= has)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from triode.kernels.native.build import NativeUnavailable, UnknownInstructions, WrongResults, build
 from triode.kernels.native.formats import Packing
-from triode.kernels.native.isa import InstructionSet, candidates
+from triode.kernels.native.isa import InstructionSet, candidates, withheld
 
 
 class MatrixStruct(Structure):
@@ -304,7 +304,7 @@ def load_library(announce: Callable[[str], None]) -> NativeLibrary:
         except (UnknownInstructions, WrongResults) as reason:
             reasons.append(reason)
         else:
-            library.passed_over = tuple(map(str, reasons))
+            library.passed_over = (*withheld(), *map(str, reasons))
             return library
     raise reasons[0]
 

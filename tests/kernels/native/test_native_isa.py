@@ -8,6 +8,7 @@ import pytest
 
 from native_steps import native_library
 from triode.kernels.native import build as build_module
+from triode.kernels.native import isa as isa_module
 from triode.kernels.native import library
 from triode.kernels.native.build import NativeUnavailable, UnknownInstructions, build, find_compiler, flags_for
 from triode.kernels.native.isa import (
@@ -19,6 +20,7 @@ from triode.kernels.native.isa import (
     candidates,
     features,
     fitting,
+    withheld,
 )
 
 NEON = "fp asimd evtstrm aes pmull sha1 sha2 crc32"
@@ -81,6 +83,17 @@ def test_a_set_that_the_compiler_does_not_know_is_passed_over(monkeypatch: pytes
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(library, "build", old_compiler)
     assert library.load_library(lambda _: None).isa.name == asked[-1] == "portable"
+
+
+def test_tiles_that_the_system_keeps_to_itself_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa_module, "processor_info", lambda: {"flags": f"{AVX512} {AMX}"})
+    monkeypatch.setattr(isa_module, "_ask_for_tiles", lambda: False)
+    (reason,) = withheld()
+    assert reason == "amx: the system does not let this process use the processor's tiles"
+    monkeypatch.setattr(isa_module, "_ask_for_tiles", lambda: True)
+    assert not withheld()
+    monkeypatch.setattr(isa_module, "processor_info", lambda: {"flags": AVX512})
+    assert not withheld()
 
 
 def test_a_compiler_that_knows_no_set_at_all_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
