@@ -2,7 +2,8 @@
 
 A decode step is two pieces of captured work: *forward to logits*, and *sample and advance*. Both read the batch from the
 arena, so a steady decode step sends nothing but new block-table entries, and its successor can be launched before
-anyone has seen its tokens. Prefill and mixed steps run the same kernels one by one on arrays that the host packs.
+anyone has seen its tokens. Prefill and mixed steps run the same kernels on arrays that the host packs: captured up to
+some 1,000 tokens, one by one beyond.
 
 Where the host waits. `launch` does so in two cases only. Rows whose logits depend on their tokens so far (guides,
 penalties, bad_words, no_repeat_ngram_size, min_tokens) have their masks and passes computed from the host's copy of the
@@ -86,12 +87,12 @@ class CudaRunner:
         steps = self._steps
         assert steps is not None, "no launch follows close"
         with self._gpu.active():
+            decodes = is_decode(plan)
             with self._host.lock:
                 self._host.apply(plan, self._changes)
+                slot_R, start_R, end_R = self._host.check(plan, every_row_samples=decodes)
             for admission in plan.admissions:
                 self._embeddings.forget(admission.slot)
-            decodes = is_decode(plan)
-            slot_R, start_R, end_R = self._host.check(plan, every_row_samples=decodes)
             launch = self._launch_decode if decodes else self._launch_mixed
             self._flights.append(launch(steps, plan, slot_R, start_R, end_R))
         self._count_launch(plan, time.perf_counter() - start_s)
