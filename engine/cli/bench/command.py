@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import NamedTuple
 
 import msgspec
@@ -111,27 +111,35 @@ async def _measure_all(arguments: argparse.Namespace, workloads: list[Workload])
 
 
 async def _measured_row(engine: Engine, workload: Workload, num_runs: int, progress: Progress) -> Row:
-    row = _row(workload, await _measure_runs(engine, workload, num_runs, progress), engine.report)
-    if row.tpot_ms is None or engine.report.step_bytes is None:
+    runs, readings = await _measure_runs(engine, workload, num_runs, progress)
+    row, step_bytes = _row(workload, runs, engine.report), engine.report.step_bytes
+    if step_bytes is None or not readings:
         return row
-    read_bytes_per_s = await trio.to_thread.run_sync(measure_reading, engine.report.num_threads)
+    parts = [step_bytes / (tpot_ms / 1e3) / reading for tpot_ms, reading in readings]
     return msgspec.structs.replace(
-        row,
-        read_gb_s=read_bytes_per_s / 1e9,
-        of_reading=engine.report.step_bytes / (row.tpot_ms / 1e3) / read_bytes_per_s,
+        row, read_gb_s=median(reading for _, reading in readings) / 1e9, of_reading=median(parts)
     )
 
 
-async def _measure_runs(engine: Engine, workload: Workload, num_runs: int, progress: Progress) -> list[Figures]:
+async def _measure_runs(
+    engine: Engine, workload: Workload, num_runs: int, progress: Progress
+) -> tuple[list[Figures], list[tuple[float, float]]]:
+    """Each run, and where steps read weights, its time per token and the bytes a second that were read right after it."""
     progress.stage(f"{workload.test}, batch {len(workload.requests)}", num_runs + 1, "runs")
-    runs = []
+    runs, readings = [], []
     for run in range(num_runs + 1):
         salt = f"{workload.test} {len(workload.requests)} {run}"
-        runs.append(await measure(engine, workload, salt))
+        figures = await measure(engine, workload, salt)
         progress.advance(1)
+        # The first run warms up.
+        if run == 0:
+            continue
+        runs.append(figures)
+        if figures.tpot_ms is not None and engine.report.step_bytes is not None:
+            reading = await trio.to_thread.run_sync(measure_reading, engine.report.num_threads)
+            readings.append((figures.tpot_ms, reading))
     progress.done()
-    # The first run warms up.
-    return runs[1:]
+    return runs, readings
 
 
 def _run_startup(arguments: argparse.Namespace) -> list[Row]:

@@ -32,9 +32,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     """Of what the figures depend on, and the kernels in use."""
     read_gb_s: float | None = None
-    """How fast the machine read memory right after the runs; None where it was not measured."""
+    """How fast the machine read memory right after each run, the median; None where it was not measured."""
     of_reading: float | None = None
-    """What part of that a decode step reaches: the bytes of its matrices by its time per token."""
+    """What part of that a decode step reaches, the bytes of its matrices by its time per token: the median of the runs."""
 
 
 def summary(runs: list[Figures]) -> tuple[Figures, Figures, Figures]:
