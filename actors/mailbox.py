@@ -127,6 +127,7 @@ class MailboxRegistry:
         self._open: dict[RequestId, Mailbox] = {}
         self._ended: OrderedDict[RequestId, RequestStatus] = OrderedDict()
         self._dirty: dict[RequestId, Mailbox] = {}
+        self._waiting = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -141,6 +142,14 @@ class MailboxRegistry:
             raise ValueError(f"request_id must be unique among unfinished requests, got {mailbox.request_id!r}")
         self._ended.pop(mailbox.request_id, None)
         self._open[mailbox.request_id] = mailbox
+
+    async def wait_for_fewer(self, num_open: int) -> None:
+        """Return when fewer than `num_open` are open; first come, first served.
+
+        No checkpoint lies between the look and the return, so that the caller may `add` one at once.
+        """
+        while len(self._open) >= num_open:
+            await self._waiting.park()
 
     def deliver(self, item: Mail) -> None:
         """Put an item into its request's mailbox; mail for a request that has ended is dropped."""
@@ -178,6 +187,7 @@ class MailboxRegistry:
         """The engine closes: cancel whatever is unfinished."""
         for request_id in list(self._open):
             self.deliver(Ended(request_id, RequestStatus.CANCELLED, reason))
+        self._waiting.unpark_all()
         self.flush()
 
     def fail_all(self, fault: EngineFault) -> None:
@@ -187,6 +197,7 @@ class MailboxRegistry:
             mailbox.status = RequestStatus.FAILED
             self._dirty[mailbox.request_id] = mailbox
             self._close(mailbox)
+        self._waiting.unpark_all()
         self.flush()
 
     def status(self, request_id: RequestId) -> RequestStatus:
@@ -207,6 +218,8 @@ class MailboxRegistry:
 
     def _close(self, mailbox: Mailbox) -> None:
         del self._open[mailbox.request_id]
+        # Whoever is woken adds one, whose closing wakes the next.
+        self._waiting.unpark()
         self._ended[mailbox.request_id] = mailbox.status
         while len(self._ended) > NUM_REMEMBERED:
             self._ended.popitem(last=False)

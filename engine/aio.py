@@ -130,6 +130,11 @@ class Engine:
         return self._hub.ended_by
 
     @property
+    def is_full(self) -> bool:
+        """Whether as many requests are unfinished as the engine takes: `submit` would raise EngineBusy now."""
+        return self._hub.is_full
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, which may be used from any thread."""
         return self._hub.parts.tokenizer

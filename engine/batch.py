@@ -1,6 +1,5 @@
 """Offline batches: many prompts through one engine, in order, with a bounded number under way."""
 
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
@@ -9,7 +8,6 @@ import trio
 
 from triode.engine.request import Prompt, Request
 from triode.engine.stream import RequestStream
-from triode.errors import EngineBusy
 from triode.models.progress import Progress
 from triode.models.sampling import SamplingParams
 
@@ -49,10 +47,7 @@ async def run_batch(
 ) -> list[T]:
     """What `read` makes of each request's stream, in the requests' order.
 
-    Whoever else uses the engine may fill its queue: then the batch waits for a request of its own to end.
-
     Raises:
-        EngineBusy: if the queue is full and none of the batch's own requests is under way.
         Exception: what the first failing request raised; the others are cancelled.
     """
     batch = _Batch(open_stream, read, max_under_way, progress)
@@ -69,11 +64,9 @@ class _Batch(Generic[T]):
     ) -> None:
         self._open_stream = open_stream
         self._read = read
-        self._max_under_way = max_under_way
+        self._places = trio.Semaphore(max_under_way)
         self._progress = progress
-        self._num_under_way = 0
         self._results: dict[int, T] = {}
-        self._ended, self._wait_for_end = trio.open_memory_channel[None](math.inf)
 
     async def run(self, requests: Sequence[Request]) -> list[T]:
         self._progress.stage("Generating", len(requests), "prompts")
@@ -89,7 +82,8 @@ class _Batch(Generic[T]):
 
             async def start_all() -> None:
                 for index, request in enumerate(requests):
-                    stream = await self._open(request)
+                    await self._places.acquire()
+                    stream = await self._open_stream(request)
                     nursery.start_soon(unless_failed, partial(self._finish, index, stream))
 
             await unless_failed(start_all)
@@ -99,23 +93,8 @@ class _Batch(Generic[T]):
         self._progress.done()
         return [self._results[index] for index in range(len(requests))]
 
-    async def _open(self, request: Request) -> RequestStream:
-        """The request's stream, once there is room for it."""
-        while True:
-            if self._num_under_way < self._max_under_way:
-                try:
-                    stream = await self._open_stream(request)
-                except EngineBusy:
-                    if self._num_under_way == 0:
-                        raise
-                else:
-                    self._num_under_way += 1
-                    return stream
-            await self._wait_for_end.receive()
-            self._num_under_way -= 1
-
     async def _finish(self, index: int, stream: RequestStream) -> None:
         async with stream:
             self._results[index] = await self._read(stream)
         self._progress.advance(1)
-        self._ended.send_nowait(None)
+        self._places.release()

@@ -35,6 +35,7 @@ from triode.engine.request import (
 from triode.engine.statistics import EngineStatistics
 from triode.engine.stream import RequestStream
 from triode.engine.submission import Submission
+from triode.errors import EngineBusy
 from triode.ids import RequestId, TokenId
 from triode.models.progress import NullProgress, Progress
 from triode.models.sampling import SamplingParams
@@ -96,6 +97,11 @@ class Engine:
         return self._hub.ended_by
 
     @property
+    def is_full(self) -> bool:
+        """Whether as many requests are unfinished as the engine takes: `submit` would raise EngineBusy now."""
+        return self._hub.is_full
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, which may be used from any thread."""
         return self._hub.parts.tokenizer
@@ -141,6 +147,8 @@ class Engine:
     ) -> list[Result]:
         """Complete many prompts, in order; as many at a time as the engine runs well.
 
+        Where `submit` raises EngineBusy this waits: for a place in the queue, or for the guides of others.
+
         Args:
             prompts: texts, token ids or conversations.
             params: one for all, or one for each prompt.
@@ -156,7 +164,7 @@ class Engine:
         return await self._run_batch(RequestStream.result, requests, progress)
 
     async def embed(self, prompts: Sequence[Prompt], *, pooling: str = "mean") -> list[tuple[float, ...]]:
-        """One vector a prompt, as the model gives them: not scaled to length 1.
+        """One vector a prompt, as the model gives them: not scaled to length 1. Waits where `generate` does.
 
         Args:
             prompts: texts, token ids or conversations.
@@ -213,9 +221,17 @@ class Engine:
         limits = self._hub.parts.config.scheduler
         # Twice as many as run, so that a free slot never waits for the next prompt to be tokenized.
         max_under_way = min(2 * limits.max_running, limits.max_queued)
-        return await run_batch(
-            lambda request: self._open(request, None), read, requests, max_under_way, progress or NullProgress()
-        )
+        return await run_batch(self._open_when_possible, read, requests, max_under_way, progress or NullProgress())
+
+    async def _open_when_possible(self, request: Request) -> RequestStream:
+        while True:
+            num_released = self._hub.num_released_guides
+            await self._hub.wait_for_place()
+            try:
+                return await self._open(request, None)
+            except EngineBusy:
+                # There was a place in the queue, so it is the guide that found none.
+                await self._hub.wait_for_guide(num_released)
 
     async def _open(self, request: Request, request_id: str | None) -> RequestStream:
         name = self._hub.new_request_id() if request_id is None else check_request_id(request_id)

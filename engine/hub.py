@@ -66,8 +66,12 @@ class Hub:
         self._to_executor: Inbox[ExecutorInbox | BaseException] = Inbox()
         self._to_detokenizer: Inbox[DetokenizerInbox] = Inbox()
         self._answers: dict[RequestId, Callable[[int | Exception], None]] = {}
+        self.num_released_guides = 0
+        """How often the guide of an ended request was let go of."""
+        self._waiting_for_guide = trio.lowlevel.ParkingLot()
         self._ids = itertools.count()
         self._num_submitted = 0
+        self._max_queued = parts.config.scheduler.max_queued
 
     # What a caller may ask
 
@@ -84,9 +88,8 @@ class Hub:
             ValueError: if an unfinished request has the same id.
         """
         self._check_open()
-        max_queued = self.parts.config.scheduler.max_queued
-        if len(self.mailboxes) >= max_queued:
-            raise EngineBusy(f"unfinished requests must be <= max_queued = {max_queued}; try again later")
+        if self.is_full:
+            raise EngineBusy(f"unfinished requests must be <= max_queued = {self._max_queued}; try again later")
         self.mailboxes.add(mailbox)
         mailbox.arrival = self._num_submitted
         self._num_submitted += 1
@@ -105,6 +108,23 @@ class Hub:
                 pooling=request.pooling,
             )
         )
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many requests as the engine takes are unfinished."""
+        return len(self.mailboxes) >= self._max_queued
+
+    async def wait_for_place(self) -> None:
+        """Return when `submit` finds a place in the queue, or the engine has ended; in the order of calling.
+
+        No checkpoint lies between the look and the return: who submits at once does find it.
+        """
+        await self.mailboxes.wait_for_fewer(self._max_queued)
+
+    async def wait_for_guide(self, num_released: int) -> None:
+        """Return when more guides than `num_released` have been let go of, or the engine has ended."""
+        while self.num_released_guides == num_released and self.ended_by is None:
+            await self._waiting_for_guide.park()
 
     def submit_from_thread(self, mailbox: Mailbox, request: Request) -> None:
         """The same for a mailbox whose reader lives in another thread: errors arrive in the mailbox, too."""
@@ -214,7 +234,7 @@ class Hub:
                 self._to_detokenizer.put,
             ),
             "cache": partial(run_cache, parts.cache, self._to_cache, self._to_scheduler.put, self._answer),
-            "executor": partial(run_executor, parts.executor, self._to_executor),
+            "executor": partial(run_executor, parts.executor, self._to_executor, self._guide_released),
             "detokenizer": partial(
                 run_detokenizer, self._detokenizer, self._to_detokenizer, self._to_scheduler.put, self.mailboxes
             ),
@@ -233,7 +253,7 @@ class Hub:
         if not self._is_closed:
             self._is_closed = True
             self.mailboxes.end_all("the engine was closed")
-            self._refuse_answers(self.fault or EngineClosed("the engine was closed before it answered"))
+            self._refuse_waiting(self.fault or EngineClosed("the engine was closed before it answered"))
             self._scope.cancel()
 
     @trio.lowlevel.enable_ki_protection
@@ -252,7 +272,7 @@ class Hub:
                 self.fault = EngineFault(f"the {name} failed: {type(cause).__name__}: {cause}")
                 self.fault.__cause__ = cause
                 self.mailboxes.fail_all(self.fault)
-                self._refuse_answers(self.fault)
+                self._refuse_waiting(self.fault)
             self._scope.cancel()
 
     async def _close_executor(self) -> None:
@@ -265,7 +285,14 @@ class Hub:
     def _answer(self, pinned: Pinned) -> None:
         self._answers.pop(pinned.request_id)(pinned.num_tokens)
 
-    def _refuse_answers(self, error: Exception) -> None:
+    def _guide_released(self) -> None:
+        self.num_released_guides += 1
+        # All: the next one in order may need more than this one held.
+        self._waiting_for_guide.unpark_all()
+
+    def _refuse_waiting(self, error: Exception) -> None:
+        """Tell those who wait for something else than mail."""
+        self._waiting_for_guide.unpark_all()
         answers, self._answers = self._answers, {}
         for answer in answers.values():
             answer(fresh(error))

@@ -36,8 +36,10 @@ class Executor(Protocol):
         """End the running step and free the runner's memory."""
 
 
-async def run_executor(executor: Executor, inbox: Inbox[ExecutorInbox | BaseException]) -> NoReturn:
-    """Hand on plans for ever.
+async def run_executor(
+    executor: Executor, inbox: Inbox[ExecutorInbox | BaseException], guide_released: Callable[[], None]
+) -> NoReturn:
+    """Hand on plans for ever. `guide_released` hears when there may be room for another guide.
 
     Raises:
         BaseException: what the runner raised; an executor in another thread sends it to this inbox.
@@ -48,5 +50,6 @@ async def run_executor(executor: Executor, inbox: Inbox[ExecutorInbox | BaseExce
                 raise message
             if isinstance(message, ReleaseGuide):
                 executor.release_guide(message.guide)
+                guide_released()
             else:
                 executor.launch(message)

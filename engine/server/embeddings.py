@@ -17,7 +17,7 @@ from triode.engine.server.openai_requests import EmbeddingRequest
 from triode.engine.server.openai_responses import Embedding, EmbeddingList, EmbeddingUsage
 from triode.engine.server.service import Service
 from triode.engine.stream import RequestStream
-from triode.errors import TriodeError
+from triode.errors import EngineBusy, TriodeError
 
 _DECODER = msgspec.json.Decoder(EmbeddingRequest)
 
@@ -48,6 +48,9 @@ class Embeddings(Attended):
         try:
             # Encoded here, because the engine's answer does not say how many tokens there were.
             prompts = [await engine.encode(prompt) for prompt in self._prompts]
+            if engine.is_full:
+                # `embed` would wait. A server says that it has too much to do.
+                raise EngineBusy("unfinished requests must be fewer; try again later")
             vectors = await engine.embed(prompts, pooling=asked.pooling or "mean")
         except ValueError as error:
             raise _of_input(wrong_value(error)) from None

@@ -209,5 +209,5 @@ async def test_the_actor_hands_on_plans_and_raises_faults() -> None:
         inbox.put(plan(number))
     inbox.put(ZeroDivisionError("from another thread"))
     with pytest.raises(ZeroDivisionError, match="from another thread"):
-        await run_executor(executor, inbox)
+        await run_executor(executor, inbox, lambda: None)
     assert heard.steps == [0, 1, 2]

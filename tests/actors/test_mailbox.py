@@ -197,6 +197,43 @@ def test_a_refusal_wakes_its_reader_at_once() -> None:
     assert (waker.notified, waker.num_flushes) == (["a"], 1)
 
 
+async def test_each_closing_makes_room_for_one_who_waits_in_order() -> None:
+    registry, entered = MailboxRegistry(), list[str]()
+    given_up = trio.CancelScope()
+
+    async def enter(name: str, scope: trio.CancelScope) -> None:
+        with scope:
+            await registry.wait_for_fewer(2)
+            entered.append(name)
+            opened(registry, name, CountingWaker())
+
+    async with trio.open_nursery() as nursery:
+        for name in ("a", "b", "c", "given up", "d"):
+            nursery.start_soon(enter, name, given_up if name == "given up" else trio.CancelScope())
+            await trio.testing.wait_all_tasks_blocked()
+        given_up.cancel()
+        assert entered == ["a", "b"]
+        for name, follower in (("b", "c"), ("a", "d")):
+            registry.deliver(delta(name, ends=True))
+            await trio.testing.wait_all_tasks_blocked()
+            assert entered[-1] == follower
+    assert len(registry) == 2
+
+
+@pytest.mark.parametrize("how", ["end_all", "fail_all"])
+async def test_the_engines_end_lets_everybody_in_who_waits(how: str) -> None:
+    registry = MailboxRegistry()
+    opened(registry, "a", CountingWaker())
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(registry.wait_for_fewer, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        if how == "end_all":
+            registry.end_all("the engine was closed")
+        else:
+            registry.fail_all(EngineFault("broken"))
+
+
 async def test_a_trio_reader_sleeps_until_mail_comes() -> None:
     registry, waker = MailboxRegistry(), TrioWaker()
     mailbox = Mailbox(RequestId("a"), 1, waker)

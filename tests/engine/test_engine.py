@@ -448,3 +448,60 @@ async def test_embeddings_of_a_list_are_those_of_each() -> None:
     async with open_tiny(max_running=2) as engine:
         prompts = [[1, 2, 3], [4, 5], [6]]
         assert await engine.embed(prompts) == [(await engine.embed([prompt]))[0] for prompt in prompts]
+
+
+async def test_a_batch_waits_while_others_fill_the_queue() -> None:
+    async with open_gated(max_queued=2) as (engine, gate):
+        others = [await engine.submit(PROMPT, greedy(2)) for _ in range(2)]
+        lengths: list[int] = []
+        vectors: list[tuple[float, ...]] = []
+
+        async def generate() -> None:
+            results = await engine.generate([[1], [2], [3]], greedy(4))
+            lengths.extend(len(ids(result)) for result in results)
+
+        async def embed() -> None:
+            vectors.extend(await engine.embed([[4], [5]]))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate)
+            nursery.start_soon(embed)
+            await trio.testing.wait_all_tasks_blocked()
+            assert engine.is_full
+            assert engine.statistics().num_submitted == 2
+            gate.open()
+        assert (lengths, len(vectors)) == ([4, 4, 4], 2)
+        assert [len(ids(await other.result())) for other in others] == [2, 2]
+        assert not engine.is_full
+
+
+async def test_a_batch_that_waits_for_a_place_takes_none_when_it_is_cancelled() -> None:
+    async with open_gated(max_queued=1) as (engine, gate):
+        other = await engine.submit(PROMPT, greedy(2))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.generate, [PROMPT], greedy(2))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        gate.open()
+        await other.result()
+        assert engine.statistics().num_submitted == 1
+        await complete(engine, PROMPT, greedy(2))
+
+
+async def test_closing_the_engine_ends_the_wait_of_every_batch() -> None:
+    refused: list[str] = []
+
+    async def generate(engine: triode.Engine) -> None:
+        with pytest.raises(triode.EngineClosed) as caught:
+            await engine.generate([PROMPT], greedy(2))
+        refused.append(str(caught.value))
+
+    async with (
+        trio.open_nursery() as nursery,
+        open_gated(max_queued=1) as (engine, _),
+        engine.submit(PROMPT, greedy(2)),
+    ):
+        for _ in range(3):
+            nursery.start_soon(generate, engine)
+        await trio.testing.wait_all_tasks_blocked()
+    assert refused == ["the engine has been closed; open another"] * 3

@@ -281,6 +281,45 @@ def held_bytes(engine: Engine) -> int:
     return guides._held_bytes
 
 
+async def test_a_batch_waits_while_guides_of_others_leave_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_KEPT_BYTES", 400)
+    big = [guided(guide=triode.Regex(letter * 100), max_tokens=200) for letter in "abcd"]
+    async with open_gated() as (engine, gate):
+        others = [await engine.submit(PROMPT, params) for params in big[:2]]
+        texts: list[str] = []
+
+        async def generate() -> None:
+            results = await engine.generate([PROMPT] * 3, [big[2], big[3], big[0]])
+            texts.extend(result.completion.text for result in results)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate)
+            await trio.testing.wait_all_tasks_blocked()
+            assert texts == []
+            gate.open()
+        assert texts == ["c" * 100, "d" * 100, "a" * 100]
+        assert [(await other.result()).completion.text for other in others] == ["a" * 100, "b" * 100]
+        await check_nothing_is_left(engine)
+
+
+async def test_closing_the_engine_ends_the_wait_for_room_for_a_guide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_KEPT_BYTES", 250)
+    is_refused = False
+
+    async def generate(engine: Engine) -> None:
+        nonlocal is_refused
+        with pytest.raises(triode.EngineClosed):
+            await engine.generate([PROMPT], guided(guide=triode.Regex("b" * 100)))
+        is_refused = True
+
+    async with trio.open_nursery() as nursery:
+        guide = triode.Regex("a" * 100)
+        async with open_gated() as (engine, _), engine.submit(PROMPT, guided(guide=guide)):
+            nursery.start_soon(generate, engine)
+            await trio.testing.wait_all_tasks_blocked()
+    assert is_refused
+
+
 async def test_however_a_request_ends_its_guide_is_let_go() -> None:
     async with open_tiny(executor="thread") as engine:
         async with engine.submit(PROMPT, guided(n=3)) as stream:

@@ -96,10 +96,14 @@ def test_a_full_queue_is_answered_with_503_and_when_to_come_again() -> None:
             client_of(create_app(engine)) as client,
             engine.submit("Once", triode.SamplingParams(max_tokens=5000, ignore_eos=True)),
         ):
-            response = await client.post(TEXT, json={"prompt": "Once"})
-        assert response.status_code == 503
-        assert response.headers["retry-after"] == "1"
-        assert response.json()["error"]["code"] == "engine_busy"
+            responses = [
+                await client.post(TEXT, json={"prompt": "Once"}),
+                await client.post("/v1/embeddings", json={"input": "Once"}),
+            ]
+        for response in responses:
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "1"
+            assert response.json()["error"]["code"] == "engine_busy"
 
     asyncio.run(main())
 
