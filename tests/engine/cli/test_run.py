@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,8 +58,11 @@ def test_text_goes_to_stdout_and_stages_and_figures_to_stderr(capsys: pytest.Cap
     assert captured.out.endswith("\n")
     *stages, figures = captured.err.splitlines()
     assert any(stage.startswith("Loading weights ...") for stage in stages)
-    assert figures.startswith("TTFT ")
-    assert "tokens/s; 4 tokens in, 5 out (length); float32 on cpu, kernels: " in figures
+    # Without a rate where the tokens are read together, as on a fast machine or a busy one (`test_reply.py`).
+    speed, usage, rest = figures.split("; ")
+    assert re.fullmatch(r"TTFT \d+ ms(, \d+\.\d tokens/s)?", speed)
+    assert usage == "4 tokens in, 5 out (length)"
+    assert rest.startswith("float32 on cpu, kernels: ")
 
 
 def test_json_is_one_object_with_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
