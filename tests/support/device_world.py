@@ -1,20 +1,15 @@
 """`RunnerWorld` on the GPU at hand, over a random model of any shape."""
 
-from random import Random
-
 import torch
 
 from runner_world import RunnerWorld
 from triode.cache.config import CacheConfig
-from triode.cache.messages import BlockCopy
-from triode.ids import BlockId
 from triode.models.build import build_runner
 from triode.models.config import ModelConfig
 from triode.models.grammar import GuideCompiler
 from triode.models.progress import NullProgress
 from triode.models.random_model import RandomTensors
 from triode.models.runner import Runner
-from triode.models.step import Admission, TableChange
 from triode.models.tensors import load_weights
 
 CUDA = torch.device("cuda")
@@ -43,13 +38,7 @@ class DeviceWorld(RunnerWorld):
             guides=guides,
         )
         self.runner: Runner = built.runner
-        self.free = list(map(BlockId, range(1, built.num_blocks)))
-        Random(seed).shuffle(self.free)
-        self.num_steps = 0
-        self.num_epochs = 0
-        self.admissions: list[Admission] = []
-        self.changes: list[TableChange] = []
-        self.copies: list[BlockCopy] = []
+        self._start(built.num_blocks, seed)
 
     def __enter__(self) -> "DeviceWorld":
         return self

@@ -100,7 +100,11 @@ class RunnerWorld:
         if ahead:
             assert native is not None, "only the compiled step launches ahead"
             self.runner = AheadRunner(native, self.pool, **settings)
-        self.free = list(map(BlockId, range(1, 128)))
+        self._start(128, seed)
+
+    def _start(self, num_blocks: int, seed: int) -> None:
+        """Nothing is running, and the blocks are free in random order."""
+        self.free = list(map(BlockId, range(1, num_blocks)))
         Random(seed).shuffle(self.free)
         self.num_steps = 0
         self.num_epochs = 0
