@@ -5,7 +5,7 @@ import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import pytest
@@ -253,31 +253,37 @@ async def test_opening_can_be_cancelled_at_once() -> None:
 
 
 @asyncio_test
-async def test_opening_can_be_cancelled_while_the_model_loads() -> None:
+async def test_opening_can_be_cancelled_while_the_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow:
         """Loading goes on only when the opening has been cancelled."""
 
         def stage(self, name: str, total: int | None, unit: str) -> None:
             stages.append(name)
             loop.call_soon_threadsafe(task.cancel)
-            is_cancelled.wait(10)
+            is_cancelled.wait(20)
 
         def advance(self, amount: int) -> None: ...
 
         def done(self) -> None: ...
 
+    def stop_and_tell(thread: EngineThread) -> None:
+        stop(thread)
+        tell(thread, num_turns=3)
+
+    def tell(thread: EngineThread, num_turns: int) -> None:
+        # The cancellation takes one turn of the loop to get there, and whoever waits for the loading is woken in the next.
+        thread._post(partial(tell, thread, num_turns - 1) if num_turns else is_cancelled.set)
+
     async def open_and_close() -> None:
-        try:
-            async with open_tiny(progress=Slow()):
-                stages.append("open")
-        finally:
-            is_cancelled.set()
+        async with open_tiny(progress=Slow()):
+            stages.append("open")
 
     stages: list[str] = []
     is_cancelled = threading.Event()
     loop = asyncio.get_running_loop()
+    stop = EngineThread.stop
+    monkeypatch.setattr(EngineThread, "stop", stop_and_tell)
     task = asyncio.create_task(open_and_close())
-    loop.call_later(0.05, is_cancelled.set)
     with pytest.raises(asyncio.CancelledError):
         await task
     assert stages == ["Starting torch"]
@@ -293,7 +299,9 @@ async def test_an_engine_that_cannot_open_says_why() -> None:
 @asyncio_test
 async def test_a_step_crosses_once_however_many_read(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
+    may_run = pausable_steps(monkeypatch)
     async with open_tiny() as engine:
+        may_run.clear()
         streams = [await engine.submit(PROMPT, greedy(30)) for _ in range(8)]
         num_crossings = 0
         cross = loop.call_soon_threadsafe
@@ -305,8 +313,8 @@ async def test_a_step_crosses_once_however_many_read(monkeypatch: pytest.MonkeyP
 
         before = engine.statistics().runner.num_steps
         monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        loop.call_soon(may_run.set)
         await asyncio.gather(*(stream.result() for stream in streams))
-        monkeypatch.undo()
         num_steps = engine.statistics().runner.num_steps - before
         assert 0 < num_crossings <= num_steps + 2
         assert num_crossings < 8 * 30 / 2

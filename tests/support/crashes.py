@@ -48,13 +48,18 @@ class Bomb:
         patch.setattr(owner, name, core)
 
 
-def pausable_steps(patch: pytest.MonkeyPatch) -> threading.Event:
-    """While the returned event is cleared, no step of an engine with an executor thread begins."""
-    may_run, launch = threading.Event(), EagerRunner.launch
+def pausable_steps(patch: pytest.MonkeyPatch, *, pause_after: int | None = None) -> threading.Event:
+    """While the returned event is cleared, no step of an engine with an executor thread begins. It is cleared by itself
+    when `pause_after` steps have begun."""
+    may_run, launch, num_begun = threading.Event(), EagerRunner.launch, 0
     may_run.set()
 
     def launch_later(self: EagerRunner, plan: StepPlan) -> None:
-        may_run.wait(10)
+        nonlocal num_begun
+        may_run.wait(20)
+        num_begun += 1
+        if num_begun == pause_after:
+            may_run.clear()
         launch(self, plan)
 
     patch.setattr(EagerRunner, "launch", launch_later)

@@ -71,7 +71,7 @@ def print_table(rows: list[Row]) -> None:
         table.add_column("reads weights at", justify="right")
     for row in rows:
         cells = (_cell(row, name) for name in Figures.__struct_fields__)
-        own = (*cells, f"{row.of_reading:.0%} of {row.read_gb_s:.1f} GB/s") if has_reading else cells
+        own = (*cells, _reading_cell(row)) if has_reading else cells
         table.add_row(row.test, str(row.batch), str(row.prompt_len), str(row.new_tokens), *own)
     console.print(table)
 
@@ -81,6 +81,11 @@ def _cell(row: Row, name: str) -> str:
     if value is None:
         return ""
     return f"{_number(value)} ({_number(getattr(row.lowest, name))} to {_number(getattr(row.highest, name))})"
+
+
+def _reading_cell(row: Row) -> str:
+    # A row whose requests' tokens came all together has no time per token, and so no part of anything.
+    return "" if row.of_reading is None else f"{row.of_reading:.0%} of {row.read_gb_s:.1f} GB/s"
 
 
 def _number(value: float) -> str:

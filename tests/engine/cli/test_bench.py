@@ -28,11 +28,13 @@ def bench(path: Path, test: str, *sizes: str) -> list[dict[str, Any]]:
 def test_latency_has_a_row_for_each_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = bench(tmp_path / "rows", "latency", "--batches", "1,3", "--prompt-tokens", "20", "--new-tokens", "6")
     assert [(row["batch"], row["prompt_len"], row["new_tokens"]) for row in rows] == [(1, 20, 6), (3, 20, 6)]
-    assert all(row["tpot_ms"] > 0 and row["out_tok_s"] > 0 for row in rows)
+    # No time per token where no token came between others, as a busy machine may have it.
+    assert all(row["tpot_ms"] is None or row["tpot_ms"] > 0 for row in rows)
+    assert all(row["out_tok_s"] > 0 for row in rows)
     captured = capsys.readouterr()
     assert "median of 2 runs" in captured.out
     assert all((row["read_gb_s"] is None) == (row["of_reading"] is None) for row in rows)
-    assert ("reads weights at" in captured.out) == (rows[0]["of_reading"] is not None)
+    assert ("reads weights at" in captured.out) == any(row["of_reading"] for row in rows)
     assert "latency, batch 3 ..." in captured.err
 
 

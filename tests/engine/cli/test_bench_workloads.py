@@ -90,6 +90,12 @@ def test_requests_that_never_generate_together_have_no_time_per_token() -> None:
     assert figures(traces, num_prompt_tokens=2, wall_s=3.0).tpot_ms is None
 
 
+def test_requests_whose_tokens_come_all_together_have_no_time_per_token() -> None:
+    traces = [Trace(0.0, [Arrival(1.0, 6)]), Trace(0.0, [Arrival(1.0, 6)])]
+    found = figures(traces, num_prompt_tokens=2, wall_s=3.0)
+    assert (found.tpot_ms, found.out_tok_s) == (None, 4)
+
+
 def test_a_row_is_the_median_with_the_lowest_and_highest_of_its_runs() -> None:
     row = make_row(Figures(3.0, None, 1.0, 9.0), Figures(1.0, None, 5.0, 7.0), Figures(2.0, None, 3.0, 8.0))
     assert (row.tpot_ms, row.ttft_ms, row.out_tok_s, row.total_tok_s) == (2.0, None, 3.0, 8.0)
@@ -111,3 +117,13 @@ def test_the_table_shows_each_figure_with_its_range(capsys: pytest.CaptureFixtur
     assert "1.27 (1.23 to 1.30)" in text
     assert "1000 (1000 to 1000)" in text
     assert "random:tiny, float32, cpu; kernels: reference" in text
+
+
+def test_only_a_row_with_a_time_per_token_says_what_part_of_reading_it_reaches(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    without = make_row(Figures(None, 2.0, 3.0, 4.0))
+    print_table([without, msgspec.structs.replace(without, read_gb_s=20.0, of_reading=0.25)])
+    assert capsys.readouterr().out.count(" of 20.0 GB/s") == 1
+    print_table([without])
+    assert "reads weights at" not in capsys.readouterr().out
