@@ -3,7 +3,8 @@
 This file imports no torch, so that actors and statistics can name a runner without starting one.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -54,3 +55,12 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Give back weights and cache. Idempotent; no launch may follow."""
+
+
+@runtime_checkable
+class HandsOver(Protocol):
+    """A runner whose `launch` waits for the step before, if the new one depends on what that found, and then has work of
+    its own to do."""
+
+    hand_over: Callable[[], None]
+    """Called by `launch` in between: that step's result is there, and need not wait for the work."""

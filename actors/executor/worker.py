@@ -52,7 +52,7 @@ from triode.kernels.openmp import bound_spinning
 from triode.models.guide import Guide
 from triode.models.parallel import Follower
 from triode.models.progress import NullProgress, Progress
-from triode.models.runner import Runner
+from triode.models.runner import HandsOver, Runner
 from triode.models.step import StepPlan
 
 Opener = Callable[[Open, Progress], tuple[Runner | Follower, Built]]
@@ -134,12 +134,18 @@ class RemoteProgress:
 def run_steps(connection: Connection, runner: Runner) -> None:
     """Compute plans until told to close. A result that is there goes out before anything else is begun."""
     num_in_flight = 0
-    compiling = ThreadPoolExecutor(MAX_COMPILING, thread_name_prefix="triode-guides")
-    while True:
-        if num_in_flight and runner.is_ready():
+
+    def hand_over() -> None:
+        nonlocal num_in_flight
+        while num_in_flight and runner.is_ready():
             connection.send(Stepped(runner.collect(), runner.statistics()))
             num_in_flight -= 1
-            continue
+
+    if isinstance(runner, HandsOver):
+        runner.hand_over = hand_over
+    compiling = ThreadPoolExecutor(MAX_COMPILING, thread_name_prefix="triode-guides")
+    while True:
+        hand_over()
         match connection.receive(POLL_S if num_in_flight else None):
             case StepPlan() as plan:
                 runner.launch(plan)

@@ -7,9 +7,9 @@ some 1,000 tokens, one by one beyond.
 
 Where the host waits. `launch` does so in two cases only. Rows whose logits depend on their tokens so far (guides,
 penalties, bad_words, no_repeat_ngram_size, min_tokens) have their masks and passes computed from the host's copy of the
-history: it waits for the tokens of the step before, while the forward of this one runs. And rows that want prompt
-logprobs or embeddings read their step's hidden states. Everything else is read in `collect`, which waits for its own
-step alone.
+history: it waits for the tokens of the step before, while the forward of this one runs, and lets that step's result go
+before it makes the masks. And rows that want prompt logprobs or embeddings read their step's hidden states. Everything
+else is read in `collect`, which waits for its own step alone.
 
 `launch` belongs to one thread and `collect` to one thread; they may differ.
 
@@ -72,6 +72,7 @@ class CudaRunner:
         self._histories = Histories(self._host)
         self._launched = RunnerStatistics()
         self._collected = RunnerStatistics()
+        self.hand_over: Callable[[], None] = _nobody_waits
 
     def check_guide(self, guide: Guide) -> None:
         """Compile a guide, and keep it."""
@@ -200,6 +201,8 @@ class CudaRunner:
             scores = rows.score(logits_QV, self._gpu)
             if rows.remembers:
                 self._histories.learn()
+                # The next plan follows from the result that is there now, and is made while this step's masks are.
+                self.hand_over()
             if rows.guided is not None:
                 known = self._known(plan, sampled, rows)
                 self._guide(rows.guided, known, logits_QV)
@@ -253,3 +256,7 @@ class CudaRunner:
             num_query_tokens=before.num_query_tokens + sum(plan.num_query_tokens),
             prepare_s=before.prepare_s + prepare_s,
         )
+
+
+def _nobody_waits() -> None:
+    """Another thread collects, or the caller does when `launch` returns."""

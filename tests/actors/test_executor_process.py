@@ -299,6 +299,18 @@ async def test_a_worker_that_is_killed_is_a_fault_within_a_second(tmp_path: Path
     assert f"the worker process {executor.pids[0]} was killed by SIGKILL" in str(error)
 
 
+async def test_a_result_goes_out_while_the_next_step_is_still_being_launched(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    async with started("open_waiting", str(pipe)) as (executor, inboxes):
+        executor.launch(plan(0, 3))
+        executor.launch(plan(1, 4))
+        with trio.fail_after(20):
+            assert await inboxes.token() == 3
+        await trio.to_thread.run_sync(pipe.write_text, "")
+        assert await inboxes.token() == 4
+
+
 async def test_closing_lets_the_running_step_end_and_the_runner_close(caplog: pytest.LogCaptureFixture) -> None:
     async with started("open_echo") as (executor, inboxes):
         executor.launch(plan(0, 8))

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from triode import errors
@@ -132,6 +133,26 @@ class LateRunner(EchoRunner):
         return self.num_asked % 3 == 0
 
 
+class WaitingRunner(EchoRunner):
+    """Ends a step while the next one is launched, which then goes on when somebody has written to a pipe."""
+
+    def __init__(self, pipe: Path) -> None:
+        super().__init__()
+        self.pipe = pipe
+        self.hand_over: Callable[[], object] = dict
+        self.num_launched = 0
+
+    def is_ready(self) -> bool:
+        return len(self.results) > 0 and self.num_launched > 1
+
+    def launch(self, plan: StepPlan) -> None:
+        self.num_launched += 1
+        if self.results:
+            self.hand_over()
+            self.pipe.read_text()
+        super().launch(plan)
+
+
 class FailingRunner(EchoRunner):
     """Fails at step 1."""
 
@@ -179,6 +200,11 @@ def open_pairing(order: Open, progress: Progress) -> tuple[PairingRunner, Built]
 
 def open_late(order: Open, progress: Progress) -> tuple[LateRunner, Built]:
     return LateRunner(), BUILT
+
+
+def open_waiting(order: Open, progress: Progress) -> tuple[WaitingRunner, Built]:
+    """The model is the pipe."""
+    return WaitingRunner(Path(order.options.model)), BUILT
 
 
 def open_failing(order: Open, progress: Progress) -> tuple[FailingRunner, Built]:

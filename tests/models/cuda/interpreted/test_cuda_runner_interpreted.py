@@ -1,6 +1,7 @@
 """The GPU's runner on Triton's interpreter says what the CPU's runner says."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from runner_world import BLOCK_SIZE_TOKENS, RunnerWorld, Running, tiny_config
 from triode.cache.messages import BlockCopy
 from triode.models.cuda.arena import Arena, ArenaLayout, Changes
 from triode.models.cuda.rehearsal import Rehearsal
+from triode.models.guided import GuidedRows
 from triode.models.sampling import SamplingParams
-from triode.models.step import Output, Pooling, TableChange
+from triode.models.step import Output, Pooling, StepResult, TableChange
 
 GREEDY = SamplingParams(temperature=0)
 DRAWN = SamplingParams(temperature=0.9, top_k=40, top_p=0.95)
@@ -133,6 +135,27 @@ def test_steps_may_be_launched_before_the_tokens_of_the_last_are_read() -> None:
     check.prefill(again)
     check.decode(again, num_tokens=3)
     assert ahead == again.output
+
+
+def test_a_result_may_go_before_the_masks_that_follow_from_it_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = CudaWorld(guides=tiny_guides())
+    running = world.admit(0, prompt(3), SamplingParams(guide=DIGITS, max_tokens=20), seed=2)
+    happened: list[str | StepResult] = []
+    fill = GuidedRows.fill
+
+    def told(*arguments: Any) -> None:
+        happened.append("masks")
+        fill(*arguments)
+
+    monkeypatch.setattr(GuidedRows, "fill", told)
+    world.runner.launch(world.plan((running, 3, Output.SAMPLE)))
+    world.runner.hand_over = lambda: happened.append(world.runner.collect())
+    running.num_computed = 3
+    world.runner.launch(world.plan((running, 1, Output.SAMPLE)))
+    first, result, second = happened
+    assert (first, second) == ("masks", "masks")
+    assert isinstance(result, StepResult)
+    assert result.token_ids
 
 
 def play_guided(world: RunnerWorld) -> list[Running]:
