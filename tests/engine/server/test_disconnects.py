@@ -10,7 +10,7 @@ import pytest
 from servers import ENDLESS, SERVERS, WIDE, Running, running
 
 CANCEL_S = 0.1
-NUM_TRIES = 5
+NUM_TRIES = 20
 
 
 @pytest.fixture(scope="module", params=SERVERS)

@@ -3,13 +3,15 @@
 import httpx
 import pytest
 
+from crashes import pausable_steps
 from servers import ENDLESS, SERVERS, WIDE, running
 
 TEXT = "/v1/completions"
 
 
-def test_a_drain_lets_replies_finish_and_begins_no_more() -> None:
+def test_a_drain_lets_replies_finish_and_begins_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hypercorn closes the other client's connection instead of answering that it drains."""
+    may_run = pausable_steps(monkeypatch, pause_after=10)
     with running() as server, server.client() as client, server.client() as other:
         assert other.get("/ready").status_code == 200
         with client.stream("POST", TEXT, json={**ENDLESS, "max_tokens": 400}) as stream:
@@ -24,6 +26,7 @@ def test_a_drain_lets_replies_finish_and_begins_no_more() -> None:
             assert other.get("/health").status_code == 200
             with pytest.raises(httpx.ConnectError):
                 httpx.get(f"{server.url}/health")
+            may_run.set()
             text += "".join(parts)
         assert '"finish_reason":"length"' in text
         assert text.endswith("data: [DONE]\n\n")

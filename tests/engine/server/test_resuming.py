@@ -10,6 +10,7 @@ from websockets.sync.client import ClientConnection
 
 from bridge_sockets import CODECS, Socket, open_socket, text_of
 from servers import SERVERS, Running, running
+from triode.engine.server import session
 
 PARAMS = {"max_tokens": 200, "ignore_eos": True, "seed": 5}
 KEPT = {"window": 4, "resume_grace_s": 30}
@@ -19,6 +20,14 @@ KEPT = {"window": 4, "resume_grace_s": 30}
 def server(request: pytest.FixtureRequest) -> Iterator[Running]:
     with running(server=request.param, api_keys=("secret", "other")) as server:
         yield server
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frames_are_small() -> Iterator[None]:
+    """However many tokens come together, a request has some 25 frames."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "MAX_TOKENS_IN_FRAME", 8)
+        yield
 
 
 def socket_of(connection: ClientConnection) -> Socket:
