@@ -19,12 +19,15 @@ LLAMA3 = "{%- if tools %}[tools]{{ tools | tojson }} Call after <|python_tag|>.{
 THINKING = TURNS + ASKS + "{%- if add_generation_prompt and enable_thinking is not false %}<think>\n{% endif %}"
 """The prompt opens the reasoning. HERMES' reply may, if the server is told to look."""
 
-SETTINGS: dict[str, Any] = {"kv_cache_bytes": 2**22, "max_step_tokens": 256}
+SETTINGS: dict[str, Any] = {"kv_cache_bytes": 2**25, "max_step_tokens": 256}
+
+LONG_TOKENS = 15_000
+"""Of a reply that no test waits for."""
 
 
 def write_model(folder: Path, template: str) -> str:
-    """A model of bytes with a context of 2,048."""
-    changes: dict[str, Any] = {"tokenizer.chat_template": template, "llama.context_length": 2048}
+    """A model of bytes with a context of 16,384."""
+    changes: dict[str, Any] = {"tokenizer.chat_template": template, "llama.context_length": 16_384}
     return str(write_tiny_gguf(folder / "model.gguf", "llama", **changes))
 
 

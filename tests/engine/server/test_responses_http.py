@@ -10,7 +10,7 @@ import openai
 import pytest
 import trio
 
-from scripted_models import HERMES, SETTINGS, call_of, saying, write_model
+from scripted_models import HERMES, LONG_TOKENS, SETTINGS, call_of, saying, write_model
 from servers import Running, running
 
 TOOL: Any = {
@@ -26,7 +26,7 @@ TOOL: Any = {
     },
 }
 WRONG = {"type": "json_schema", "name": "x", "schema": {"type": "whatever"}}
-LONG: dict[str, Any] = {"max_output_tokens": 1500, "extra_body": {"ignore_eos": True}}
+LONG: dict[str, Any] = {"max_output_tokens": LONG_TOKENS, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")

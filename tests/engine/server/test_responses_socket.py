@@ -12,10 +12,10 @@ from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import ClientConnection, connect
 
 import triode.engine.server.responses.socket
-from scripted_models import HERMES, SETTINGS, saying, write_model
+from scripted_models import HERMES, LONG_TOKENS, SETTINGS, saying, write_model
 from servers import SERVERS, Running, running
 
-LONG: dict[str, Any] = {"max_output_tokens": 1500, "ignore_eos": True}
+LONG: dict[str, Any] = {"max_output_tokens": LONG_TOKENS, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module", params=SERVERS)
