@@ -9,22 +9,26 @@ text, because memory follows it: those of unfinished requests in any case, so th
 and of the others the last used.
 
 All copies of a prototype share one lexer, and a lock with it: their masks are made one after the other. So a guide that many
-requests have at a time gets a prototype for each thread that makes masks, and they are copied in turns.
+sequences have at a time gets more prototypes, which are made in a thread of their own, and each sequence a copy of the one that
+the fewest have.
 
-The states of a lexer are made as outputs need them; where it has made as many as it may, or one copy's fuel ran out within
-it, it is of no more use to any of them. They then begin again with copies of another prototype, and once more with a
-lexer of their own each, so that a request fails by its own tokens only. That is done within a step, which has a budget for
-it; whoever is beyond that fails, too. So a prototype is given to few sequences (`MAX_SHARERS`) in the first place.
+The states of a lexer are made as outputs need them, and stay for the outputs that follow. Where it has made as many as it may,
+or one copy's fuel ran out within it, it is of no more use to any of them. They then begin again with copies of another prototype,
+and once more with a lexer of their own each, so that a request fails by its own tokens only. That is done within a step, which
+has a budget for it; whoever is beyond that fails, too. So few sequences have a prototype at a time (`MAX_SHARERS`), and none is
+given to new ones for ever (`MAX_GIVEN`): what a well-meant guide makes of a lexer is a few hundred states of 20,000.
 """
 
 import json
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from llguidance import LLMatcher, LLTokenizer
 
@@ -45,7 +49,19 @@ MAX_UNHELD = 64
 """Guides that stay compiled although no request has them: what their lexers have grown to stays with them."""
 
 MAX_SHARERS = 16
-"""Sequences that a prototype is given to. Making another takes a millisecond, in the thread that checks guides."""
+"""Sequences that have a prototype at a time. Making another takes a millisecond, in the thread that checks guides."""
+
+FEW_SHARERS = 4
+"""Where more of them come to one prototype, the guide gets another in the background."""
+
+MAX_GIVEN = 256
+"""Sequences that a prototype is given to, one time or another."""
+
+MAX_LEXERS = 2 * MASK_THREADS if MASK_THREADS > 1 else 1
+"""Prototypes of a guide. With as many as threads, those that end first would wait for the locks of the others."""
+
+MAX_SPARE = 64
+"""Prototypes that are kept beside the first of each guide, all guides together: a grown one takes up to 40 MB."""
 
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between tokens of JSON; without a bound, a model at a loss for words would fill its output with it."""
@@ -54,13 +70,15 @@ _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 @dataclass(slots=True, eq=False)
 class _Prototype:
     matcher: LLMatcher
-    num_sharers: int = 0
+    num_given: int = 0
+    sharers: "WeakSet[Matcher]" = field(default_factory=WeakSet)
+    """The sequences that have it now."""
     number: int = field(default_factory=count().__next__)
 
     @property
     def is_worn(self) -> bool:
-        """Whether enough sequences have it, or its lexer has given up."""
-        if self.num_sharers >= MAX_SHARERS:
+        """Whether enough sequences have it, or have had it, or its lexer has given up."""
+        if len(self.sharers) >= MAX_SHARERS or self.num_given >= MAX_GIVEN:
             return True
         copy = self.matcher.deep_copy()
         copy.compute_bitmask()
@@ -69,32 +87,40 @@ class _Prototype:
 
 @dataclass(slots=True)
 class _Compiled:
-    prototypes: deque[_Prototype]
-    """The next one to be copied first; never empty."""
+    prototypes: list[_Prototype]
+    """Never empty."""
     num_bytes: int
     """Of the grammar's text."""
     num_holders: int = 0
     """Unfinished requests that have the guide."""
+    is_growing: bool = False
+    """Whether another prototype is being made."""
 
-    def add(self, fresh: _Prototype, worn: _Prototype | None) -> None:
-        """Another one, which comes next. The worn one is given to nobody any more."""
-        if worn is not None and worn in self.prototypes:
-            self.prototypes.remove(worn)
-        self.prototypes.appendleft(fresh)
-        while len(self.prototypes) > MASK_THREADS:
-            self.prototypes.pop()
+    @property
+    def next_one(self) -> _Prototype:
+        """The one that the fewest have is copied first."""
+        return min(self.prototypes, key=_num_sharers)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether sequences would wait for each other less if there were another."""
+        num_prototypes = len(self.prototypes)
+        return num_prototypes < MAX_LEXERS and sum(map(_num_sharers, self.prototypes)) > FEW_SHARERS * num_prototypes
+
+    def add(self, fresh: _Prototype, worn: _Prototype | None = None) -> None:
+        """Another one. The worn one is given to nobody any more."""
+        self.prototypes.append(fresh)
+        if worn is not None or len(self.prototypes) > MAX_LEXERS:
+            self.drop(worn or self.prototypes[0])
 
     def drop(self, spent: _Prototype) -> None:
         """Give it to nobody any more, if there is another."""
         if len(self.prototypes) > 1 and spent in self.prototypes:
             self.prototypes.remove(spent)
 
-    def take(self) -> _Prototype:
-        """One to copy, each in its turn."""
-        prototype = self.prototypes[0]
-        prototype.num_sharers += 1
-        self.prototypes.rotate(-1)
-        return prototype
+
+def _num_sharers(prototype: _Prototype) -> int:
+    return len(prototype.sharers)
 
 
 class GuideCompiler:
@@ -129,14 +155,13 @@ class GuideCompiler:
             EngineBusy: if those of other requests leave no room for it.
         """
         compiled = self._find(guide)
-        worn = next_one if (next_one := compiled.prototypes[0]).is_worn else None
-        fresh = None
-        if worn or len(compiled.prototypes) < min(MASK_THREADS, compiled.num_holders + 1):
-            fresh = _compile(guide, self._vocabulary)
+        with self._lock:
+            next_one = compiled.next_one
+        fresh = _compile(guide, self._vocabulary) if next_one.is_worn else None
         with self._lock:
             compiled = self._keep(guide, compiled)
             if fresh is not None:
-                compiled.add(fresh, worn)
+                compiled.add(fresh, next_one)
             if compiled.num_holders == 0:
                 if self._held_bytes + compiled.num_bytes > MAX_KEPT_BYTES:
                     raise EngineBusy(
@@ -159,12 +184,18 @@ class GuideCompiler:
         """A matcher for a sequence that has generated `token_ids` so far. At once, if the guide was checked."""
         compiled = self._find(guide)
         with self._lock:
-            prototype = compiled.take()
+            prototype = compiled.next_one
         renewals = (
             lambda: self._copy_of_another(guide, prototype),
             lambda: _compile(guide, self._vocabulary).matcher,
         )
         matcher = Matcher(prototype.matcher.deep_copy(), self.masks, prototype.number, renewals)
+        with self._lock:
+            prototype.num_given += 1
+            prototype.sharers.add(matcher)
+            if compiled.is_crowded and not compiled.is_growing:
+                compiled.is_growing = True
+                self._growing.submit(self._grow, guide, compiled)
         for token_id in token_ids:
             matcher.append(token_id)
         return matcher
@@ -174,7 +205,7 @@ class GuideCompiler:
         compiled = self._find(guide)
         with self._lock:
             compiled.drop(spent)
-            next_one = compiled.prototypes[0]
+            next_one = compiled.next_one
         if next_one is spent or next_one.is_worn:
             fresh = _compile(guide, self._vocabulary)
             with self._lock:
@@ -182,13 +213,23 @@ class GuideCompiler:
             next_one = fresh
         return next_one.matcher.deep_copy()
 
+    def _grow(self, guide: Guide, compiled: _Compiled) -> None:
+        """As many prototypes as those who have the guide now would use; the next ones get them."""
+        is_crowded = True
+        while is_crowded:
+            fresh = _compile(guide, self._vocabulary)
+            with self._lock:
+                compiled.add(fresh)
+                self._evict_spares()
+                is_crowded = compiled.is_growing = compiled.is_crowded
+
     def _find(self, guide: Guide) -> _Compiled:
         with self._lock:
             if (compiled := self._compiled.get(guide)) is not None:
                 self._compiled.move_to_end(guide)
                 return compiled
             vocabulary = self._vocabulary
-        compiled = _Compiled(deque([_compile(guide, vocabulary)]), len(_grammar(guide).encode()))
+        compiled = _Compiled([_compile(guide, vocabulary)], len(_grammar(guide).encode()))
         with self._lock:
             return self._keep(guide, compiled)
 
@@ -207,10 +248,24 @@ class GuideCompiler:
                 return
             self._kept_bytes -= self._compiled.pop(guide).num_bytes
 
+    def _evict_spares(self) -> None:
+        num_spare = sum(len(compiled.prototypes) - 1 for compiled in self._compiled.values())
+        for compiled in self._compiled.values():
+            while num_spare > MAX_SPARE and len(compiled.prototypes) > 1:
+                compiled.prototypes.pop()
+                num_spare -= 1
+
     def close(self) -> None:
-        """End the threads that make masks. Idempotent; others begin when masks are asked for again."""
+        """End the threads. Idempotent; others begin when they are needed again."""
+        growing: ThreadPoolExecutor | None = self.__dict__.pop("_growing", None)
+        if growing is not None:
+            growing.shutdown(cancel_futures=True)
         if (masks := self.__dict__.get("masks")) is not None:
             masks.close()
+
+    @cached_property
+    def _growing(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="triode-lexers")
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:

@@ -26,8 +26,9 @@ from trained_tokenizers import byte_fallback_bpe, byte_fallback_from_gguf, byte_
 from triode.errors import EngineBusy
 from triode.ids import TokenId
 from triode.models import grammar
-from triode.models.grammar import MAX_SHARERS, GuideCompiler, check_guide
+from triode.models.grammar import FEW_SHARERS, MAX_SHARERS, GuideCompiler, check_guide
 from triode.models.guide import MAX_OPTIONAL, Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
+from triode.models.matcher import Matcher
 from triode.models.tokenizer import Tokenizer
 from triode.models.vocabulary import Vocabulary
 from walks import accepts, allowed, mask_of, walk
@@ -243,7 +244,6 @@ def test_compiled_guides_are_kept_up_to_a_bound(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_guide_stays_compiled_while_a_request_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "MAX_KEPT_BYTES", 1000)
-    monkeypatch.setattr(grammar, "MASK_THREADS", 1)
     guides = fresh_guides()
     compiled: list[Guide] = []
     make = grammar._compile
@@ -293,6 +293,7 @@ def test_a_lexer_that_has_given_up_is_not_given_to_the_next_request() -> None:
 def test_a_lexer_that_has_given_up_fails_only_the_sequence_that_spent_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # However busy the machine is.
     monkeypatch.setattr("triode.models.matcher.MAX_RENEWING_S", 60)
+    monkeypatch.setattr(grammar, "MAX_LEXERS", 1)
     guides = fresh_guides()
     guides.check(SPENDING)
     token_ids = [TokenId(token_id) for token_id in tiny_tokenizer().encode("ab a")]
@@ -332,25 +333,66 @@ def test_beginning_again_has_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "lexer error" in (other.error or "")
 
 
-def test_a_few_sequences_share_a_lexer() -> None:
-    guides, prototypes = fresh_guides(), []
-    for _ in range(2 * MAX_SHARERS):
+def handed_out(guides: GuideCompiler, num_matchers: int) -> tuple[list[grammar._Prototype], list[Matcher]]:
+    """What sequences get whose requests come one after the other, each checked: prototypes, and matchers."""
+    prototypes, matchers = [], []
+    for _ in range(num_matchers):
         guides.check(DIGITS)
-        prototypes.append(guides._compiled[DIGITS].prototypes[0])
-        guides.matcher(DIGITS, [])
+        prototypes.append(guides._compiled[DIGITS].next_one)
+        matchers.append(guides.matcher(DIGITS, []))
         guides.release(DIGITS)
-    assert [prototypes.count(prototype) for prototype in dict.fromkeys(prototypes)] == [MAX_SHARERS, MAX_SHARERS]
+    return prototypes, matchers
 
 
-def test_requests_of_one_time_have_lexers_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MASK_THREADS", 3)
+def turns(prototypes: list[grammar._Prototype]) -> list[int]:
+    """How often each of them was given."""
+    return [prototypes.count(prototype) for prototype in dict.fromkeys(prototypes)]
+
+
+def test_few_sequences_share_a_lexer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_LEXERS", 1)
+    prototypes, matchers = handed_out(fresh_guides(), 2 * MAX_SHARERS)
+    assert turns(prototypes) == [MAX_SHARERS, MAX_SHARERS]
+    assert len(matchers) == 2 * MAX_SHARERS
+
+
+def test_a_lexer_is_kept_for_the_next_sequences_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_LEXERS", 1)
+    monkeypatch.setattr(grammar, "MAX_GIVEN", 40)
     guides = fresh_guides()
-    for number in range(1, 8):
-        guides.check(DIGITS)
-        assert len(guides._compiled[DIGITS].prototypes) == min(number, 3)
-    for _ in range(9):
-        guides.matcher(DIGITS, [])
-    assert [prototype.num_sharers for prototype in guides._compiled[DIGITS].prototypes] == [3, 3, 3]
+    prototypes = [prototype for _ in range(10) for prototype in handed_out(guides, 8)[0]]
+    assert turns(prototypes) == [40, 40]
+
+
+def test_a_guide_that_many_have_gets_a_lexer_for_every_few_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_LEXERS", 3)
+    guides = fresh_guides()
+    matchers: list[Matcher] = []
+    guides.check(DIGITS)
+    for num_matchers, num_sharers in ((FEW_SHARERS, [4]), (12, [5, 4, 3]), (21, [7, 7, 7])):
+        while len(matchers) < num_matchers:
+            matchers.append(guides.matcher(DIGITS, []))
+            grown(guides)
+        prototypes = guides._compiled[DIGITS].prototypes
+        assert [len(prototype.sharers) for prototype in prototypes] == num_sharers
+    assert [matcher.lexer for matcher in matchers].count(prototypes[0].number) == 7
+
+
+def grown(guides: GuideCompiler) -> None:
+    """Wait for prototypes that are being made."""
+    guides._growing.submit(int).result()
+
+
+def test_lexers_that_nobody_needs_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_LEXERS", 4)
+    monkeypatch.setattr(grammar, "MAX_SPARE", 5)
+    guides = fresh_guides()
+    for text in ("oldest", "older", "newest"):
+        guides.check(Regex(text))
+        matchers = [guides.matcher(Regex(text), []) for _ in range(4 * FEW_SHARERS)]
+        grown(guides)
+        assert len(matchers) == sum(len(prototype.sharers) for prototype in guides._compiled[Regex(text)].prototypes)
+    assert [len(compiled.prototypes) for compiled in guides._compiled.values()] == [1, 3, 4]
 
 
 def test_few_guides_stay_compiled_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from triode.cache.messages import BlockCopy
 from triode.models.cuda.arena import Arena, ArenaLayout, Changes
 from triode.models.cuda.rehearsal import Rehearsal
 from triode.models.guided import GuidedRows
+from triode.models.runner import HandsOver
 from triode.models.sampling import SamplingParams
 from triode.models.step import Output, Pooling, StepResult, TableChange
 
@@ -149,6 +150,7 @@ def test_a_result_may_go_before_the_masks_that_follow_from_it_are_made(monkeypat
 
     monkeypatch.setattr(GuidedRows, "fill", told)
     world.runner.launch(world.plan((running, 3, Output.SAMPLE)))
+    assert isinstance(world.runner, HandsOver)
     world.runner.hand_over = lambda: happened.append(world.runner.collect())
     running.num_computed = 3
     world.runner.launch(world.plan((running, 1, Output.SAMPLE)))
