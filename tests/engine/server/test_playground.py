@@ -99,12 +99,12 @@ def test_leaving_the_page_cancels_too(server: Running, page: Page) -> None:
 def test_a_reply_goes_on_after_the_connection_was_lost(server: Running, page: Page) -> None:
     with proxied(server.port) as proxy:
         open_playground(page, proxy.url)
-        ask(page, "Hi", max_tokens=200, seed=7, temperature=30)
+        ask(page, "Hi", max_tokens=500, seed=7, temperature=30)
         page.wait("reply?.tokens > 5")
         proxy.cut()
         page.wait("!reply")
         assert proxy.num_connections >= 3
-        assert last_note(page).startswith("200 tokens · ")
+        assert last_note(page).startswith("500 tokens · ")
         page.go("about:blank")
 
 
