@@ -3,7 +3,7 @@
 A guided batch runs twice: choosing every token, which is what its masks cost, and with the tokens that its guide leaves no
 choice about computed together, as is the rule.
 
-    PYTHONPATH=src python benchmarks/guided.py [--model smollm2-135m] [--batch 1 16 64] [--device cuda] [--rounds 3]
+    PYTHONPATH=src python benchmarks/guided.py [--model smollm2-135m] [--batch 1 16 64] [--device cuda] [--rounds 5]
     PYTHONPATH=src python benchmarks/guided.py --hostile          # what guides cost that are made to cost much, nothing else
 
 The guide is an array of objects of five nested fields that never ends, so that every request runs its full length. Strings
@@ -30,6 +30,7 @@ from triode.ids import TokenId
 from triode.models.grammar import GuideCompiler
 from triode.models.guide import Guide
 from triode.models.progress import NullProgress
+from triode.models.runner import RunnerStatistics
 from triode.models.tokenizer import Tokenizer
 from triode.models.tokenizer_source import open_tokenizer
 
@@ -54,15 +55,30 @@ def endless() -> Guide:
 
 
 class Times(NamedTuple):
-    """Of one batch."""
+    """Of one batch, between the last request's first token and the first request's last one: no step reads a prompt."""
 
     step_ms: float
     token_ms: float
     """Wall time a token of each request: less than a step where guides force tokens."""
+    run_ms: float
+    """The same of the whole run, from submitting to the last token."""
     processor_ms: float
-    """Of all threads, a step: what a busy machine changes least."""
+    """Of all threads of this process, a step: what a busy machine changes least."""
+    forward_ms: float
+    """Decoder and head, a step; on a GPU in its own time."""
+    sample_ms: float
+    """From there to tokens, which on a GPU is where it waits for masks."""
     steps: float
     """A token of each request."""
+
+
+class Moment(NamedTuple):
+    """How far an engine has come."""
+
+    wall_s: float
+    processor_s: float
+    runner: RunnerStatistics
+    num_tokens: int
 
 
 async def time_batch(
@@ -70,20 +86,44 @@ async def time_batch(
 ) -> Times:
     """A batch whose requests take `num_tokens` tokens each."""
     draw = random.Random(salt)
-    prompts = [[draw.randrange(100, 40_000) for _ in range(16)] for _ in range(batch)]
     fields: dict[str, Any] = {"ignore_eos": True} if guide is None else {"guide": guide}
     if not forces:
         # What is biased is chosen, even where the bias is none.
         fields["logit_bias"] = {0: 0.0}
-    params = [triode.SamplingParams(max_tokens=num_tokens, seed=salt * 1000 + row, **fields) for row in range(batch)]
-    num_before, start_s = engine.statistics().runner.num_steps, time.perf_counter()
-    start_processor_s = time.process_time()
-    results = await engine.generate(prompts, params)
-    wall_ms = (time.perf_counter() - start_s) * 1e3
-    processor_ms = (time.process_time() - start_processor_s) * 1e3
-    assert all(result.completion.finish_reason == "length" for result in results), "every request runs its full length"
-    num_steps = engine.statistics().runner.num_steps - num_before
-    return Times(wall_ms / num_steps, wall_ms / num_tokens, processor_ms / num_steps, num_steps / num_tokens)
+    nums_read = [0] * batch
+    moments: list[Moment] = []
+
+    def now() -> Moment:
+        return Moment(time.perf_counter(), time.process_time(), engine.statistics().runner, sum(nums_read))
+
+    async def read(row: int, prompt: list[int]) -> None:
+        params = triode.SamplingParams(max_tokens=num_tokens, seed=salt * 1000 + row, **fields)
+        async with engine.submit(prompt, params) as stream:
+            async for delta in stream:
+                nums_read[row] += len(delta.token_ids)
+                if len(moments) == 1 and all(nums_read):
+                    moments.append(now())
+                assert delta.finish_reason in (None, "length"), "every request runs its full length"
+        if len(moments) == 2:
+            moments.append(now())
+
+    moments.append(now())
+    async with trio.open_nursery() as nursery:
+        for row in range(batch):
+            nursery.start_soon(read, row, [draw.randrange(100, 40_000) for _ in range(16)])
+    run_s = time.perf_counter() - moments[0].wall_s
+    _, begin, end = moments
+    num_steps = end.runner.num_steps - begin.runner.num_steps
+    num_new = (end.num_tokens - begin.num_tokens) / batch
+    return Times(
+        step_ms=(end.wall_s - begin.wall_s) * 1e3 / num_steps,
+        token_ms=(end.wall_s - begin.wall_s) * 1e3 / num_new,
+        run_ms=run_s * 1e3 / num_tokens,
+        processor_ms=(end.processor_s - begin.processor_s) * 1e3 / num_steps,
+        forward_ms=(end.runner.forward_s - begin.runner.forward_s) * 1e3 / num_steps,
+        sample_ms=(end.runner.sample_s - begin.runner.sample_s) * 1e3 / num_steps,
+        steps=num_steps / num_new,
+    )
 
 
 async def compare(engine: Engine, batch: int, num_tokens: int, num_rounds: int) -> None:
@@ -152,25 +192,26 @@ async def gaps_among(engine: Engine, params: triode.SamplingParams, num_others: 
 
 
 def time_masks(guides: GuideCompiler, tokenizer: Tokenizer, batch: int, num_tokens: int) -> None:
-    """Masks of a batch, as one step asks for them, with random tokens in between."""
+    """Masks of a batch, as one step asks for them, with random tokens in between: of the first requests that have a guide,
+    and of others after them, for which the guide has lexers, and these the states that such outputs need."""
     draw = random.Random(batch)
-    for _ in range(batch):
-        guides.check(endless())
-    matchers = [guides.matcher(endless(), []) for _ in range(batch)]
     mask_GW = np.zeros((batch, guides.masks.num_words), np.int32)
-    times_us = []
-    for _ in range(num_tokens):
-        start_s = time.perf_counter()
-        guides.masks.fill(matchers, mask_GW)
-        times_us.append((time.perf_counter() - start_s) * 1e6)
-        for matcher, mask_W in zip(matchers, mask_GW, strict=True):
-            bits = np.unpackbits(mask_W.view(np.uint8), bitorder="little")[: tokenizer.vocab_size].nonzero()[0]
-            matcher.append(TokenId(int(draw.choice(bits))))
-    for _ in range(batch):
-        guides.release(endless())
-    print(
-        f"masks of {batch}: median {median(times_us):.0f} µs, p99 {quantiles(times_us, n=100)[98]:.0f} µs", flush=True
-    )
+    for whose in ("the first", "later"):
+        for _ in range(batch):
+            guides.check(endless())
+        matchers = [guides.matcher(endless(), []) for _ in range(batch)]
+        times_us = []
+        for _ in range(num_tokens):
+            start_s = time.perf_counter()
+            guides.masks.fill(matchers, mask_GW)
+            times_us.append((time.perf_counter() - start_s) * 1e6)
+            for matcher, mask_W in zip(matchers, mask_GW, strict=True):
+                bits = np.unpackbits(mask_W.view(np.uint8), bitorder="little")[: tokenizer.vocab_size].nonzero()[0]
+                matcher.append(TokenId(int(draw.choice(bits))))
+        for _ in range(batch):
+            guides.release(endless())
+        p50, p99 = median(times_us), quantiles(times_us, n=100)[98]
+        print(f"masks of {whose} {batch}: median {p50:.0f} µs, p99 {p99:.0f} µs", flush=True)
 
 
 HOSTILE: dict[str, Guide] = {
@@ -276,8 +317,8 @@ def main() -> None:
     parser.add_argument("--executor", default="thread")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--hostile", action="store_true")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocab-size", type=int, help="of masks made apart from the engine [the tokenizer's]")
     trio.run(run, parser.parse_args())
 
