@@ -90,7 +90,11 @@ class Hub:
         self._check_open()
         if self.is_full:
             raise EngineBusy(f"unfinished requests must be <= max_queued = {self._max_queued}; try again later")
+        is_first = not len(self.mailboxes)
         self.mailboxes.add(mailbox)
+        if is_first:
+            # Nothing runs, and the executor sleeps: let it get ready while the prompt is read and the step is planned.
+            self.parts.executor.wake()
         mailbox.arrival = self._num_submitted
         self._num_submitted += 1
         seed = request.params.seed

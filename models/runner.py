@@ -58,6 +58,14 @@ class Runner(Protocol):
 
 
 @runtime_checkable
+class Wakes(Protocol):
+    """A runner that launches sooner when it has heard of the plan beforehand."""
+
+    def wake(self) -> None:
+        """A plan will follow, or not; nothing is running. Called by the thread that launches."""
+
+
+@runtime_checkable
 class HandsOver(Protocol):
     """A runner whose `launch` waits for the step before, if the new one depends on what that found, and then has work of
     its own to do."""

@@ -26,6 +26,9 @@ class Executor(Protocol):
     def release_guide(self, guide: Guide) -> None:
         """A request whose guide was checked has ended."""
 
+    def wake(self) -> None:
+        """A request has come to an engine that had none: a plan may follow. Called by the hub, ahead of all messages."""
+
     def launch(self, plan: StepPlan) -> None:
         """Take a step; its result follows through `results`, in launch order."""
 

@@ -29,6 +29,9 @@ class InlineExecutor:
         """Let go of a guide."""
         self._runner.release_guide(guide)
 
+    def wake(self) -> None:
+        """Nothing can be done beside the loop."""
+
     def launch(self, plan: StepPlan) -> None:
         """Run the step and send its result."""
         self._runner.launch(plan)

@@ -26,6 +26,7 @@ from triode.actors.executor.protocol import (
     StageBegan,
     StageDone,
     Stepped,
+    Wake,
 )
 from triode.actors.executor.rank_orders import rank_orders
 from triode.actors.messages import ReleaseGuide
@@ -56,6 +57,7 @@ class ProcessExecutor:
         self._child, *self._followers = self._children
         self._statistics = RunnerStatistics()
         self._is_closing = False
+        self._wakes = False
         self._guide_numbers = itertools.count()
         self._guides = KeptGuides()
         self._answers: dict[int, Callable[[Refusal | None], None]] = {}
@@ -89,6 +91,7 @@ class ProcessExecutor:
                 nursery.start_soon(wait, child, progress if child is self._child else NullProgress())
         if errors:
             raise errors[0]
+        self._wakes = built[self._child].wakes
         return built[self._child]
 
     def start(self, results: Put[StepResult], fault: Callable[[BaseException], None]) -> None:
@@ -128,6 +131,11 @@ class ProcessExecutor:
         """Have the worker let go of a guide, if nobody has it any more."""
         for _ in range(self._guides.release(guide)):
             self._child.post(ReleaseGuide(guide))
+
+    def wake(self) -> None:
+        """Have the worker get ready while the engine plans."""
+        if self._wakes:
+            self._child.post(Wake())
 
     def launch(self, plan: StepPlan) -> None:
         """Send a step."""

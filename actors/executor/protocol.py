@@ -1,6 +1,7 @@
 """What an engine and its worker process say to each other, and how that becomes bytes.
 
-    engine → worker      Open, then a StepPlan for every step, then Close; a CheckGuide and a ReleaseGuide now and then
+    engine → worker      Open, then a StepPlan for every step, then Close; a CheckGuide, a ReleaseGuide and a Wake now and
+                         then
     worker → engine      stages of progress, Built, then a Stepped for every plan, in order; a GuideChecked for every
                          CheckGuide, in any order; Failed is the last word
 
@@ -54,6 +55,10 @@ class CheckGuide(msgspec.Struct, frozen=True, tag=True):
     guide: Guide
 
 
+class Wake(msgspec.Struct, frozen=True, tag=True):
+    """`Wakes.wake`, for a runner that has it."""
+
+
 class Close(msgspec.Struct, frozen=True, tag=True):
     """Give everything back and leave."""
 
@@ -90,6 +95,8 @@ class Built(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     kernels: str
     step_bytes: int | None = None
     """Bytes of matrices that each step reads; None where that is not known."""
+    wakes: bool = False
+    """Whether the worker has a use for Wake."""
 
 
 class Stepped(msgspec.Struct, frozen=True, tag=True):
@@ -127,7 +134,7 @@ _KINDS: dict[str, type[Exception]] = {
     **{name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)},
 }
 
-FromEngine: TypeAlias = Open | StepPlan | CheckGuide | ReleaseGuide | Close
+FromEngine: TypeAlias = Open | StepPlan | CheckGuide | ReleaseGuide | Wake | Close
 FromWorker: TypeAlias = StageBegan | StageAdvanced | StageDone | Built | Stepped | GuideChecked | Failed
 
 from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)

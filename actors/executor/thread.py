@@ -53,6 +53,9 @@ class ThreadExecutor:
         """Let go of a guide."""
         self._runner.release_guide(guide)
 
+    def wake(self) -> None:
+        """What a thread would do meanwhile, the loop would wait for: both need the interpreter's lock."""
+
     def launch(self, plan: StepPlan) -> None:
         """Queue a step."""
         self._plans.put(plan)

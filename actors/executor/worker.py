@@ -26,6 +26,7 @@ from importlib import import_module
 from typing import NoReturn
 
 import msgspec
+from msgspec.structs import replace
 
 from triode.actors.channels import MAX_COMPILING
 from triode.actors.executor.guides import refusal
@@ -43,6 +44,7 @@ from triode.actors.executor.protocol import (
     StageBegan,
     StageDone,
     Stepped,
+    Wake,
     encode,
     from_engine,
 )
@@ -52,7 +54,7 @@ from triode.kernels.openmp import bound_spinning
 from triode.models.guide import Guide
 from triode.models.parallel import Follower
 from triode.models.progress import NullProgress, Progress
-from triode.models.runner import HandsOver, Runner
+from triode.models.runner import HandsOver, Runner, Wakes
 from triode.models.step import StepPlan
 
 Opener = Callable[[Open, Progress], tuple[Runner | Follower, Built]]
@@ -143,6 +145,7 @@ def run_steps(connection: Connection, runner: Runner) -> None:
 
     if isinstance(runner, HandsOver):
         runner.hand_over = hand_over
+    sleeper = runner if isinstance(runner, Wakes) else None
     compiling = ThreadPoolExecutor(MAX_COMPILING, thread_name_prefix="triode-guides")
     while True:
         hand_over()
@@ -154,6 +157,9 @@ def run_steps(connection: Connection, runner: Runner) -> None:
                 compiling.submit(_answer, connection, runner, number, guide)
             case ReleaseGuide(guide):
                 runner.release_guide(guide)
+            case Wake():
+                if sleeper is not None and not num_in_flight:
+                    sleeper.wake()
             case Close():
                 return
 
@@ -200,7 +206,7 @@ def _serve(connection: Connection, opener: str, place: Place | None) -> bool:
         # for a tenth of a second.
         gc.collect()
         gc.freeze()
-        connection.send(built)
+        connection.send(replace(built, wakes=isinstance(runner, Wakes)))
         if isinstance(runner, Follower):
             follow(connection, runner)
             return True

@@ -36,6 +36,7 @@ from triode.models.cuda.histories import Histories
 from triode.models.cuda.programs import bucket_for, prefill_shape
 from triode.models.cuda.sampling import SampledSet
 from triode.models.cuda.steps import DeviceSteps
+from triode.models.cuda.waking import Waking
 from triode.models.grammar import GuideCompiler, check_guide, release_guide
 from triode.models.guide import Guide
 from triode.models.guided import GuidedRows
@@ -65,6 +66,7 @@ class CudaRunner:
         self._changes = Changes(layout)
         with gpu.active():
             self._steps: DeviceSteps | None = DeviceSteps(decoder, pool, Arena(layout, gpu), gpu)
+            self._waking: Waking | None = Waking(block_size, gpu)
         self._embeddings = Embeddings()
         self._set_key: object = None
         self._set: SampledSet | None = None
@@ -81,6 +83,12 @@ class CudaRunner:
     def release_guide(self, guide: Guide) -> None:
         """A request that had the guide has ended."""
         release_guide(self._guides, guide)
+
+    def wake(self) -> None:
+        """Go the way of a launch, without a step."""
+        assert self._waking is not None, "no wake follows close"
+        with self._gpu.active():
+            self._waking.wake()
 
     def launch(self, plan: StepPlan) -> None:
         """Send the step on its way."""
@@ -144,7 +152,7 @@ class CudaRunner:
         self._gpu.wait()
         if self._steps is not None:
             self._steps.close()
-        self._steps = self._set = None
+        self._steps = self._set = self._waking = None
         self._embeddings = Embeddings()
         self._flights.clear()
         self._histories.forget()

@@ -14,6 +14,7 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from executor_inboxes import Inboxes
 from triode import errors
@@ -180,6 +181,30 @@ async def test_a_plan_larger_than_the_sockets_buffer_is_sent_without_waiting() -
         os.kill(executor.pids[0], signal.SIGCONT)
         assert [await inboxes.token() for _ in range(4)] == [sum(prompt) + step_id for step_id in range(4)]
         assert not executor._child._unsent
+
+
+async def test_a_runner_that_can_be_woken_is_so_ahead_of_its_plan() -> None:
+    executor, inboxes = ProcessExecutor("worker_runners:open_waking"), Inboxes()
+    with trio.fail_after(60):
+        assert await executor.open(order(), NullProgress()) == replace(BUILT, wakes=True)
+        executor.start(inboxes.put, inboxes.fault)
+        for step_id in range(3):
+            executor.wake()
+            executor.launch(plan(step_id, step_id))
+            assert await inboxes.token() == step_id
+        assert executor.statistics() == RunnerStatistics(num_steps=3, num_rows=3)
+        await executor.close()
+
+
+async def test_a_runner_that_cannot_be_woken_is_sent_nothing() -> None:
+    async with started("open_echo") as (executor, inboxes):
+        os.kill(executor.pids[0], signal.SIGSTOP)
+        for _ in range(2_000):
+            executor.wake()
+        assert not executor._child._unsent
+        os.kill(executor.pids[0], signal.SIGCONT)
+        executor.launch(plan(0, 5))
+        assert await inboxes.token() == 5
 
 
 async def test_a_plan_is_launched_while_the_step_before_it_runs() -> None:

@@ -221,6 +221,19 @@ async def test_status_follows_a_request_through_its_life() -> None:
             engine.status("other")
 
 
+async def test_the_executor_is_woken_for_a_request_that_comes_to_an_engine_at_rest() -> None:
+    async with open_gated() as (engine, gate):
+        first = await engine.submit(PROMPT, greedy(3))
+        second = await engine.submit(PROMPT, greedy(3))
+        assert gate.num_woken == 1
+        gate.open()
+        await first.result()
+        await second.result()
+        third = await engine.submit(PROMPT, greedy(3))
+        assert gate.num_woken == 2
+        await third.result()
+
+
 async def test_a_waiting_request_is_queued() -> None:
     async with open_gated(max_running=1) as (engine, gate):
         first = await engine.submit(PROMPT, greedy(3))

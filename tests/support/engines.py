@@ -75,6 +75,7 @@ class Gate:
         self.max_in_flight = max_in_flight
         self.plans: list[StepPlan] = []
         """All plans so far."""
+        self.num_woken = 0
         self._executor = executor
         self._held: deque[StepPlan] = deque()
         self._is_open = False
@@ -92,6 +93,9 @@ class Gate:
 
     def release_guide(self, guide: Guide) -> None:
         self._executor.release_guide(guide)
+
+    def wake(self) -> None:
+        self.num_woken += 1
 
     def launch(self, plan: StepPlan) -> None:
         self.plans.append(plan)

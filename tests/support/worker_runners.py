@@ -110,6 +110,21 @@ class EchoRunner:
         sys.stderr.write("closed\n")
 
 
+class WakingRunner(EchoRunner):
+    """Its figures say how often it was woken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_woken = 0
+
+    def wake(self) -> None:
+        assert not self.results, "a runner is woken while nothing runs"
+        self.num_woken += 1
+
+    def statistics(self) -> RunnerStatistics:
+        return RunnerStatistics(num_steps=self.num_steps, num_rows=self.num_woken)
+
+
 class PairingRunner(EchoRunner):
     """Ends a step only when the next one has been launched."""
 
@@ -192,6 +207,10 @@ def open_echo(order: Open, progress: Progress) -> tuple[EchoRunner, Built]:
     progress.advance(2)
     progress.done()
     return EchoRunner(), BUILT
+
+
+def open_waking(order: Open, progress: Progress) -> tuple[WakingRunner, Built]:
+    return WakingRunner(), BUILT
 
 
 def open_pairing(order: Open, progress: Progress) -> tuple[PairingRunner, Built]:
