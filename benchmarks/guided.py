@@ -1,7 +1,7 @@
 """What guides cost: a step with and without them, in one engine, in turns; the masks alone; a new schema's first mask.
 
-A guided batch runs twice: choosing every token, which is what its masks cost, and with the tokens that its guide leaves no
-choice about computed together, as is the rule.
+Guided batches run in two ways: choosing every token, which is what their masks cost, and with the tokens that their guide
+leaves no choice about computed together, as is the rule.
 
     PYTHONPATH=src python benchmarks/guided.py [--model smollm2-135m] [--batch 1 16 64] [--device cuda] [--rounds 5]
     PYTHONPATH=src python benchmarks/guided.py --hostile          # what guides cost that are made to cost much, nothing else
@@ -127,27 +127,29 @@ async def time_batch(
 
 
 async def compare(engine: Engine, batch: int, num_tokens: int, num_rounds: int) -> None:
+    """Each kind of guided batch beside the same one without guides, all of them in turns."""
     salts = count()
     guide = endless()
-    kinds = {
-        "without guides": partial(time_batch, engine, batch, guide=None, forces=False),
-        "guided": partial(time_batch, engine, batch, guide=guide, forces=False),
-        "guided, forced tokens together": partial(time_batch, engine, batch, guide=guide),
-    }
-    for each in kinds.values():
-        await each(num_tokens=num_tokens // 2, salt=next(salts))
-    runs: dict[str, list[Times]] = {name: [] for name in kinds}
-    for _ in range(num_rounds):
-        for name, each in kinds.items():
-            runs[name].append(await each(num_tokens=num_tokens, salt=next(salts)))
-    plain, *guided = runs.items()
-    for field in Times._fields:
-        told = [f"{field} {median(_column(plain[1], field)):.3f}"]
-        for name, times in guided:
-            ratios = [mine / its for mine, its in zip(_column(times, field), _column(plain[1], field), strict=True)]
+    pairs = {"each token chosen": False, "forced tokens together": True}
+    runs: dict[tuple[str, bool], list[Times]] = {(name, guided): [] for name in pairs for guided in (False, True)}
+    for number in range(num_rounds + 1):
+        for (name, guided), times in runs.items():
+            asked = guide if guided else None
+            # The first one warms up.
+            length = num_tokens if number else num_tokens // 2
+            took = await time_batch(engine, batch, length, asked, next(salts), forces=pairs[name])
+            times += [took] if number else []
+    for name in pairs:
+        plain, guided_ones = runs[name, False], runs[name, True]
+        told = []
+        for field in Times._fields:
+            without, with_it = _column(plain, field), _column(guided_ones, field)
+            ratios = [mine / its for mine, its in zip(with_it, without, strict=True)]
             each_ratio = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-            told.append(f"{name} {median(_column(times, field)):.3f}, {median(ratios):.3f} times ({each_ratio})")
-        print(f"batch {batch}: {'; '.join(told)}", flush=True)
+            told.append(
+                f"{field} {median(without):.3f}, {median(with_it):.3f}: {median(ratios):.3f} times ({each_ratio})"
+            )
+        print(f"batch {batch}, {name}, without guides and with them:", *told, sep="\n    ", flush=True)
 
 
 def _column(runs: list[Times], field: str) -> list[float]:

@@ -1,13 +1,15 @@
 """A tokenizer as llguidance wants one: the bytes of every token, and the tokens that spell a text."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from triode.models.tokenizer import Tokenizer
 
 _MARK = "\x02"
+_MAX_SPELLED = 256
+"""Texts whose tokens are kept: what guides leave no choice about is said again and again."""
 
 
 def vocabulary_for(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
@@ -31,9 +33,13 @@ class Vocabulary:
         """The bytes that each token stands for: none where logits are padded, and what has none is never allowed."""
         self.special_token_ids = sorted(tokenizer.special_ids)
         self._encode = tokenizer.encode
+        self._kept = lru_cache(_MAX_SPELLED)(self._spell)
 
     def __call__(self, text: str) -> list[int]:
         """Tokens that spell `text` and nothing else, as the model would have seen them in the middle of a text."""
+        return [*self._kept(text)]
+
+    def _spell(self, text: str) -> list[int]:
         data = text.encode()
         token_ids = self._encode(text, add_special_tokens=False)
         if self._spelled(token_ids) == data:
