@@ -15,7 +15,6 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import count, pairwise
 from statistics import median, quantiles
 from typing import Any, NamedTuple
