@@ -1,7 +1,7 @@
 """The device as the runner uses it: one stream, transfers that nobody waits for, marks, captured work.
 
-Everything that a runner computes is in the order of its one stream. Buffers may therefore be reused by the next step as
-they are, and block copies, table changes and cancelled requests need no other synchronisation.
+Everything that a runner computes is in the order of its one stream; only masks are sent beside it. Buffers may therefore be
+reused by the next step as they are, and block copies, table changes and cancelled requests need no other synchronisation.
 
 Host memory of transfers is pinned once and lent to one step after the other; pinning waits for the device, so what the
 largest steps need is pinned before the first one. Torch's own allocator of pinned memory must
@@ -55,6 +55,10 @@ class Gpu(Protocol):
     def upload(self, array: npt.NDArray[np.int32], out: torch.Tensor | None = None) -> torch.Tensor:
         """A copy on the device, in stream order; into `out` if it is given."""
 
+    def upload_ahead(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
+        """A copy on the device that is made beside what the stream has yet to do; only what follows in the stream may read it.
+        The host has waited for what read the last one."""
+
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in host memory, there once a later mark has been passed, until the step's last mark is released."""
 
@@ -105,6 +109,7 @@ class CudaGpu:
         self.device = device
         self.traits = GpuTraits.of(device)
         self._stream = torch.cuda.Stream(device)
+        self._side = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._idle: defaultdict[int, deque[torch.Tensor]] = defaultdict(deque)
         self._lent: list[torch.Tensor] = []
@@ -128,6 +133,13 @@ class CudaGpu:
         if out is None:
             out = torch.empty(array.shape, dtype=torch.int32, device=self.device)
         return out.copy_(pinned, non_blocking=True)
+
+    def upload_ahead(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
+        """By way of pinned memory and a stream of its own, whose memory nothing else writes to."""
+        with torch.cuda.stream(self._side):
+            copy = self.upload(array)
+        self._stream.wait_stream(self._side)
+        return copy
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         """Into pinned memory."""

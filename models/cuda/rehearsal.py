@@ -122,6 +122,10 @@ class AbsentGpu:
         """Of the same shape."""
         return torch.empty(array.shape, dtype=torch.int32, device=_META) if out is None else out
 
+    def upload_ahead(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
+        """Of the same shape."""
+        return self.upload(array)
+
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         """Of the same shape."""
         return tensor

@@ -242,9 +242,9 @@ class CudaRunner:
         }
 
     def _guide(self, guided: GuidedRows, known: Mapping[int, TokenId], logits_QV: torch.Tensor) -> None:
-        """Masks are made while the forward runs, sent, and applied behind it."""
+        """Masks are made and sent while the forward runs, and applied behind it."""
         guided.fill(known)
-        words = self._gpu.upload(guided.words)
+        words = self._gpu.upload_ahead(guided.words)
         num_guided = len(guided.row_G)
         mask_GW = words[num_guided:].view(guided.mask_GW.shape)
         forbid(logits_QV, mask_GW, words[:num_guided], self._gpu.traits)

@@ -56,6 +56,9 @@ class InterpretedGpu:
         copy = torch.from_numpy(array.astype(np.int32, copy=True))
         return copy if out is None else out.copy_(copy)
 
+    def upload_ahead(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
+        return self.upload(array)
+
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
 
