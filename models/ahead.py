@@ -9,6 +9,7 @@ embeddings), and is then computed as `EagerRunner` does.
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -113,6 +114,7 @@ class AheadRunner(EagerRunner):
         self._unsettled: deque[_Flight] = deque()
         self._launched: deque[_Flight | StepResult] = deque()
         self._run: _Run | None = None
+        self.hand_over: Callable[[], None] = _nobody_waits
 
     def is_ready(self) -> bool:
         """Whether the oldest step is done, after a moment of waiting for it."""
@@ -159,7 +161,9 @@ class AheadRunner(EagerRunner):
                     self._launched.append(self._order(plan, rows, start_s))
                     return
                 self._settle(0)
-            # Nothing is left to settle: whoever collects the step before this one need not wait for it.
+            # Nothing is left to settle: whoever collects the step before this one, in another thread or here, need not
+            # wait for it.
+            self.hand_over()
             self._launched.append(self._compute(plan, rows, start_s))
 
     def _num_columns(self, num_blocks: int) -> int:
@@ -230,3 +234,7 @@ class AheadRunner(EagerRunner):
 def _goes_ahead(rows: RowSet) -> bool:
     is_plain = rows.sampling is None or rows.sampling.takes_likeliest
     return is_plain and not rows.scored and not rows.pooled
+
+
+def _nobody_waits() -> None:
+    """Another thread collects, or the caller does when `launch` returns."""

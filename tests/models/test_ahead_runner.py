@@ -14,6 +14,7 @@ from native_steps import native_library
 from runner_world import RunnerWorld, Running, tiny_config, tiny_weights
 from triode.cache.messages import BlockCopy
 from triode.models.native import NativeDecoder
+from triode.models.runner import HandsOver
 from triode.models.sampler import NOT_FINITE
 from triode.models.sampling import SamplingParams
 from triode.models.step import Output
@@ -108,6 +109,30 @@ def test_a_step_is_collected_while_the_next_one_is_computed(monkeypatch: pytest.
         assert len(world.finish().token_ids) == 1
         is_collected.set()
         begun.result()
+    assert len(world.finish().token_ids) == 1
+
+
+def test_a_result_goes_before_a_step_is_computed_that_had_to_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = RunnerWorld(native=decoder_of(), ahead=True)
+    plain = world.admit(0, prompt(20))
+    drawn = world.admit(1, prompt(9), SamplingParams(temperature=1.0), seed=3)
+    runner, forward = world.runner, NativeDecoder.forward
+    happened: list[str] = []
+
+    def hand_over() -> None:
+        assert runner.is_ready()
+        happened.append(f"handed over {len(world.finish().token_ids)}")
+
+    def told(self: NativeDecoder, *args: Any) -> torch.Tensor:
+        happened.append("computed")
+        return forward(self, *args)
+
+    assert isinstance(runner, HandsOver)
+    runner.hand_over = hand_over
+    monkeypatch.setattr(NativeDecoder, "forward", told)
+    world.begin(*sample(plain))
+    world.begin(*sample(drawn))
+    assert happened == ["handed over 1", "computed"]
     assert len(world.finish().token_ids) == 1
 
 
