@@ -17,7 +17,10 @@ from pathlib import Path
 import torch
 
 from triode.kernels.native.formats import Packing
+from triode.models.parallel import RankOrder
+from triode.models.room import check_room
 
+_CPU = torch.device("cpu")
 _MATRICES = "matrices"
 
 
@@ -40,8 +43,15 @@ class PackedFile:
     path: Path
     key: str
 
-    def read(self) -> PackedArrays | str:
-        """The packed weights, or why they cannot be taken from the file."""
+    def read(self, ranks: RankOrder | None = None) -> PackedArrays | str:
+        """The packed weights, or why they cannot be taken from the file.
+
+        Args:
+            ranks: those that read as much from files of their own at the same time.
+
+        Raises:
+            InsufficientMemory: they are those that are wanted, and do not fit.
+        """
         from safetensors import SafetensorError, safe_open
 
         if not self.path.exists():
@@ -51,6 +61,8 @@ class PackedFile:
                 metadata = file.metadata() or {}
                 if metadata.get("key") != self.key:
                     return f"{self.path} was made of another model, in another format or for another machine"
+                num_bytes = self.path.stat().st_size
+                check_room(f"the packed weights in {self.path}", num_bytes, _CPU, ranks, "quantization")
                 names = sorted(name for name in file.keys() if name != _MATRICES)  # noqa: SIM118
                 matrices, arrays = file.get_tensor(_MATRICES), [file.get_tensor(name) for name in names]
         except (SafetensorError, OSError) as error:

@@ -38,7 +38,7 @@ def load_packed(
         plan: how each matrix is kept.
         progress: told why the file is made anew.
         share: whose it is, and of how many ranks; each has a file of its own, named after the one that was asked for.
-        ranks: what all of them may take together when the file is made anew.
+        ranks: what all of them may take together.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -55,7 +55,7 @@ def load_packed(
     if library is None:
         raise ValueError(f"packed_cache must be None without native kernels, got {str(path)!r}")
     file = PackedFile(path, _key(checkpoint, options, dtype, plan, library, share))
-    found = file.read()
+    found = file.read(ranks)
     if isinstance(found, str):
         progress.stage(f"Packing weights anew: {found}", None, "")
         progress.done()

@@ -11,12 +11,12 @@ from typing import Protocol
 
 import torch
 
-from triode.cache.pool import free_memory_bytes
-from triode.errors import CorruptModel, InsufficientMemory, UnsupportedModel
+from triode.errors import CorruptModel, UnsupportedModel
 from triode.models.config import ModelConfig
 from triode.models.parallel import RankOrder
 from triode.models.progress import Progress
 from triode.models.quantization import NOT_QUANTIZED, WeightPlan
+from triode.models.room import check_room
 from triode.models.stored import EMBEDDINGS, stored_matrices
 from triode.models.weights import EMBEDDING, HEAD, DecoderWeights, allocate, places
 
@@ -76,7 +76,7 @@ def load_weights(
         kept.discard(EMBEDDINGS)
     sizes = places(config, allocate(config, dtype, "meta"))
     num_bytes = sum(view.nbytes for name, view in sizes if name not in kept)
-    _check_memory(dtype, device, num_bytes, ranks)
+    check_room(f"the weights in {dtype}", num_bytes, device, ranks, "dtype")
     weights = replace(allocate(config, dtype, device, unread), stored=stored)
     progress.stage("Loading weights", num_bytes, "B")
     for name, view in places(config, weights):
@@ -115,19 +115,6 @@ def _check_tied_head(reader: TensorReader, weights: DecoderWeights) -> None:
     reader.read_into(_HEAD, head_VD)
     if not torch.equal(head_VD, weights.embed_VD):
         raise UnsupportedModel(f"{reader.label(_HEAD)} differs from the embeddings, to which the config ties it")
-
-
-def _check_memory(dtype: torch.dtype, device: torch.device, needed_bytes: int, ranks: RankOrder | None) -> None:
-    if needed_bytes > (free_bytes := free_memory_bytes(device)):
-        raise InsufficientMemory(
-            f"the weights in {dtype} take {needed_bytes / 1e9:.2f} GB, and {device} has {free_bytes / 1e9:.2f} GB free: "
-            "choose a smaller model or dtype"
-        )
-    if ranks is not None and needed_bytes * ranks.num_ranks > ranks.free_bytes:
-        raise InsufficientMemory(
-            f"the weights in {dtype} take {needed_bytes / 1e9:.2f} GB in each of {ranks.num_ranks} processes, and there "
-            f"were {ranks.free_bytes / 1e9:.2f} GB free for all of them: choose a smaller model or dtype"
-        )
 
 
 def _check_range(reader: TensorReader, name: str, view: torch.Tensor) -> None:

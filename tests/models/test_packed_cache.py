@@ -1,6 +1,7 @@
 """A file of packed weights: the same bits as without it, and never the wrong one."""
 
 import resource
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 from model_files import write_tiny_gguf
 from native_steps import native_library
 from paged_decoding import PagedDecoding, PagedSequence
+from triode.errors import InsufficientMemory
+from triode.models import packed_file, room
 from triode.models.config import ModelOptions
 from triode.models.loader import open_checkpoint
 from triode.models.native import NativeDecoder
 from triode.models.packed_file import PackedFile
 from triode.models.packed_load import load_packed
+from triode.models.parallel import RankOrder
 from triode.models.progress import NullProgress
 from triode.models.quantization import plan_weights
 
@@ -134,6 +138,34 @@ def test_a_file_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
         logits(ModelOptions(model=model, packed_cache=str(tmp_path / "nowhere" / "packed")))
     with pytest.raises(ValueError, match="packed_cache must be None without native kernels"):
         logits(ModelOptions(model=model, kernels="reference", packed_cache=str(tmp_path / "packed")))
+
+
+def test_packed_weights_that_do_not_fit_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "packed"
+    options = ModelOptions(
+        model=str(write_tiny_gguf(tmp_path / "m.gguf", "llama", "Q8_0")), quantization="a8w8", packed_cache=str(packed)
+    )
+    logits(options)
+    num_bytes = packed.stat().st_size
+    monkeypatch.setattr(packed_file, "_sums", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr(room, "free_memory_bytes", lambda device: num_bytes - 1)
+    with pytest.raises(
+        InsufficientMemory, match=r"the packed weights in .*/packed take .* smaller model or quantization"
+    ):
+        logits(options)
+
+
+def test_packed_shares_that_fit_alone_and_not_together_are_refused(tmp_path: Path) -> None:
+    file = PackedFile(tmp_path / "packed", "key")
+    file.write(torch.zeros(1000, dtype=torch.uint8), [], {})
+    num_bytes = file.path.stat().st_size
+    for free_bytes in (2 * num_bytes, 2 * num_bytes - 1):
+        ranks = RankOrder(rank=0, num_ranks=2, memory_fd=-1, links=(), free_bytes=free_bytes)
+        fits = free_bytes == 2 * num_bytes
+        with nullcontext() if fits else pytest.raises(InsufficientMemory, match="in each of 2 processes"):
+            assert not isinstance(file.read(ranks), str)
 
 
 def test_a_disk_that_is_full_is_an_error_of_the_system_and_leaves_no_file(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from model_files import write_safetensors
 from trained_tokenizers import byte_level_bpe
 from triode.errors import CorruptModel, InsufficientMemory, ModelNotFound, UnsupportedModel
-from triode.models import tensors
+from triode.models import room
 from triode.models.config import ModelOptions
 from triode.models.loader import Checkpoint, open_checkpoint
 from triode.models.parallel import RankOrder
@@ -270,7 +270,7 @@ def test_loading_stops_at_the_next_tensor_when_progress_raises(model: Path) -> N
 def test_weights_that_do_not_fit_are_refused_before_anything_is_read(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensors, "free_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(room, "free_memory_bytes", lambda device: 1000)
     watcher = Watcher()
     with pytest.raises(InsufficientMemory, match="choose a smaller model or dtype"):
         load(model, progress=watcher)
