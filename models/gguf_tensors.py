@@ -142,6 +142,7 @@ def _decode(file: GGUFFile, tensor: GGUFTensor, start: int, stop: int) -> torch.
     try:
         return torch.from_numpy(dequantize(rows, GGMLQuantizationType[tensor.quantization]))
     except NotImplementedError as error:
+        # The package has no public list of what it can dequantise; this is how it says that a type is not among it.
         raise UnsupportedModel(
             f"{file.path}: tensor {tensor.name} has the quantisation {tensor.quantization}, which cannot be dequantised"
         ) from error
