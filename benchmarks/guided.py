@@ -133,10 +133,10 @@ async def compare(engine: Engine, batch: int, num_tokens: int, num_rounds: int) 
     runs: dict[tuple[str, bool], list[Times]] = {(name, guided): [] for name in pairs for guided in (False, True)}
     for number in range(num_rounds + 1):
         for (name, guided), times in runs.items():
-            asked = guide if guided else None
+            took = await time_batch(
+                engine, batch, num_tokens, guide if guided else None, next(salts), forces=pairs[name]
+            )
             # The first one warms up.
-            length = num_tokens if number else num_tokens // 2
-            took = await time_batch(engine, batch, length, asked, next(salts), forces=pairs[name])
             times += [took] if number else []
     for name in pairs:
         plain, guided_ones = runs[name, False], runs[name, True]
