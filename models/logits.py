@@ -2,7 +2,7 @@
 
 A pass is made once for a set of rows and called on the logits of each step. It touches the entries its rows name and no
 others, with operations that are exact or round once, so a row's result does not depend on its neighbours. All passes
-work in place, on raw float32 logits.
+work in place, on raw float32 logits of a CPU; `triode.models.cuda.passes` are their equals on a GPU.
 
     R rows        V vocabulary        E entries: (row, token) pairs
 """
@@ -51,8 +51,7 @@ class LogitBias:
 
     def __call__(self, logits_RV: torch.Tensor) -> None:
         """Add the biases; no entry occurs twice."""
-        device = logits_RV.device
-        logits_RV[_sent(self._row_E, device), _sent(self._token_E, device)] += _sent(self._bias_E, device)
+        logits_RV[self._row_E, self._token_E] += self._bias_E
 
 
 class BadWords:
@@ -82,7 +81,7 @@ class NoRepeatNgram:
         for row, state in self._rows:
             followers = _followers(state.tokens, state.params.no_repeat_ngram_size)
             if len(followers):
-                logits_RV[row, _sent(torch.from_numpy(followers), logits_RV.device)] = -torch.inf
+                logits_RV[row, torch.from_numpy(followers)] = -torch.inf
 
 
 def _followers(tokens: IntArray, size: int) -> IntArray:
@@ -131,30 +130,35 @@ class Penalties:
 
     def __call__(self, logits_RV: torch.Tensor) -> None:
         """Penalise every token that occurred."""
-        device = logits_RV.device
         counts = [state.counts for state in self._states]
         num_distinct = torch.tensor([len(count.token_ids) for count in counts])
         index_E = torch.arange(len(counts)).repeat_interleave(num_distinct)
-        row_E = _sent(torch.tensor(self._rows)[index_E], device)
-        token_E = _sent(torch.from_numpy(np.concatenate([count.token_ids for count in counts])), device)
-        count_E = _sent(torch.from_numpy(np.concatenate([count.output_counts for count in counts])), device)
-        logits_E = logits_RV[row_E, token_E]
-        if self._repetition_R is not None:
-            penalty_E = _sent(self._repetition_R[index_E], device)
-            logits_E = torch.where(logits_E > 0, logits_E / penalty_E, logits_E * penalty_E)
-        if self._presence_R is not None:
-            logits_E = logits_E - _sent(self._presence_R[index_E], device) * (count_E > 0)
-        if self._frequency_R is not None:
-            logits_E = logits_E - _sent(self._frequency_R[index_E], device) * count_E
-        logits_RV[row_E, token_E] = logits_E
+        row_E = torch.tensor(self._rows)[index_E]
+        token_E = torch.from_numpy(np.concatenate([count.token_ids for count in counts]))
+        count_E = torch.from_numpy(np.concatenate([count.output_counts for count in counts]))
+        penalties = (self._repetition_R, self._presence_R, self._frequency_R)
+        penalties_E = [None if penalty_R is None else penalty_R[index_E] for penalty_R in penalties]
+        logits_RV[row_E, token_E] = penalised(logits_RV[row_E, token_E], count_E, *penalties_E)
+
+
+def penalised(
+    logits_E: torch.Tensor,
+    count_E: torch.Tensor | None,
+    repetition_E: torch.Tensor | None,
+    presence_E: torch.Tensor | None,
+    frequency_E: torch.Tensor | None,
+) -> torch.Tensor:
+    """Logits of tokens that occurred, `count_E` times in the output; None is a penalty that nobody asked for. Only the
+    first one does without counts."""
+    if repetition_E is not None:
+        logits_E = torch.where(logits_E > 0, logits_E / repetition_E, logits_E * repetition_E)
+    if count_E is not None and presence_E is not None:
+        logits_E = logits_E - presence_E * (count_E > 0)
+    if count_E is not None and frequency_E is not None:
+        logits_E = logits_E - frequency_E * count_E
+    return logits_E
 
 
 def _forbid(logits_RV: torch.Tensor, rows: list[int], token_ids: Sequence[int]) -> None:
     if rows:
-        device = logits_RV.device
-        logits_RV[_sent(torch.tensor(rows), device), _sent(torch.tensor(token_ids), device)] = -torch.inf
-
-
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device. A copy to a GPU comes from pinned memory: any other would wait for all that the GPU has to do."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+        logits_RV[torch.tensor(rows), torch.tensor(token_ids)] = -torch.inf

@@ -1,7 +1,7 @@
 """The slots on the device: one tensor of 32-bit words that the host changes word by word.
 
 Everything the device knows about the batch is a column of this tensor, so that whatever a step changes (admissions,
-block tables, the set of rows) is one list of (index, value) pairs: one transfer and one small kernel, or nothing.
+block tables, histories, the set of rows) is one list of (index, value) pairs: one transfer and one small kernel, or nothing.
 
     S slots, the last of them nobody's    R rows of the largest decode step    X blocks of the longest table
 """
@@ -16,6 +16,7 @@ import torch
 from triode.kernels.sample.gpu import SlotColumns
 from triode.kernels.step.gpu import scatter
 from triode.models.cuda.gpu import Gpu
+from triode.models.cuda.programs import bucket_for
 from triode.models.step import Admission
 
 Words = npt.NDArray[np.int32]
@@ -35,6 +36,8 @@ class ArenaLayout:
     num_slots: int
     num_rows: int
     num_entries: int
+    max_context_tokens: int = 0
+    """Room of a slot's history; 0 where no logits depend on it."""
 
     @property
     def nobody(self) -> int:
@@ -96,14 +99,45 @@ class ArenaLayout:
         return self.row_slot + aligned(self.num_rows)
 
     @property
+    def history(self) -> int:
+        """Tokens of the sequences whose logits depend on them (`past`), slot by slot. Behind a sequence's end, and where
+        nobody asked, they are anything."""
+        return self.table + (self.num_slots + 1) * self.num_entries
+
+    def history_of(self, slot: int) -> int:
+        """Where a slot's first token is."""
+        return self.history + slot * self.max_context_tokens
+
+    @property
     def spare(self) -> int:
         """A word that nobody reads, the last one."""
-        return self.table + (self.num_slots + 1) * self.num_entries
+        return self.history_of(self.num_slots)
 
     @property
     def num_words(self) -> int:
         """Size of the tensor."""
         return self.spare + 1
+
+    @property
+    def num_bytes(self) -> int:
+        """The same in bytes."""
+        return 4 * self.num_words
+
+
+def layout_for(max_running: int, max_context_tokens: int, block_size_tokens: int) -> ArenaLayout:
+    """Of a runner for so many sequences.
+
+    Raises:
+        ValueError: the arena would have more words than the kernels count.
+    """
+    num_entries = -(-max_context_tokens // block_size_tokens)
+    layout = ArenaLayout(max_running, bucket_for(max_running), num_entries, max_context_tokens)
+    if layout.num_words >= 2**31:
+        raise ValueError(
+            "max_running times max_context_tokens must be < 2**31, block tables and padding included, "
+            f"got {max_running} * {max_context_tokens}"
+        )
+    return layout
 
 
 _ADMITTED = struct.Struct("=Qddifi")
@@ -142,6 +176,10 @@ class Changes:
         """Entries of a slot's block table."""
         self.set_words(self._layout.table + slot * self._layout.num_entries + first_block, blocks)
 
+    def set_history(self, slot: int, position: int, tokens: Words) -> None:
+        """Tokens of a slot's history that the device does not know."""
+        self.set_words(self._layout.history_of(slot) + position, tokens)
+
     def set_newest(self, slots: Words, tokens: Words, positions: Words) -> None:
         """What these slots compute next, where the device does not know it."""
         self._indices += [self._layout.last_token + slots, self._layout.position + slots]
@@ -170,7 +208,6 @@ class Arena:
     """The tensor, its columns as views, and the way changes reach it."""
 
     def __init__(self, layout: ArenaLayout, gpu: Gpu) -> None:
-        assert layout.num_words < 2**31, "the kernels count words in 32 bits"
         self.layout = layout
         self._gpu = gpu
         self.words = torch.zeros(layout.num_words, dtype=torch.int32, device=gpu.device)
@@ -192,7 +229,7 @@ class Arena:
         self.columns.top_p_S.fill_(1)
         self.row_slot_R = self.words[layout.row_slot :][: layout.num_rows]
         self.row_slot_R.fill_(layout.nobody)
-        self.table_SX = self.words[layout.table : layout.spare].view(num, layout.num_entries)
+        self.table_SX = self.words[layout.table : layout.history].view(num, layout.num_entries)
 
     def apply(self, changes: Changes) -> None:
         """Send what has changed; nothing is launched when nothing has."""

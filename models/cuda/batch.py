@@ -5,6 +5,9 @@ steps included, whose values only the device has; `newest_S` is the position of 
 next by itself. A row whose token the device has needs nothing; any other token is among the first `held_S`: those of its
 admission, or all up to the last one that a guide has forced.
 
+Logits that depend on a sequence's tokens are changed on the device, which therefore knows the tokens of such sequences:
+those of the admission and those that a guide forces are sent, and it adds what it samples.
+
 A row that was planned before anyone knew of forced tokens ends before the last of them. It is computed as planned, and
 what it samples, which counts for nobody, is the next of these tokens (`overtaken`).
 
@@ -22,6 +25,7 @@ import numpy.typing as npt
 
 from triode.ids import TokenId
 from triode.models.cuda.arena import ArenaLayout, Changes, Words, aligned
+from triode.models.cuda.past import looks_back
 from triode.models.grammar import GuideCompiler
 from triode.models.slots import IntArray, Slots, SlotState
 from triode.models.step import Output, StepPlan
@@ -81,11 +85,14 @@ class HostBatch:
         self._known_S = np.zeros(layout.num_slots, np.int64)
         self._newest_S = np.full(layout.num_slots, _UNKNOWN, np.int64)
         self._row_slots: tuple[int, ...] = ()
+        self._unsent: list[tuple[int, int, Words]] = []
+        """Slot, position and tokens that belong in histories on the device."""
 
     def apply(self, plan: StepPlan, changes: Changes) -> None:
         """Take in admissions and table changes."""
         for admission in plan.admissions:
             self._slots.admit(admission)
+            self._send_history(self._slots.state(admission.slot, admission.epoch), admission.slot, 0)
             self._epoch_S[admission.slot] = admission.epoch
             self._held_S[admission.slot] = self._known_S[admission.slot] = len(admission.token_ids)
             self._newest_S[admission.slot] = _UNKNOWN
@@ -93,13 +100,17 @@ class HostBatch:
         for change in plan.table_changes:
             self._slots.change_table(change)
             changes.set_table(change.slot, change.first_block, np.array(change.block_ids, np.int32))
+        for slot, position, tokens in self._unsent:
+            changes.set_history(slot, position, tokens)
+        self._unsent.clear()
 
     def states(self, plan: StepPlan) -> list[SlotState]:
         """The sequence of each row."""
         return [self._slots.state(slot, epoch) for slot, epoch in zip(plan.slots, plan.epochs, strict=True)]
 
     def learn(self, state: SlotState, slot: int, token_id: int) -> list[TokenId]:
-        """A token that the device chose becomes part of the host's copy. Returns those that a guide forces behind it.
+        """A token that the device chose for a row with a guide becomes part of the host's copy. Returns those that the
+        guide forces behind it.
 
         A row that failed goes on from token 0.
         """
@@ -107,9 +118,10 @@ class HostBatch:
         if self._epoch_S[slot] != state.epoch:
             return []
         state.append(TokenId(max(token_id, 0)))
-        forced = state.force() if token_id >= 0 and state.matcher is not None else []
+        forced = state.force() if token_id >= 0 else []
         if forced:
             self._known_S[slot] = self._held_S[slot] = state.num_tokens
+            self._send_history(state, slot, state.num_tokens - len(forced))
         return forced
 
     def check(self, plan: StepPlan, *, every_row_samples: bool) -> tuple[Words, Words, Words]:
@@ -184,6 +196,10 @@ class HostBatch:
             query_start_R1=query_start_R1,
         )
 
+    def _send_history(self, state: SlotState, slot: int, position: int) -> None:
+        if looks_back(state):
+            self._unsent.append((slot, position, state.tokens[position:].astype(np.int32)))
+
     def _tokens(
         self, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words, row_T: IntArray, position_T: Words
     ) -> Words:
@@ -228,15 +244,3 @@ def is_decode(plan: StepPlan) -> bool:
     """Whether every row computes one token and samples the next."""
     num_rows = len(plan.slots)
     return plan.num_query_tokens == (1,) * num_rows and plan.outputs == (Output.SAMPLE,) * num_rows
-
-
-def has_history(state: SlotState) -> bool:
-    """Whether the logits of this sequence are changed by something that follows from its tokens so far."""
-    params = state.params
-    return bool(
-        state.matcher is not None
-        or params.uses_penalties
-        or params.no_repeat_ngram_size
-        or params.min_tokens
-        or state.bad_word_ids
-    )

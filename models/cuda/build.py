@@ -16,6 +16,7 @@ from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_bl
 from triode.errors import InsufficientMemory
 from triode.kernels.linear.blas import split_k_refused
 from triode.models.config import ModelConfig
+from triode.models.cuda.arena import layout_for
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.gpu import CudaGpu
 from triode.models.cuda.programs import BUCKETS, PREFILL_TOKENS, bucket_for
@@ -71,10 +72,11 @@ def build_cuda(
         with gpu.active():
             decoder = CudaDecoder(config, weights, gpu.traits, max_tokens=max_tokens, max_rows=max_rows)
         graph_bytes = _rehearse(decoder, gpu, cache_config, max_running, max_step_tokens)
-        free_bytes = max(0, free_memory_bytes(device) - graph_bytes * (len(BUCKETS) + 2 * len(PREFILL_TOKENS)))
-        blocks_a_sequence = -(-config.max_context_tokens // cache_config.block_size_tokens)
+        layout = layout_for(max_running, config.max_context_tokens, cache_config.block_size_tokens)
+        reserved_bytes = layout.num_bytes + graph_bytes * (len(BUCKETS) + 2 * len(PREFILL_TOKENS))
+        free_bytes = max(0, free_memory_bytes(device) - reserved_bytes)
         num_blocks = num_blocks_for(
-            cache_config, _block_bytes(decoder, cache_config), free_bytes, max_running * blocks_a_sequence
+            cache_config, _block_bytes(decoder, cache_config), free_bytes, max_running * layout.num_entries
         )
         pool = _pool(num_blocks, decoder, cache_config)
         runner = CudaRunner(decoder, pool, gpu, max_running=max_running, guides=guides, resources=resources.pop_all())

@@ -24,6 +24,8 @@ _LEAST_PINNED_BYTES = 4096
 _MOST_STOCKED_BYTES = 2**18
 _STOCK = 4
 """Pieces of host memory of each size: a step takes one or two, and two steps are under way."""
+_STOCK_OF_LEAST = 32
+"""What rows of a new set are told the passes takes some ten of these."""
 
 
 class Mark(Protocol):
@@ -115,7 +117,8 @@ class CudaGpu:
         self._lent: list[torch.Tensor] = []
         size = _LEAST_PINNED_BYTES
         while size <= _MOST_STOCKED_BYTES:
-            self._idle[size] += torch.empty(_STOCK, size, dtype=torch.uint8, pin_memory=True).unbind()
+            num_pieces = _STOCK_OF_LEAST if size == _LEAST_PINNED_BYTES else _STOCK
+            self._idle[size] += torch.empty(num_pieces, size, dtype=torch.uint8, pin_memory=True).unbind()
             size *= 2
         # What was written before, weights above all, comes first.
         self._stream.wait_stream(torch.cuda.current_stream(device))

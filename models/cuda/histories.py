@@ -1,8 +1,8 @@
-"""Histories: how the host's copies of what was generated follow the device.
+"""Histories: how the host's copies of what guided rows generate follow the device.
 
-Only rows whose logits depend on their tokens so far have such copies brought up to date (`has_history`): by the thread that
-launches their next step, or, if there are guides among them, by the one that reads their result, because a result says what
-a guide forces behind its token. Whichever comes first does it for both.
+What such a row may get next follows from its tokens. They are learned by the thread that launches the row's next step, or
+by the one that reads their result, because a result says what a guide forces behind its token. Whichever comes first does
+it for both.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ class Histories:
         self._unlearned: deque[Flight] = deque()
 
     def add(self, flight: Flight) -> None:
-        """A step whose rows remember was launched."""
+        """A step with guided rows was launched."""
         with self._host.lock:
             self._unlearned.append(flight)
 

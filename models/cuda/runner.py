@@ -5,11 +5,11 @@ arena, so a steady decode step sends nothing but new block-table entries, and it
 anyone has seen its tokens. Prefill and mixed steps run the same kernels on arrays that the host packs: captured up to
 some 1,000 tokens, one by one beyond.
 
-Where the host waits. `launch` does so in two cases only. Rows whose logits depend on their tokens so far (guides,
-penalties, bad_words, no_repeat_ngram_size, min_tokens) have their masks and passes computed from the host's copy of the
-history: it waits for the tokens of the step before, while the forward of this one runs, and lets that step's result go
+Where the host waits. `launch` does so in two cases only. Rows with guides have masks that follow from the host's copy of
+their tokens: it waits for those of the step before, while the forward of this one runs, and lets that step's result go
 before it makes the masks. And rows that want prompt logprobs or embeddings read their step's hidden states. Everything
-else is read in `collect`, which waits for its own step alone.
+else is read in `collect`, which waits for its own step alone; what else changes logits with the tokens so far (penalties,
+bad_words, no_repeat_ngram_size, min_tokens) is computed on the device, from histories that are kept there.
 
 `launch` belongs to one thread and `collect` to one thread; they may differ.
 
@@ -26,14 +26,15 @@ import torch
 from triode.cache.pool import KVPool
 from triode.ids import TokenId
 from triode.kernels.guide_mask.gpu import forbid
-from triode.models.cuda.arena import Arena, ArenaLayout, Changes, Words
-from triode.models.cuda.batch import HostBatch, has_history, is_decode
+from triode.models.cuda.arena import Arena, Changes, Words, layout_for
+from triode.models.cuda.batch import HostBatch, is_decode
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.flight import Flight
 from triode.models.cuda.gpu import Gpu, Mark
 from triode.models.cuda.hidden import READING_HIDDEN, Embeddings, score_prompts
 from triode.models.cuda.histories import Histories
-from triode.models.cuda.programs import bucket_for, prefill_shape
+from triode.models.cuda.past import Ends
+from triode.models.cuda.programs import prefill_shape
 from triode.models.cuda.sampling import SampledSet
 from triode.models.cuda.steps import DeviceSteps
 from triode.models.cuda.waking import Waking
@@ -61,7 +62,7 @@ class CudaRunner:
         self._guides = guides
         self._resources = resources or ExitStack()
         block_size, max_context = pool.block_size_tokens, decoder.config.max_context_tokens
-        layout = ArenaLayout(max_running, bucket_for(max_running), -(-max_context // block_size))
+        layout = layout_for(max_running, max_context, block_size)
         self._host = HostBatch(layout, max_context, block_size, guides)
         self._changes = Changes(layout)
         with gpu.active():
@@ -164,7 +165,15 @@ class CudaRunner:
         steps.prepare(self._changes, plan.copies)
         begun = self._gpu.mark()
         logits_RV = steps.decode(num_rows, int(end_R.max()))
-        return self._finish(plan, begun, range(num_rows), logits_RV, lambda: steps.sample_decode(num_rows))
+        return self._finish(
+            steps,
+            plan,
+            begun,
+            range(num_rows),
+            logits_RV,
+            lambda: Ends(end_R, steps.ends_decode(num_rows)),
+            lambda: steps.sample_decode(num_rows),
+        )
 
     def _launch_mixed(self, steps: DeviceSteps, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words) -> Flight:
         reads_hidden = not READING_HIDDEN.isdisjoint(plan.outputs)
@@ -176,8 +185,15 @@ class CudaRunner:
             steps.copy_blocks(plan.copies)
             begun = self._gpu.mark()
             logits_QV = steps.prefill(packed, self._changes)
-            sampled = packed.sampled.tolist()
-            return self._finish(plan, begun, sampled, logits_QV, lambda: steps.sample_prefill(packed))
+            return self._finish(
+                steps,
+                plan,
+                begun,
+                packed.sampled.tolist(),
+                logits_QV,
+                lambda: Ends(end_R[packed.sampled], steps.ends_prefill(packed)),
+                lambda: steps.sample_prefill(packed),
+            )
         steps.prepare(self._changes, plan.copies)
         begun = self._gpu.mark()
         arrays = steps.upload(packed)
@@ -187,17 +203,26 @@ class CudaRunner:
         prompt_logprobs = score_prompts(steps.decoder, hidden_TD, packed, plan, states)
         embeddings = self._embeddings.add(hidden_TD, packed, plan, states)
         logits_QV = steps.logits(hidden_TD, arrays) if len(packed.sampled) else hidden_TD[:0]
-        sampled = packed.sampled.tolist()
-        flight = self._finish(plan, begun, sampled, logits_QV, lambda: steps.sample(logits_QV, arrays))
+        flight = self._finish(
+            steps,
+            plan,
+            begun,
+            packed.sampled.tolist(),
+            logits_QV,
+            lambda: Ends(end_R[packed.sampled], arrays.sample_end_Q),
+            lambda: steps.sample(logits_QV, arrays),
+        )
         flight.prompt_logprobs, flight.embeddings = prompt_logprobs, embeddings
         return flight
 
     def _finish(
         self,
+        steps: DeviceSteps,
         plan: StepPlan,
         begun: Mark,
         sampled: Sequence[int],
         logits_QV: torch.Tensor,
+        find_ends: Callable[[], Ends],
         choose: Callable[[], torch.Tensor],
     ) -> Flight:
         """From logits to tokens, and tokens and logprobs on their way home."""
@@ -205,29 +230,31 @@ class CudaRunner:
         token_Q, scores = None, None
         rows, known = None, {}
         if sampled:
-            rows = self._sampled_set(plan, sampled)
+            rows = self._sampled_set(steps, plan, sampled)
             scores = rows.score(logits_QV, self._gpu)
-            if rows.remembers:
+            if rows.guided is not None:
                 self._histories.learn()
                 # The next plan follows from the result that is there now, and is made while this step's masks are.
                 self.hand_over()
-            if rows.guided is not None:
                 known = self._known(plan, sampled, rows)
                 self._guide(rows.guided, known, logits_QV)
-            for change in rows.passes:
-                change(logits_QV)
-            device_token_Q = choose()
+            if rows.passes:
+                ends = find_ends()
+                rows.passes.change(logits_QV, ends)
+                device_token_Q = choose()
+                rows.passes.record(device_token_Q, ends)
+            else:
+                device_token_Q = choose()
             if scores is not None:
                 scores.finish(device_token_Q)
             token_Q = self._gpu.download(device_token_Q)
         flight = Flight(plan, begun, computed, self._gpu.end_step(), sampled, token_Q, scores, overtaken=known.keys())
         if rows is not None and rows.guided is not None:
             flight.refusals = rows.guided.errors()
-        if rows is not None and rows.remembers:
             flight.learners = [
                 (index, plan.slots[row], rows.states[index])
                 for index, row in enumerate(sampled)
-                if has_history(rows.states[index]) and index not in known
+                if rows.states[index].matcher is not None and index not in known
             ]
             self._histories.add(flight)
         return flight
@@ -249,11 +276,14 @@ class CudaRunner:
         mask_GW = words[num_guided:].view(guided.mask_GW.shape)
         forbid(logits_QV, mask_GW, words[:num_guided], self._gpu.traits)
 
-    def _sampled_set(self, plan: StepPlan, sampled: Sequence[int]) -> SampledSet:
+    def _sampled_set(self, steps: DeviceSteps, plan: StepPlan, sampled: Sequence[int]) -> SampledSet:
         key = (plan.slots, plan.epochs, sampled)
         if self._set is None or self._set_key != key:
             states = self._host.states(plan)
-            self._set, self._set_key = SampledSet([states[row] for row in sampled]), key
+            slots = [plan.slots[row] for row in sampled]
+            vocab_size = steps.decoder.config.vocab_size
+            self._set = SampledSet([states[row] for row in sampled], slots, vocab_size, steps.arena, self._gpu)
+            self._set_key = key
         return self._set
 
     def _count_launch(self, plan: StepPlan, prepare_s: float) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from triode.models.cuda.batch import has_history
+from triode.models.cuda.arena import Arena
 from triode.models.cuda.gpu import Gpu
+from triode.models.cuda.passes import Passes
 from triode.models.cuda.scores import PendingScores
 from triode.models.guided import GuidedRows
-from triode.models.logits import passes_for
 from triode.models.sampling import pack
 from triode.models.slots import SlotState
 
@@ -16,13 +16,13 @@ from triode.models.slots import SlotState
 class SampledSet:
     """What follows from which rows sample together, made once for as long as they do."""
 
-    def __init__(self, states: Sequence[SlotState]) -> None:
+    def __init__(
+        self, states: Sequence[SlotState], slots: Sequence[int], vocab_size: int, arena: Arena, gpu: Gpu
+    ) -> None:
         columns = pack([state.params for state in states])
         self.states = tuple(states)
         self.guided = GuidedRows.among(states)
-        self.passes = passes_for(columns, states)
-        self.remembers = any(has_history(state) for state in states)
-        """Whether a pass looks at tokens that only the device may have yet."""
+        self.passes = Passes(columns, states, slots, vocab_size, arena, gpu)
         asked = columns.logprobs or ()
         self._scored_rows = [row for row, num in enumerate(asked) if num is not None]
         self._num_alternatives = [num for num in asked if num is not None]

@@ -77,7 +77,7 @@ class DeviceSteps:
     def __init__(self, decoder: CudaDecoder, pool: KVPool, arena: Arena, gpu: Gpu) -> None:
         self.decoder = decoder
         self._pool = pool
-        self._arena = arena
+        self.arena = arena
         self._gpu = gpu
         layout = arena.layout
         self._tensors = _StepTensors.allocate(layout.num_rows, layout.num_entries, gpu.device)
@@ -92,7 +92,7 @@ class DeviceSteps:
     @property
     def max_rows(self) -> int:
         """The most rows of one step."""
-        return self._arena.layout.num_rows
+        return self.arena.layout.num_rows
 
     def close(self) -> None:
         """Drop what was captured. Memory then goes with the last reference, and waits for no collector."""
@@ -101,7 +101,7 @@ class DeviceSteps:
 
     def prepare(self, changes: Changes, copies: Sequence[BlockCopy]) -> None:
         """Bring the arena up to date, then copy blocks."""
-        self._arena.apply(changes)
+        self.arena.apply(changes)
         self.copy_blocks(copies)
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
@@ -122,6 +122,10 @@ class DeviceSteps:
         """Choose their tokens and advance their slots; a view that the next step overwrites."""
         self._sample.run(bucket_for(num_rows))
         return self._tensors.token_R[:num_rows]
+
+    def ends_decode(self, num_rows: int) -> torch.Tensor:
+        """Where their samples go; a view that the next step overwrites."""
+        return self._tensors.end_R[:num_rows]
 
     def compute(self, packed: PackedRows, arrays: PackedArrays) -> torch.Tensor:
         """Hidden states of all query tokens of a packed step: a view that the next step overwrites."""
@@ -150,7 +154,7 @@ class DeviceSteps:
 
     def prefill(self, packed: PackedRows, changes: Changes) -> torch.Tensor:
         """Bring the arena up to date; logits of the sampling rows of a packed step of fixed shape."""
-        words = np.concatenate([self._arena.pairs(changes, _PAIRS), packed.words])
+        words = np.concatenate([self.arena.pairs(changes, _PAIRS), packed.words])
         self._gpu.upload(words, self._tensors.words[: len(words)])
         sizes = packed.num_tokens, packed.num_rows
         splits = self.decoder.prefill_splits(*sizes, packed.longest, walks_fast=self._walks_fast)
@@ -162,8 +166,12 @@ class DeviceSteps:
         self._sample_packed.run(packed.num_rows)
         return self._tensors.token_R[: len(packed.sampled)]
 
+    def ends_prefill(self, packed: PackedRows) -> torch.Tensor:
+        """Where their samples go; a view that the next step overwrites."""
+        return self._fixed_arrays(0, packed.num_rows).sample_end_Q[: len(packed.sampled)]
+
     def _compute_prefill(self, num_tokens: int, num_rows: int, num_splits: int) -> None:
-        scatter(self._arena.words, self._tensors.words[: 2 * _PAIRS], self.decoder.traits)
+        scatter(self.arena.words, self._tensors.words[: 2 * _PAIRS], self.decoder.traits)
         arrays = self._fixed_arrays(num_tokens, num_rows)
         group = RowGroup(
             num_tokens=num_tokens,
@@ -185,20 +193,20 @@ class DeviceSteps:
 
     def _compute(self, arrays: PackedArrays, num_tokens: int, groups: tuple[RowGroup, ...]) -> torch.Tensor:
         decoder, tensors, block_size = self.decoder, self._tensors, self._pool.block_size_tokens
-        last_token_S = self._arena.columns.last_token_S
+        last_token_S = self.arena.columns.last_token_S
         embed(arrays.token_T, last_token_S, decoder.embed_VD, decoder.buffers.residual_TD, decoder.traits)
-        table_SX = self._arena.table_SX
+        table_SX = self.arena.table_SX
         gather_tables(arrays.slot_R, arrays.end_R, table_SX, tensors.table_RX, block_size, decoder.traits)
         places = TokenPlaces(num_tokens, arrays.position_T, arrays.kv_slot_T, groups)
         return decoder.forward(places, self._pool.keys, self._pool.values)
 
     def _compute_decode(self, bucket: int, num_splits: int) -> None:
-        decoder, tensors, columns = self.decoder, self._tensors, self._arena.columns
+        decoder, tensors, columns = self.decoder, self._tensors, self.arena.columns
         begin_decode(
-            self._arena.row_slot_R[:bucket],
+            self.arena.row_slot_R[:bucket],
             columns.last_token_S,
             columns.position_S,
-            self._arena.table_SX,
+            self.arena.table_SX,
             decoder.embed_VD,
             decoder.buffers.residual_TD,
             tensors.position_R,
@@ -221,13 +229,13 @@ class DeviceSteps:
 
     def _sample_decode(self, bucket: int) -> None:
         tensors = self._tensors
-        logits_RV, slot_R = self.decoder.buffers.logits_RV[:bucket], self._arena.row_slot_R[:bucket]
+        logits_RV, slot_R = self.decoder.buffers.logits_RV[:bucket], self.arena.row_slot_R[:bucket]
         self._choose(logits_RV, slot_R, tensors.end_R[:bucket], tensors.token_R[:bucket])
 
     def _choose(
         self, logits_QV: torch.Tensor, slot_Q: torch.Tensor, end_Q: torch.Tensor, token_Q: torch.Tensor
     ) -> None:
-        columns, nobody = self._arena.columns, self._arena.layout.nobody
+        columns, nobody = self.arena.columns, self.arena.layout.nobody
         sample(logits_QV, slot_Q, end_Q, columns, self._workspace, token_Q, nobody, self.decoder.traits)
 
     def _groups(self, packed: PackedRows, arrays: PackedArrays) -> tuple[RowGroup, ...]:

@@ -123,6 +123,7 @@ class RunnerWorld:
         seed: int = 0,
         sample_index: int = 0,
         stop_token_ids: Sequence[int] = (),
+        bad_word_ids: Sequence[Sequence[int]] = (),
         pooling: Pooling | None = None,
     ) -> Running:
         self.num_epochs += 1
@@ -138,6 +139,7 @@ class RunnerWorld:
                 seed=seed,
                 sample_index=sample_index,
                 stop_token_ids=tuple(map(TokenId, stop_token_ids)),
+                bad_word_ids=tuple(tuple(map(TokenId, word)) for word in bad_word_ids),
                 pooling=pooling,
             )
         )

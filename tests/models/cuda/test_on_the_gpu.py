@@ -49,6 +49,53 @@ def test_float32_tokens_are_those_of_the_cpu(params: SamplingParams) -> None:
     assert outputs[0] == outputs[1]
 
 
+def remembering(world: RunnerWorld) -> list[Running]:
+    """Rows of which each looks back in another way, from so few tokens that these occur again and again."""
+    few = dict.fromkeys(range(20, 28), 60.0)
+    kinds = [
+        SamplingParams(temperature=2, logit_bias=few, repetition_penalty=1.1, presence_penalty=2, frequency_penalty=3),
+        SamplingParams(temperature=2, logit_bias=few, no_repeat_ngram_size=3),
+        SamplingParams(temperature=2, logit_bias={**few, 20: 90.0}, min_tokens=30, frequency_penalty=0.5),
+        SamplingParams(temperature=2, logit_bias=few, no_repeat_ngram_size=2, repetition_penalty=1.02),
+        SamplingParams(temperature=2, logit_bias=few),
+    ]
+    tokens = [20 + token % 8 for token in prompt(40)]
+    words = [(21,), (22, 23), (24, 25, 22)]
+    return [
+        world.admit(slot, tokens[slot:], params, seed=slot, stop_token_ids=(20,), bad_word_ids=words)
+        for slot, params in enumerate(kinds)
+    ]
+
+
+def test_tokens_that_depend_on_those_before_are_the_cpus_and_no_launch_waits_for_them() -> None:
+    outputs = []
+    with DeviceWorld(tiny_config(), torch.float32, max_running=8, max_step_tokens=256) as device:
+        for world in (device, RunnerWorld()):
+            # The first time kernels are loaded, the second time steps are captured.
+            for watch in (False, False, world is device):
+                rows = remembering(world)
+                launch_all(world, rows, num_tokens=45, watch=watch)
+                outputs.append([row.output for row in rows])
+    assert all(output == outputs[-1] for output in outputs)
+
+
+def launch_all(world: RunnerWorld, rows: list[Running], *, num_tokens: int, watch: bool) -> None:
+    """One step ahead on a GPU. If it is watched, what waits for the device while a step is launched raises an error."""
+    is_ahead = isinstance(world, DeviceWorld)
+    steps = [[(row, len(row.tokens), Output.SAMPLE) for row in rows]]
+    steps += [[(row, 1, Output.SAMPLE) for row in rows]] * (num_tokens - 1)
+    for step in steps:
+        torch.cuda.set_sync_debug_mode("error" if watch else "default")
+        try:
+            world.begin(*step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        while len(world.begun) > is_ahead:
+            world.finish()
+    while world.begun:
+        world.finish()
+
+
 def test_guided_float32_tokens_are_those_of_the_cpu() -> None:
     outputs = []
     # With logprobs, no token is forced on the CPU either.

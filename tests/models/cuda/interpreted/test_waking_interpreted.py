@@ -56,9 +56,9 @@ def test_waking_leaves_the_batch_on_the_device_as_it_was() -> None:
     assert isinstance(world.runner, CudaRunner)
     steps = world.runner._steps
     assert steps is not None
-    before = steps._arena.words.clone()
+    before = steps.arena.words.clone()
     wake(world)
-    assert steps._arena.words.equal(before)
+    assert steps.arena.words.equal(before)
 
 
 def test_a_wake_whose_transfer_is_still_under_way_is_not_repeated() -> None:
