@@ -23,10 +23,21 @@ import triode
 NEW_TOKENS = 64
 
 
+BUSY = """
+import os, sys, threading
+def leave():
+    sys.stdin.read()
+    os._exit(0)
+threading.Thread(target=leave).start()
+while True: pass
+"""
+
+
 @contextmanager
 def busy_core() -> Iterator[None]:
     """One, by a process in a session of its own, which the system's scheduler treats as somebody else's."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+    # Its input ends with this process, however that ends.
+    process = subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
     finally:
