@@ -2,6 +2,7 @@
 early when the caller is cancelled."""
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from triode.engine.loading_thread import load_in_a_thread
 from triode.engine.parts import EngineParts, Report
 from triode.ids import TokenId
 from triode.kernels.native.numa import choose_places
+from triode.kernels.openmp import spinning_bounded
 from triode.models.progress import NullProgress, Progress
 from triode.models.source import RANDOM_PREFIX, locate
 from triode.models.tokenizer import Tokenizer
@@ -71,8 +73,9 @@ def _load_here(order: Open, progress: Progress, *, is_inline: bool) -> _Loaded:
         order = replace(order, options=replace(order.options, model=str(path)))
     progress.stage("Starting torch", None, "")
     # Imported here, in a worker thread: torch takes seconds to import, and the event loop must go on.
-    from triode.actors.executor.opening import load_runner
-    from triode.models.loader import open_checkpoint
+    with spinning_bounded(os.environ):
+        from triode.actors.executor.opening import load_runner
+        from triode.models.loader import open_checkpoint
 
     progress.done()
     checkpoint = open_checkpoint(order.options, progress)

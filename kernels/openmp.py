@@ -6,7 +6,8 @@ waits that long for a thread that does not run, and a step takes ten times as lo
 than what lies between two operations, and costs little when it is in vain.
 """
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 
 SPIN_COUNT = 20_000
 """Rounds of GCC's OpenMP, each of some tens of nanoseconds."""
@@ -17,3 +18,16 @@ def bound_spinning(environment: MutableMapping[str, str]) -> None:
     """Set the bound for a process that has not imported torch yet, unless its environment says something already."""
     if not _SETTINGS & environment.keys():
         environment["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+
+
+@contextmanager
+def spinning_bounded(environment: MutableMapping[str, str]) -> Iterator[None]:
+    """The same where torch is imported inside the block. A process that has it already, and those that this one starts
+    later, are as they would be."""
+    before = environment.get("GOMP_SPINCOUNT")
+    bound_spinning(environment)
+    try:
+        yield
+    finally:
+        if before is None:
+            environment.pop("GOMP_SPINCOUNT", None)
