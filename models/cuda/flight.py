@@ -33,7 +33,7 @@ class Flight:
     refusals: Mapping[int, RowError] = field(default_factory=dict)
     """By index in `token_R`, why a row cannot follow its guide any further."""
     learners: list[tuple[int, int, SlotState]] = field(default_factory=list)
-    """(index in `token_R`, slot, state) of the rows whose host copy must learn their token."""
+    """(index in `token_R`, slot, state) of the rows with guides, whose host copy must learn their token."""
     overtaken: Set[int] = frozenset()
     """Indices in `token_R` of rows that were planned before their forced tokens were known: they bring none."""
     forced: dict[int, list[TokenId]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Flight:
     @property
     def may_force(self) -> bool:
         """Whether the learners must learn before the result is read."""
-        return any(state.matcher is not None for _, _, state in self.learners)
+        return bool(self.learners)
 
     def tokens(self) -> list[int]:
         """What the sampling rows got. Waits for the device. Asked by the thread that launches, before or after the
