@@ -28,12 +28,14 @@ class BlockAllocator:
 
     def share(self, block_id: BlockId) -> None:
         """Add an owner to a block that has one."""
-        self._require_owned(block_id)
+        if self.num_references[block_id] < 1:
+            raise _not_in_use(block_id)
         self.num_references[block_id] += 1
 
     def release(self, block_id: BlockId) -> None:
         """Take one owner away; with the last one the block becomes free."""
-        self._require_owned(block_id)
+        if self.num_references[block_id] < 1:
+            raise _not_in_use(block_id)
         self.num_references[block_id] -= 1
         if not self.num_references[block_id]:
             self._free.append(block_id)
@@ -45,6 +47,6 @@ class BlockAllocator:
         assert self.num_references[0] == 0, "block 0 has an owner"
         assert min(self.num_references) >= 0, "a block was released more often than it was taken"
 
-    def _require_owned(self, block_id: BlockId) -> None:
-        if self.num_references[block_id] < 1:
-            raise ValueError(f"block_id must be of a block in use, got {block_id}")
+
+def _not_in_use(block_id: BlockId) -> ValueError:
+    return ValueError(f"block_id must be of a block in use, got {block_id}")

@@ -60,6 +60,12 @@ class BlockStore:
         if node is not None:
             self.tree.lock(node)
 
+    def share_chain(self, nodes: Sequence[Node]) -> None:
+        """Another table lists these nodes' blocks, which begin a chain."""
+        for node in nodes:
+            self._allocator.share(node.block_id)
+        self.tree.lock_chain(nodes)
+
     def drop(self, block_id: BlockId) -> None:
         """A table lists this block no longer."""
         node = self.tree.node_of(block_id)

@@ -1,7 +1,7 @@
 """A sequence's tokens, cut into blocks that are named by everything before them."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 from triode.ids import TokenId
@@ -48,6 +48,15 @@ class TokenChain:
         for i in range(len(digests) - 1, index + 1):
             digests.append(blake2b(digests[i] + self.tokens(i), digest_size=_DIGEST_BYTES).digest())
         return digests[index + 1]
+
+    def blocks(self, num_blocks: int) -> Iterator[tuple[bytes, bytes]]:
+        """Name and packed tokens of the first blocks, which must be full. Hashes no further than it is asked."""
+        digests, packed, size = self._digests, self._packed, self._block_bytes
+        for index in range(num_blocks):
+            tokens = packed[index * size : (index + 1) * size]
+            if len(digests) == index + 1:
+                digests.append(blake2b(digests[index] + tokens, digest_size=_DIGEST_BYTES).digest())
+            yield digests[index + 1], tokens
 
     def agrees(self, other: "TokenChain", num_tokens: int) -> bool:
         """Whether the first `num_tokens` tokens are known to both, and equal, in the same namespace."""

@@ -223,9 +223,8 @@ class CacheManager:
         nodes = self._store.tree.longest(sequence.chain, (sequence.num_known_tokens - 1) // self._block_size)
         if not nodes:
             return
-        for node in nodes:
-            self._store.share(node.block_id)
-            sequence.table.append(node.block_id)
+        self._store.share_chain(nodes)
+        sequence.table.extend([node.block_id for node in nodes])
         sequence.num_tokens = len(nodes) * self._block_size
         sequence.num_inserted, sequence.tip = len(nodes), nodes[-1]
 

@@ -11,6 +11,7 @@ in order of last use, which is all that expiry needs.
 """
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from triode.cache.chain import TokenChain
@@ -68,12 +69,14 @@ class PrefixTree:
     def longest(self, chain: TokenChain, max_blocks: int) -> list[Node]:
         """The nodes of the chain's remembered prefix, first block first."""
         nodes: list[Node] = []
-        node: Node | None = None
-        for index in range(max_blocks):
-            node = self.find(chain, index, node)
-            if node is None:
+        parent: Node | None = None
+        # As `find` does, without a call a block: a long prompt has hundreds, and its first step waits for this.
+        for digest, tokens in chain.blocks(max_blocks):
+            node = self._nodes.get(digest)
+            if node is None or node.parent is not parent or node.tokens != tokens or node.namespace != chain.namespace:
                 break
             nodes.append(node)
+            parent = node
         return nodes
 
     def insert(
@@ -102,6 +105,15 @@ class PrefixTree:
                 return
             del self._idle[at]
             at = at.parent
+
+    def lock_chain(self, nodes: Iterable[Node]) -> None:
+        """`lock` each of a chain's nodes, the first of which has no parent: each follows its parent."""
+        for node in nodes:
+            if not node.num_locks:
+                del self._idle[node]
+                if node.parent is not None:
+                    node.parent.num_locks += 1
+            node.num_locks += 1
 
     def unlock(self, node: Node, now_s: float) -> None:
         """Undo one `lock`. `now_s` never runs back."""

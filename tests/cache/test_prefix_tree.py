@@ -53,10 +53,12 @@ class TreeMachine(RuleBasedStateMachine):
             nodes.append(node)
         self.unlock_all(path, nodes)
 
-    @rule(path=paths)
-    def lock(self, path: Path) -> None:
+    @rule(path=paths, together=st.booleans())
+    def lock(self, path: Path, together: bool) -> None:
         nodes = self.tree.longest(chain(path), len(path))
-        for node in nodes:
+        if together:
+            self.tree.lock_chain(nodes)
+        for node in () if together else nodes:
             self.tree.lock(node)
         if nodes:
             self.locked.append(path[: len(nodes)])
