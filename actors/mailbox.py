@@ -127,7 +127,8 @@ class MailboxRegistry:
         self._open: dict[RequestId, Mailbox] = {}
         self._ended: OrderedDict[RequestId, RequestStatus] = OrderedDict()
         self._dirty: dict[RequestId, Mailbox] = {}
-        self._waiting = trio.lowlevel.ParkingLot()
+        self._line = trio.StrictFIFOLock()
+        self._first_in_line = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -146,10 +147,13 @@ class MailboxRegistry:
     async def wait_for_fewer(self, num_open: int) -> None:
         """Return when fewer than `num_open` are open; first come, first served.
 
-        No checkpoint lies between the look and the return, so that the caller may `add` one at once.
+        No checkpoint lies between the last look and the return, so that the caller may `add` one at once.
         """
-        while len(self._open) >= num_open:
-            await self._waiting.park()
+        if len(self._open) < num_open and not self._line.locked():
+            return
+        async with self._line:
+            while len(self._open) >= num_open:
+                await self._first_in_line.park()
 
     def deliver(self, item: Mail) -> None:
         """Put an item into its request's mailbox; mail for a request that has ended is dropped."""
@@ -187,7 +191,6 @@ class MailboxRegistry:
         """The engine closes: cancel whatever is unfinished."""
         for request_id in list(self._open):
             self.deliver(Ended(request_id, RequestStatus.CANCELLED, reason))
-        self._waiting.unpark_all()
         self.flush()
 
     def fail_all(self, fault: EngineFault) -> None:
@@ -197,7 +200,6 @@ class MailboxRegistry:
             mailbox.status = RequestStatus.FAILED
             self._dirty[mailbox.request_id] = mailbox
             self._close(mailbox)
-        self._waiting.unpark_all()
         self.flush()
 
     def status(self, request_id: RequestId) -> RequestStatus:
@@ -218,8 +220,7 @@ class MailboxRegistry:
 
     def _close(self, mailbox: Mailbox) -> None:
         del self._open[mailbox.request_id]
-        # Whoever is woken adds one, whose closing wakes the next.
-        self._waiting.unpark()
+        self._first_in_line.unpark()
         self._ended[mailbox.request_id] = mailbox.status
         while len(self._ended) > NUM_REMEMBERED:
             self._ended.popitem(last=False)

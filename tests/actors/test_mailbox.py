@@ -213,10 +213,15 @@ async def test_each_closing_makes_room_for_one_who_waits_in_order() -> None:
             await trio.testing.wait_all_tasks_blocked()
         given_up.cancel()
         assert entered == ["a", "b"]
-        for name, follower in (("b", "c"), ("a", "d")):
-            registry.deliver(delta(name, ends=True))
-            await trio.testing.wait_all_tasks_blocked()
-            assert entered[-1] == follower
+        registry.deliver(delta("b", ends=True))
+        # Whoever comes now comes after those who wait, though there is room.
+        nursery.start_soon(enter, "e", trio.CancelScope())
+        await trio.testing.wait_all_tasks_blocked()
+        assert entered == ["a", "b", "c"]
+        registry.deliver(delta("a", ends=True))
+        registry.deliver(delta("c", ends=True))
+        await trio.testing.wait_all_tasks_blocked()
+        assert entered == ["a", "b", "c", "d", "e"]
     assert len(registry) == 2
 
 
