@@ -26,6 +26,7 @@ from triode.cache.messages import (
     Pin,
     Pinned,
     Release,
+    ReleaseRow,
     Reserve,
     Reserved,
     ReserveRow,
@@ -68,6 +69,7 @@ class CacheManager:
         self._pins = Pins(self._store)
         self._sequences: dict[SequenceId, CachedSequence] = {}
         self._held: dict[SequenceId, CachedSequence] = {}
+        self._released: list[Release] = []
         self._num_query_tokens = 0
         self._num_hit_tokens = 0
         self._num_copied_blocks = 0
@@ -79,6 +81,7 @@ class CacheManager:
         Raises ValueError for a row without tokens, of a sequence that is admitted, or that contradicts the tokens that
         the sequence is known to have.
         """
+        self.settle()
         self._store.advance(match.now_s)
         return Matched(tuple(self._match_row(row) for row in match.rows))
 
@@ -87,6 +90,7 @@ class CacheManager:
 
         Raises ValueError for a sequence that was never matched, or a row that starts beyond what it has reserved.
         """
+        self.settle()
         self._store.advance(reserve.now_s)
         if self._held:
             self._drop_unnamed_holds(reserve.rows)
@@ -112,36 +116,47 @@ class CacheManager:
         return step.answer()
 
     def release(self, release: Release) -> None:
-        """Forget sequences and remember their full blocks. Sequences that were never matched are ignored."""
-        self._store.advance(release.now_s)
-        for row in release.rows:
-            sequence = self._sequences.pop(row.sequence_id, None)
-            if sequence is None:
-                continue
-            if row.token_ids and sequence.is_admitted:
-                sequence.chain.extend(row.token_ids)
-                # After a preemption the blocks may hold less than was once computed.
-                self._recorder.remember(sequence, min(len(row.token_ids), sequence.num_tokens))
-            self._drop_table(sequence)
+        """Forget sequences and remember their full blocks, by `settle` or when somebody asks for anything.
+
+        Sequences that were never matched are ignored.
+        """
+        self._released.append(release)
+
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether `settle` has something to do."""
+        return bool(self._released)
+
+    def settle(self) -> None:
+        """Do what releases have left to do."""
+        released, self._released = self._released, []
+        for release in released:
+            self._store.advance(release.now_s)
+            for row in release.rows:
+                self._forget(row)
 
     def pin(self, pin: Pin) -> Pinned:
         """Keep the cached full blocks of these tokens; once more for each Pin."""
+        self.settle()
         self._store.advance(pin.now_s)
         num_blocks = self._pins.pin(self._chain(pin.namespace, pin.token_ids))
         return Pinned(pin.request_id, num_blocks * self._block_size)
 
     def unpin(self, unpin: Unpin) -> Pinned:
         """Undo the last Pin of these tokens; 0 tokens when there is none."""
+        self.settle()
         self._store.advance(unpin.now_s)
         num_blocks = self._pins.unpin(self._chain(unpin.namespace, unpin.token_ids))
         return Pinned(unpin.request_id, num_blocks * self._block_size)
 
     def clear(self, clear: Clear) -> Pinned:
         """Forget all evictable blocks."""
+        self.settle()
         return Pinned(clear.request_id, self._store.clear() * self._block_size)
 
     def statistics(self, now_s: float | None = None) -> CacheStatistics:
         """A snapshot; with `now_s`, after what has expired by then is forgotten."""
+        self.settle()
         store = self._store
         if now_s is not None:
             store.advance(now_s)
@@ -164,6 +179,7 @@ class CacheManager:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless references, locks, queues and tables agree. Looks at every block."""
+        self.settle()
         tables = Counter(block_id for sequence in self._sequences.values() for block_id in sequence.table)
         self._store.check_integrity(tables, self._pins.counts())
         for sequence_id, sequence in self._sequences.items():
@@ -174,6 +190,16 @@ class CacheManager:
         held = {sequence_id for sequence_id, sequence in self._sequences.items() if sequence.is_held}
         assert set(self._held) == held, "the held sequences are not those that say so"
         self._recorder.check_integrity(self._sequences)
+
+    def _forget(self, row: ReleaseRow) -> None:
+        sequence = self._sequences.pop(row.sequence_id, None)
+        if sequence is None:
+            return
+        if row.token_ids and sequence.is_admitted:
+            sequence.chain.extend(row.token_ids)
+            # After a preemption the blocks may hold less than was once computed.
+            self._recorder.remember(sequence, min(len(row.token_ids), sequence.num_tokens))
+        self._drop_table(sequence)
 
     def _chain(self, namespace: bytes, token_ids: Sequence[TokenId]) -> TokenChain:
         chain = TokenChain(namespace, self._block_size)

@@ -1,7 +1,7 @@
 """Consumes Match, Reserve, Release, Pin, Unpin, Clear. Produces Matched, Reserved, and Pinned for the caller.
 
-Nobody waits for a Release alone. Taking in the blocks of a long prompt takes half a millisecond, so the tokens that came with it
-go first: one turn of the loop for the detokenizer, and one for their reader.
+Nobody waits for a Release alone. What it leaves to do takes half a millisecond for a long prompt, so the tokens that came with
+it go first.
 """
 
 from typing import NoReturn, assert_never
@@ -12,18 +12,16 @@ from triode.actors.channels import Inbox, Put
 from triode.actors.messages import CacheInbox, Clear, Match, Matched, Pin, Pinned, Release, Reserve, Reserved, Unpin
 from triode.cache.manager import CacheManager
 
+_TURNS_OF_OTHERS = 2
+"""Of the loop: the detokenizer's, and that of the token's reader."""
+
 
 async def run_cache(
     core: CacheManager, inbox: Inbox[CacheInbox], scheduler: Put[Matched | Reserved], answer: Put[Pinned]
 ) -> NoReturn:
     """Answer questions about KV memory for ever."""
     while True:
-        messages = await inbox.take()
-        if all(isinstance(message, Release) for message in messages):
-            # Shielded: a message that is taken is answered.
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        for message in messages:
+        for message in await inbox.take():
             match message:
                 case Reserve():
                     scheduler(core.reserve(message))
@@ -39,3 +37,7 @@ async def run_cache(
                     answer(core.clear(message))
                 case _:
                     assert_never(message)
+        if core.is_unsettled:
+            for _ in range(_TURNS_OF_OTHERS):
+                await trio.lowlevel.checkpoint()
+            core.settle()

@@ -22,12 +22,14 @@ class RecordingManager(CacheManager):
         self.said = said
 
     def match(self, match: Match) -> Matched:
+        matched = super().match(match)
         self.said.append("match")
-        return super().match(match)
+        return matched
 
-    def release(self, release: Release) -> None:
-        self.said.append("release")
-        super().release(release)
+    def settle(self) -> None:
+        if self.is_unsettled:
+            self.said.append("release")
+        super().settle()
 
 
 async def order_of(*messages: CacheInbox) -> list[str]:

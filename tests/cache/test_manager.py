@@ -445,3 +445,16 @@ def test_a_row_that_starts_beyond_what_it_has_reserved_is_refused() -> None:
 def test_a_match_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match=r"num_prompt_tokens must be in 1\.\.0"):
         Driver().match(1, ())
+
+
+def test_what_a_release_left_to_do_is_seen_by_nobody() -> None:
+    manager = CacheManager(8, CacheConfig(block_size_tokens=16))
+    tokens = tuple(map(TokenId, range(40)))
+    manager.match(Match((MatchRow(SequenceId(0), tokens, 40, b""),), 0.0))
+    manager.reserve(Reserve(StepId(0), (ReserveRow(SequenceId(0), 0, 40, 40, 0),), (), 0.0))
+    manager.release(Release((ReleaseRow(SequenceId(0), tokens),), 0.0))
+    assert manager.is_unsettled
+    assert manager.statistics().num_used_blocks == 0
+    assert manager.match(Match((MatchRow(SequenceId(1), tokens, 40, b""),), 0.0)).num_cached_tokens == (32,)
+    manager.release(Release((ReleaseRow(SequenceId(1), ()),), 0.0))
+    assert manager.clear(Clear(RequestId("clear"))).num_tokens == 32
