@@ -8,31 +8,26 @@ meets both, and only ratios are to be quoted: the median of the rounds, beside t
 gets its prompts as one batch without padding, and no streaming, which is its fastest way.
 
 transformers computes in a process of its own: OpenMP's threads sleep after every operation once a process has more of them
-than cores, and each side would bring its own.
+than cores, and each side would bring its own. How long they look for work before they sleep is torch's default there, and
+what Triode sets when it imports torch here. Without a C++ compiler it decides what a busy machine does to the figures.
 """
 
 import argparse
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from functools import cache
 from multiprocessing import get_context
 from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 
-import torch
 import trio
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import triode
 from triode.engine.cli.bench.workload import Request, equal_requests
 from triode.engine.engine import Engine
-from triode.models.config import ModelConfig, ModelOptions
-from triode.models.loader import open_checkpoint
-from triode.models.weights import DecoderWeights
 
 MODEL = "smollm2-135m"
 
@@ -56,58 +51,6 @@ def tests() -> list[Test]:
     ]
 
 
-def build_transformers(dtype: torch.dtype) -> LlamaForCausalLM:
-    """transformers' own Llama around the tensors that Triode loads."""
-    checkpoint = open_checkpoint(ModelOptions(model=MODEL))
-    config, weights = checkpoint.config, checkpoint.load_weights(dtype, torch.device("cpu"))
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.rms_norm_eps,
-            max_position_embeddings=config.max_context_tokens,
-            tie_word_embeddings=config.tie_word_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
-        )
-    )
-    model = model.to(dtype).eval()
-    model.load_state_dict(_hf_tensors(config, weights))
-    # No token ends a reply: both sides make exactly as many as they are asked for.
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
-
-
-def _hf_tensors(config: ModelConfig, weights: DecoderWeights) -> dict[str, torch.Tensor]:
-    tensors = {
-        "model.embed_tokens.weight": weights.embed_VD,
-        "model.norm.weight": weights.final_norm_D,
-        "lm_head.weight": weights.head_VD,
-    }
-    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    for index, layer in enumerate(weights.layers):
-        q, k, v = layer.qkv_ED.split((q_rows, kv_rows, kv_rows))
-        gate, up = layer.gate_up_FD.chunk(2)
-        own = {
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": layer.o_DE,
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": layer.down_DF,
-            "input_layernorm": layer.input_norm_D,
-            "post_attention_layernorm": layer.post_norm_D,
-        }
-        tensors |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in own.items()}
-    return tensors
-
-
 class Transformers:
     """`generate`, greedy, in a process of its own."""
 
@@ -124,23 +67,11 @@ class Transformers:
         self._process.shutdown()
 
 
-@cache
-def _model(dtype: str) -> LlamaForCausalLM:
-    return build_transformers(getattr(torch, dtype))
-
-
 def _generate(dtype: str, requests: tuple[Request, ...]) -> tuple[float, list[tuple[int, ...]]]:
-    model, prompts = _model(dtype), torch.tensor([request.prompt for request in requests])
-    started_at_s = perf_counter()
-    with torch.inference_mode():
-        output = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=requests[0].new_tokens,
-            do_sample=False,
-        )
-    tokens = [tuple(row[prompts.shape[1] :]) for row in output.tolist()]
-    return perf_counter() - started_at_s, tokens
+    # Imported in that process only: in this one it is for the engine to import torch, which then bounds how long it spins.
+    from transformers_generate import generate
+
+    return generate(MODEL, dtype, [request.prompt for request in requests], requests[0].new_tokens)
 
 
 async def run_triode(engine: Engine, requests: tuple[Request, ...]) -> list[tuple[int, ...]]:
@@ -174,6 +105,7 @@ async def compare(dtype: str, rounds: int, chosen: list[Test], reference: Transf
                 f"{test.value(median(their_times_s[1:])):.1f} {test.unit}",
                 f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
                 f"{num_equal} of {len(test.requests)}",
+                str(engine.report.num_threads),
                 engine.report.kernels,
             )
 
@@ -185,9 +117,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only the tests whose name contains this")
     arguments = parser.parse_args()
     chosen = [test for test in tests() if arguments.only in test.name]
-    threads = torch.get_num_threads()
-    table = Table(title=f"{MODEL}, {threads} threads, medians of {arguments.rounds} rounds taking turns")
-    for column in ("dtype", "test", "triode", "transformers", "times as fast", "equal outputs", "kernels"):
+    table = Table(title=f"{MODEL}, medians of {arguments.rounds} rounds taking turns")
+    for column in ("dtype", "test", "triode", "transformers", "times as fast", "equal outputs", "threads", "kernels"):
         table.add_column(column)
     for dtype in arguments.dtypes:
         with closing(Transformers(dtype)) as reference:
