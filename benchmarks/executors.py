@@ -29,7 +29,7 @@ from triode.models.guide import Guide
 from triode.models.progress import NullProgress, Progress
 from triode.models.runner import RunnerStatistics
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, StepPlan, StepResult, TableChange
+from triode.models.step import Admission, Output, StepPlan, StepResult, TableChange, pack_tokens
 
 WARM_UP_STEPS = 100
 LONG_PROMPT_TOKENS = 100_000
@@ -111,7 +111,7 @@ def admission_plan(num_tokens: int) -> StepPlan:
     admission = Admission(
         slot=SlotId(0),
         epoch=1,
-        token_ids=tuple(TokenId(index % 50_000) for index in range(num_tokens)),
+        packed_ids=pack_tokens(index % 50_000 for index in range(num_tokens)),
         num_prompt_tokens=num_tokens,
         params=SamplingParams(),
         seed=1,

@@ -39,7 +39,7 @@ class SlotState:
         forbids = bool(params.logit_bias or admission.bad_word_ids or params.no_repeat_ngram_size)
         self._may_force = matcher is not None and params.logprobs is None and not forbids
         self._history = history
-        history[: self.num_tokens] = admission.token_ids
+        history[: self.num_tokens] = np.frombuffer(admission.packed_ids, np.int32)
         self._counts: TokenCounts | None = None
         self.draws: list[float] = []
         """Random numbers for the tokens at positions `first_draw, ...` (`triode.models.draws`)."""
@@ -114,7 +114,7 @@ class Slots:
         if guide is None:
             return None
         assert self.guides is not None, "a runner without guides admits no guided sequence"
-        return self.guides.matcher(guide, admission.token_ids[admission.num_prompt_tokens :])
+        return self.guides.matcher(guide, list(admission.token_ids[admission.num_prompt_tokens :]))
 
     def change_table(self, change: TableChange) -> None:
         """Entries of a slot's block table."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from triode.cache.pool import KVPool
-from triode.ids import BlockId, SlotId, StepId, TokenId
+from triode.ids import BlockId, SlotId, StepId
 from triode.kernels.compile_ahead import launches_only_compile
 from triode.kernels.gpu_traits import GpuTraits
 from triode.models.config import ModelConfig
@@ -20,7 +20,7 @@ from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.gpu import Mark
 from triode.models.cuda.runner import CudaRunner
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, StepPlan, TableChange
+from triode.models.step import Admission, Output, StepPlan, TableChange, pack_tokens
 from triode.models.weights import allocate
 
 _META = torch.device("meta")
@@ -85,7 +85,7 @@ class Rehearsal:
 
     def _admission(self, slot: int) -> Admission:
         length = self._known[slot]
-        return Admission(SlotId(slot), 1, (TokenId(0),) * length, length, _PARAMS, 0, 0, ())
+        return Admission(SlotId(slot), 1, pack_tokens([0] * length), length, _PARAMS, 0, 0, ())
 
 
 class _AbsentMark:

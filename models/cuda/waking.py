@@ -8,13 +8,13 @@ its launch beforehand, over a batch of its own: nothing that it does changes the
 import numpy as np
 import torch
 
-from triode.ids import BlockId, SlotId, StepId, TokenId
+from triode.ids import BlockId, SlotId, StepId
 from triode.models.cuda.arena import ArenaLayout, Changes, Words
 from triode.models.cuda.batch import HostBatch, is_decode
 from triode.models.cuda.gpu import Gpu, Mark
 from triode.models.cuda.programs import prefill_shape
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, StepPlan, TableChange
+from triode.models.step import Admission, Output, StepPlan, TableChange, pack_tokens
 
 _NUM_TOKENS = 2
 _NUM_BLOCKS = 1
@@ -59,7 +59,7 @@ class Waking:
         admission = Admission(
             slot=slot,
             epoch=epoch,
-            token_ids=(TokenId(0),) * _NUM_TOKENS,
+            packed_ids=pack_tokens([0] * _NUM_TOKENS),
             num_prompt_tokens=_NUM_TOKENS,
             params=SamplingParams(),
             seed=0,

@@ -27,7 +27,16 @@ from triode.models.guide import Refusal, Regex
 from triode.models.progress import NullProgress
 from triode.models.runner import RunnerStatistics
 from triode.models.sampling import MAX_SEED, SamplingParams
-from triode.models.step import Admission, Output, RowError, StepPlan, StepResult, TableChange, TokenLogprobs
+from triode.models.step import (
+    Admission,
+    Output,
+    RowError,
+    StepPlan,
+    StepResult,
+    TableChange,
+    TokenLogprobs,
+    pack_tokens,
+)
 from worker_runners import BUILT, order, plan
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -77,7 +86,7 @@ FULL_PLAN = StepPlan(
         Admission(
             slot=SlotId(0),
             epoch=1,
-            token_ids=(TokenId(1), TokenId(2)),
+            packed_ids=pack_tokens((1, 2)),
             num_prompt_tokens=2,
             params=SamplingParams(
                 temperature=0.3,

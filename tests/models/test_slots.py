@@ -11,7 +11,7 @@ from triode.ids import BlockId, SlotId, TokenId
 from triode.models.counts import TokenCounts
 from triode.models.sampling import SamplingParams
 from triode.models.slots import Slots
-from triode.models.step import Admission, TableChange
+from triode.models.step import Admission, TableChange, pack_tokens
 
 TOKENS = st.lists(st.integers(0, 9), max_size=150)
 
@@ -20,7 +20,7 @@ def admission(slot: int, epoch: int, tokens: list[int], num_prompt_tokens: int |
     return Admission(
         slot=SlotId(slot),
         epoch=epoch,
-        token_ids=tuple(map(TokenId, tokens)),
+        packed_ids=pack_tokens(tokens),
         num_prompt_tokens=len(tokens) if num_prompt_tokens is None else num_prompt_tokens,
         params=SamplingParams(),
         seed=0,

@@ -23,7 +23,7 @@ from triode.models.progress import NullProgress
 from triode.models.random_model import RandomTensors, random_config
 from triode.models.runner import Runner
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, Pooling, StepPlan, StepResult, TableChange, TokenLogprobs
+from triode.models.step import Admission, Output, Pooling, StepPlan, StepResult, TableChange, TokenLogprobs, pack_tokens
 from triode.models.tensors import load_weights
 from triode.models.weights import DecoderWeights
 
@@ -133,7 +133,7 @@ class RunnerWorld:
             Admission(
                 slot=running.slot,
                 epoch=running.epoch,
-                token_ids=tuple(map(TokenId, tokens)),
+                packed_ids=pack_tokens(tokens),
                 num_prompt_tokens=num_prompt_tokens,
                 params=params or SamplingParams(temperature=0),
                 seed=seed,

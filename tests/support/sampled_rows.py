@@ -8,7 +8,7 @@ from triode.ids import SlotId, TokenId
 from triode.models.sampler import SampledRows
 from triode.models.sampling import SamplingParams
 from triode.models.slots import Slots, SlotState
-from triode.models.step import Admission
+from triode.models.step import Admission, pack_tokens
 
 
 def sequence(
@@ -27,7 +27,7 @@ def sequence(
         Admission(
             slot=SlotId(0),
             epoch=1,
-            token_ids=tuple(map(TokenId, tokens)),
+            packed_ids=pack_tokens(tokens),
             num_prompt_tokens=len(tokens) if num_prompt_tokens is None else num_prompt_tokens,
             params=params,
             seed=seed,

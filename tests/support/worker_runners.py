@@ -21,7 +21,7 @@ from triode.models.parallel import RankOrder
 from triode.models.progress import Progress
 from triode.models.runner import RunnerStatistics
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, StepPlan, StepResult
+from triode.models.step import Admission, Output, StepPlan, StepResult, pack_tokens
 
 BUILT = Built(
     model=ModelConfig(
@@ -61,7 +61,7 @@ def plan(step_id: int, *token_ids: int) -> StepPlan:
     admission = Admission(
         slot=SlotId(0),
         epoch=1,
-        token_ids=tuple(map(TokenId, token_ids)),
+        packed_ids=pack_tokens(token_ids),
         num_prompt_tokens=len(token_ids),
         params=SamplingParams(),
         seed=0,

@@ -17,7 +17,7 @@ from triode.models.cuda.programs import bucket_for, prefill_shape, segment_bucke
 from triode.models.guide import Grammar
 from triode.models.sampling import SamplingParams
 from triode.models.slots import SlotState
-from triode.models.step import Admission, Output, StepPlan, TableChange
+from triode.models.step import Admission, Output, StepPlan, TableChange, pack_tokens
 
 FORCING = Grammar('start: /[a-c]/ "bcdefgh" /[xyz]{1,9}/')
 LAYOUT = ArenaLayout(num_slots=4, num_rows=4, num_entries=8)
@@ -26,7 +26,7 @@ LAYOUT = ArenaLayout(num_slots=4, num_rows=4, num_entries=8)
 def admission(slot: int, length: int, **fields: object) -> Admission:
     params = SamplingParams(**fields)  # type: ignore[arg-type]
     tokens = tuple(TokenId(100 * slot + index) for index in range(length))
-    return Admission(SlotId(slot), 1, tokens, length, params, 2**64 - 1 - slot, slot, ())
+    return Admission(SlotId(slot), 1, pack_tokens(tokens), length, params, 2**64 - 1 - slot, slot, ())
 
 
 def plan(
