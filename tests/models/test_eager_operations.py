@@ -13,7 +13,7 @@ class Operations(TorchDispatchMode):
     """Counts them by name."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(
@@ -37,7 +37,8 @@ def operations_of_decoding(num_rows: int, num_prompt_tokens: int) -> Counter[str
 
     decode(running)
     decode(running)
-    with Operations() as found:
+    found = Operations()
+    with found:
         decode(running)
     return found.counts
 
