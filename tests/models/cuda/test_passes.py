@@ -28,6 +28,8 @@ VOCAB_SIZE = 11
 LAYOUT = ArenaLayout(num_slots=6, num_rows=8, num_entries=2, max_context_tokens=48)
 
 token = st.integers(0, VOCAB_SIZE - 1)
+# So few that n-grams occur again.
+common = st.integers(0, 2)
 penalty = st.sampled_from([0.0, 0.0, 0.3, -0.7, 2.0])
 params = st.builds(
     SamplingParams,
@@ -64,9 +66,9 @@ rows_of_batch = st.lists(
     st.builds(
         Row,
         params,
-        st.lists(token, min_size=1, max_size=30),
+        st.lists(common, min_size=1, max_size=30),
         st.integers(1, 30),
-        st.lists(st.lists(token, min_size=1, max_size=4), max_size=4),
+        st.lists(st.lists(common, min_size=1, max_size=4), max_size=4),
         st.lists(token, max_size=2),
     ),
     min_size=1,
@@ -144,7 +146,7 @@ def test_step_for_step_they_are_the_passes_of_the_cpu(rows: list[Row], random: R
         want = world.on_host(logits)
         assert torch.equal(bits(world.on_device(logits)), bits(want))
         # -1 where a row failed.
-        world.sample([random.choice([-1, *range(VOCAB_SIZE)]) for _ in states])
+        world.sample([random.choice([-1, 0, 1, 2, 2, 10]) for _ in states])
 
 
 @settings(max_examples=30)
@@ -175,3 +177,23 @@ def test_in_steady_steps_nothing_is_sent() -> None:
         world.sample([5])
         world.on_device(logits_of(1, 0))
     assert world.gpu.uploads == []
+
+
+def test_a_word_that_is_longer_than_the_sequence_is_not_completed() -> None:
+    world = World([sequence(SamplingParams(), [1], bad_word_ids=[[1, 1, 2], [1, 3]])], [0])
+    logits = logits_of(1, 0)
+    changed = world.on_device(logits)
+    assert torch.equal(changed, world.on_host(logits))
+    assert changed[0, 3] == -torch.inf
+    assert changed[0, 2] == logits[0, 2]
+
+
+def test_a_row_may_outgrow_its_room_alone() -> None:
+    """With forced tokens it grows by several."""
+    world = World([sequence(SamplingParams(repetition_penalty=1.5), [index]) for index in (1, 2)], [0, 1])
+    world.on_device(logits_of(2, 0))
+    for position, token_id in enumerate([3, 4, 5, 6, 7], 1):
+        world.arena.words[LAYOUT.history_of(0) + position] = token_id
+        world.states[0].append(TokenId(token_id))
+    logits = logits_of(2, 1)
+    assert torch.equal(world.on_device(logits), world.on_host(logits))
