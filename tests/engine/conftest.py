@@ -7,6 +7,7 @@ from functools import cache
 import msgspec
 import pytest
 
+from engines import note_strangers
 from triode.actors.tokenizer.actor import LONG_PROMPT_BYTES
 from triode.models import loader
 from triode.models.config import ModelOptions
@@ -23,6 +24,11 @@ def _opened(options: bytes) -> loader.Checkpoint:
 
 def _opened_before(options: ModelOptions, progress: Progress | None = None) -> loader.Checkpoint:
     return _opened(msgspec.json.encode(options))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads_of_other_files_are_known() -> None:
+    note_strangers()
 
 
 @pytest.fixture(scope="module", autouse=True)
