@@ -62,6 +62,7 @@ async def test_two_ranks_give_the_tokens_of_one_and_the_same_bits_in_any_company
         tokens = [[sample.token_ids for sample in result.completions] for result in several]
         assert tokens[0] == tokens[1]
         await cancel(two)
+        await stand_still(two)
 
 
 async def cancel(engine: Engine) -> None:
@@ -78,6 +79,19 @@ async def cancel(engine: Engine) -> None:
         assert num_free() < before
     await complete(engine, "The", greedy(2))
     assert num_free() == before
+
+
+async def stand_still(engine: Engine) -> None:
+    """Deadlines hold while a rank does nothing, and the engine goes on when it does."""
+    rank = engine.report.worker_pids[1]
+    os.kill(rank, signal.SIGSTOP)
+    try:
+        with trio.fail_after(30):
+            stopped = await complete(engine, "Once", greedy(LONG), deadline_s=0.1)
+    finally:
+        os.kill(rank, signal.SIGCONT)
+    assert stopped.completion.finish_reason == "cancelled"
+    assert len((await complete(engine, "Once", greedy(2))).completion.token_ids) == 2
 
 
 async def kill_while_read(rank: int, ends: list[int]) -> None:
