@@ -6,6 +6,8 @@ Without a compiled step a step is some thousand operations of torch, and OpenMP'
 how long they spin before they sleep (GCC's own choice, ours, and a tenth of ours), and a second pool of them in the
 process, as a thread makes it that has used torch and lives on. Each test is run alone and beside a process that keeps one
 core busy. Quoted is how many times as long it takes as with our setting, alone: the median of the rounds.
+
+torch is imported here, with what each process was started with: an engine that imports it sets our own bound.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 
+import torch
 from foreign_load import busy_core
 from rich.console import Console
 from rich.table import Table
@@ -93,8 +96,6 @@ def serve(model: str, num_pools: int) -> None:
 @contextmanager
 def a_second_pool() -> Iterator[None]:
     """A thread that has used torch and lives on, with its pool of OpenMP's threads."""
-    import torch
-
     has_used_torch, may_end = threading.Event(), threading.Event()
 
     def run() -> None:
