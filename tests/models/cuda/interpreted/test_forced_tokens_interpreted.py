@@ -39,7 +39,7 @@ KINDS = [
     forcing(1, n=2),
     forcing(2, max_tokens=9),
     forcing(4, stop=("colour",)),
-    forcing(6, temperature=0, repetition_penalty=1.1),
+    forcing(6, temperature=0, repetition_penalty=1.1, frequency_penalty=0.5),
     drawn(10, logprobs=2, temperature=20.0),
 ]
 
