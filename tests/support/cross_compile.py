@@ -27,17 +27,17 @@ def fits(compiled: list[Any], traits: GpuTraits) -> bool:
 
 
 class AbsentDriver:
-    """As much of a Triton driver as binding arguments and compiling asks for."""
+    """As much of a Triton driver as binding arguments and compiling asks for. A process compiles for a device once."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    def __init__(self, capability: int, device: int | None = None) -> None:
+        self.device = capability if device is None else device
         self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.capability
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -20,6 +20,10 @@ from triode.models.random_model import random_config
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 
+NEW_DEVICE = 1000
+"""Other tests have compiled nothing for it."""
+
+
 @contextmanager
 def asked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """The kernels that would be compiled for an absent GPU, with their constants and types; none is."""
@@ -30,7 +34,7 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         return True
 
     with monkeypatch.context() as patch:
-        patch.setattr(triton.runtime.driver, "_active", AbsentDriver(90))
+        patch.setattr(triton.runtime.driver, "_active", AbsentDriver(90, device=NEW_DEVICE))
         patch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
         yield kernels
 
