@@ -326,7 +326,7 @@ async def test_whoever_waits_learns_the_cause(
     actor: str, monkeypatch: pytest.MonkeyPatch, encoding: threading.Event
 ) -> None:
     bomb = Bomb(monkeypatch, actor)
-    may_run = pausable_steps(monkeypatch)
+    may_run = pausable_steps(monkeypatch, pause_after=5)
     with pytest.raises(EngineFault, match=f"^the {actor} failed: Boom: it broke$") as raised:
         async with open_tiny() as engine:
             stream = await engine.submit(PROMPT, greedy(LONG))
@@ -337,7 +337,6 @@ async def test_whoever_waits_learns_the_cause(
             tasks = [asyncio.ensure_future(call) for call in calls]
             await anext(stream)
             tasks.append(asyncio.ensure_future(stream.result()))
-            may_run.clear()
             bomb.is_armed = True
             if actor == "tokenizer":
                 tasks.append(asyncio.ensure_future(engine.submit(PROMPT)._opening))

@@ -132,11 +132,10 @@ def test_an_engine_that_cannot_open_says_why() -> None:
 @pytest.mark.parametrize("actor", CORES)
 def test_whoever_waits_learns_the_cause(actor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = Bomb(monkeypatch, actor)
-    may_run = pausable_steps(monkeypatch)
+    may_run = pausable_steps(monkeypatch, pause_after=5)
     llm = open_tiny()
     stream = llm.stream(PROMPT, greedy(LONG))
     next(stream)
-    may_run.clear()
     bomb.is_armed = True
     if actor != "tokenizer":
         may_run.set()
