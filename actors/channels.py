@@ -49,6 +49,8 @@ class Inbox(Generic[T]):
         self._busy_s = 0.0
         self._taken_at_s: float | None = None
 
+    # Control-C must not fall between taking the reader and waking it: nobody else would.
+    @trio.lowlevel.enable_ki_protection
     def put(self, message: T) -> None:
         """Send a message. From another thread, go through `TrioToken.run_sync_soon`."""
         self._messages.append(message)

@@ -79,6 +79,7 @@ class Hub:
         """An id that this engine has not made before. May be called from any thread."""
         return RequestId(f"request-{next(self._ids)}")
 
+    @trio.lowlevel.enable_ki_protection
     def submit(self, mailbox: Mailbox, request: Request) -> None:
         """Send a request on its way; everything else about it arrives in the mailbox.
 
@@ -93,7 +94,7 @@ class Hub:
         is_first = not len(self.mailboxes)
         self.mailboxes.add(mailbox)
         if is_first:
-            # Nothing runs, and the executor sleeps: let it get ready while the prompt is read and the step is planned.
+            # Nobody waits for a step, and the executor sleeps: let it get ready while the prompt is read and the step is planned.
             self.parts.executor.wake()
         mailbox.arrival = self._num_submitted
         self._num_submitted += 1
@@ -137,6 +138,7 @@ class Hub:
         except (EngineBusy, EngineClosed, EngineFault, ValueError) as error:
             mailbox.refuse(error)
 
+    @trio.lowlevel.enable_ki_protection
     def cancel(self, mailbox: Mailbox) -> None:
         """End a request. Idempotent; neither waits nor raises, before, during and after the engine's life."""
         if not self._is_closed and not mailbox.status.is_final and mailbox.arrival >= 0:

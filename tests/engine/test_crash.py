@@ -183,6 +183,35 @@ async def test_an_exit_in_an_actor_leaves_as_itself(monkeypatch: pytest.MonkeyPa
         await stream.result()
 
 
+def test_ctrl_c_falls_before_a_request_is_sent_or_after_not_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    reschedule = trio.lowlevel.reschedule
+    is_pressed = False
+    presser: trio.lowlevel.Task | None = None
+
+    def press(task: trio.lowlevel.Task) -> None:
+        nonlocal is_pressed
+        if not is_pressed and trio.lowlevel.current_task() is presser:
+            is_pressed = True
+            signal.raise_signal(signal.SIGINT)
+        reschedule(task)
+
+    async def press_ctrl_c() -> None:
+        nonlocal presser
+        presser = trio.lowlevel.current_task()
+        async with open_tiny(executor="inline") as engine:
+            # Afterwards the tokenizer waits for its next message.
+            await complete(engine, [1, 2, 3], greedy(2))
+            with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+                patch.setattr(trio.lowlevel, "reschedule", press)
+                await complete(engine, [1, 2, 3], greedy(2))
+            assert is_pressed
+            with trio.fail_after(DEADLINE_S * 10):
+                result = await complete(engine, [1, 2, 3], greedy(2))
+            assert len(result.completion.token_ids) == 2
+
+    trio.run(press_ctrl_c)
+
+
 @pytest.mark.parametrize("actor", CORES)
 def test_ctrl_c_while_an_actor_works_is_raised_in_the_callers_code(actor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def press_ctrl_c() -> None:
