@@ -11,7 +11,7 @@ When room runs out, a row may take it from the matches held for rows behind it a
 What that would yield is worked out beforehand: nobody loses blocks for a row that is refused all the same.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 from triode.cache.blocks import BlockStore, Forecast
@@ -69,7 +69,7 @@ class CacheManager:
         self._pins = Pins(self._store)
         self._sequences: dict[SequenceId, CachedSequence] = {}
         self._held: dict[SequenceId, CachedSequence] = {}
-        self._released: list[Release] = []
+        self._released: deque[Release] = deque()
         self._num_query_tokens = 0
         self._num_hit_tokens = 0
         self._num_copied_blocks = 0
@@ -129,11 +129,13 @@ class CacheManager:
 
     def settle(self) -> None:
         """Do what releases have left to do."""
-        released, self._released = self._released, []
-        for release in released:
+        while self._released:
+            release = self._released[0]
             self._store.advance(release.now_s)
             for row in release.rows:
                 self._forget(row)
+            # Only now: what fails for somebody who asks for figures must fail for the cache's own actor, too.
+            self._released.popleft()
 
     def pin(self, pin: Pin) -> Pinned:
         """Keep the cached full blocks of these tokens; once more for each Pin."""
@@ -192,7 +194,7 @@ class CacheManager:
         self._recorder.check_integrity(self._sequences)
 
     def _forget(self, row: ReleaseRow) -> None:
-        sequence = self._sequences.pop(row.sequence_id, None)
+        sequence = self._sequences.get(row.sequence_id)
         if sequence is None:
             return
         if row.token_ids and sequence.is_admitted:
@@ -200,6 +202,7 @@ class CacheManager:
             # After a preemption the blocks may hold less than was once computed.
             self._recorder.remember(sequence, min(len(row.token_ids), sequence.num_tokens))
         self._drop_table(sequence)
+        del self._sequences[row.sequence_id]
 
     def _chain(self, namespace: bytes, token_ids: Sequence[TokenId]) -> TokenChain:
         chain = TokenChain(namespace, self._block_size)

@@ -17,6 +17,7 @@ from triode.cache.messages import (
     ReserveRow,
     Unpin,
 )
+from triode.cache.recorder import Recorder
 from triode.ids import BlockId, RequestId, SequenceId, StepId, TokenId
 
 NOBODY = RequestId("nobody")
@@ -458,3 +459,22 @@ def test_what_a_release_left_to_do_is_seen_by_nobody() -> None:
     assert manager.match(Match((MatchRow(SequenceId(1), tokens, 40, b""),), 0.0)).num_cached_tokens == (32,)
     manager.release(Release((ReleaseRow(SequenceId(1), ()),), 0.0))
     assert manager.clear(Clear(RequestId("clear"))).num_tokens == 32
+
+
+def test_whatever_fails_in_a_release_fails_for_everybody_who_asks_and_takes_no_block_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def remember(*_: object) -> None:
+        raise ZeroDivisionError
+
+    driver = Driver()
+    driver.match(1, tokens(40))
+    driver.step({1: 40})
+    driver.manager.release(Release((ReleaseRow(SequenceId(1), tokens(40)),), 0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "remember", remember)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                driver.manager.statistics()
+    assert driver.manager.statistics().num_used_blocks == 0
+    driver.manager.check_integrity()
