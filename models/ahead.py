@@ -21,6 +21,7 @@ from triode.kernels.threads import cpu_threads
 from triode.models.eager import EagerRunner, RowSet, RunnerSettings, append_samples, step_result
 from triode.models.native import NativeDecoder
 from triode.models.ordered import DecodingRun, OrderedStep, PendingTokens
+from triode.models.runner import nobody_waits
 from triode.models.sampler import likeliest
 from triode.models.slots import IntArray, SlotState
 from triode.models.step import StepPlan, StepResult, TableChange
@@ -114,7 +115,7 @@ class AheadRunner(EagerRunner):
         self._unsettled: deque[_Flight] = deque()
         self._launched: deque[_Flight | StepResult] = deque()
         self._run: _Run | None = None
-        self.hand_over: Callable[[], None] = _nobody_waits
+        self.hand_over: Callable[[], None] = nobody_waits
 
     def is_ready(self) -> bool:
         """Whether the oldest step is done, after a moment of waiting for it."""
@@ -234,7 +235,3 @@ class AheadRunner(EagerRunner):
 def _goes_ahead(rows: RowSet) -> bool:
     is_plain = rows.sampling is None or rows.sampling.takes_likeliest
     return is_plain and not rows.scored and not rows.pooled
-
-
-def _nobody_waits() -> None:
-    """Another thread collects, or the caller does when `launch` returns."""

@@ -72,3 +72,7 @@ class HandsOver(Protocol):
 
     hand_over: Callable[[], None]
     """Called by `launch` in between: that step's result is there, and need not wait for the work."""
+
+
+def nobody_waits() -> None:
+    """What `hand_over` is by default: another thread collects, or the caller does when `launch` returns."""

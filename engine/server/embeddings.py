@@ -50,7 +50,7 @@ class Embeddings(Attended):
             prompts = [await engine.encode(prompt) for prompt in self._prompts]
             if engine.is_full:
                 # `embed` would wait. A server says that it has too much to do.
-                raise EngineBusy("unfinished requests must be fewer; try again later")
+                raise EngineBusy("unfinished requests must be fewer than max_queued; try again later")
             vectors = await engine.embed(prompts, pooling=asked.pooling or "mean")
         except ValueError as error:
             raise _of_input(wrong_value(error)) from None

@@ -41,7 +41,7 @@ from triode.models.cuda.waking import Waking
 from triode.models.grammar import GuideCompiler, check_guide, release_guide
 from triode.models.guide import Guide
 from triode.models.guided import GuidedRows
-from triode.models.runner import RunnerStatistics
+from triode.models.runner import RunnerStatistics, nobody_waits
 from triode.models.step import StepPlan, StepResult
 
 
@@ -75,7 +75,7 @@ class CudaRunner:
         self._histories = Histories(self._host)
         self._launched = RunnerStatistics()
         self._collected = RunnerStatistics()
-        self.hand_over: Callable[[], None] = _nobody_waits
+        self.hand_over: Callable[[], None] = nobody_waits
 
     def check_guide(self, guide: Guide) -> None:
         """Compile a guide, and keep it."""
@@ -294,7 +294,3 @@ class CudaRunner:
             num_query_tokens=before.num_query_tokens + sum(plan.num_query_tokens),
             prepare_s=before.prepare_s + prepare_s,
         )
-
-
-def _nobody_waits() -> None:
-    """Another thread collects, or the caller does when `launch` returns."""
