@@ -16,14 +16,17 @@ The states of a lexer are made as outputs need them, and stay for the outputs th
 or one copy's fuel ran out within it, it is of no more use to any of them. They then begin again with copies of another prototype,
 and once more with a lexer of their own each, so that a request fails by its own tokens only. That is done within a step, which
 has a budget for it; whoever is beyond that fails, too. So few sequences have a prototype at a time (`MAX_SHARERS`), and none is
-given to new ones for ever (`MAX_GIVEN`): what a well-meant guide makes of a lexer is a few hundred states of 20,000.
+given to new ones for ever (`MAX_GIVEN`): what a well-meant guide makes of a lexer is a few hundred states of 20,000. Checking
+guides brings enough prototypes for those who may come. Where sequences that have ended still count, because nothing has taken
+their places in the batch, a step may have to wait for one more.
 """
 
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -49,7 +52,8 @@ MAX_UNHELD = 64
 """Guides that stay compiled although no request has them: what their lexers have grown to stays with them."""
 
 MAX_SHARERS = 16
-"""Sequences that have a prototype at a time. Making another takes a millisecond, in the thread that checks guides."""
+"""Sequences that have a prototype at a time: so many may fail by what one of them makes of it. Making another takes a
+millisecond, in the thread that checks guides."""
 
 FEW_SHARERS = 4
 """Where more of them come to one prototype, the guide gets another in the background."""
@@ -58,10 +62,12 @@ MAX_GIVEN = 256
 """Sequences that a prototype is given to, one time or another."""
 
 MAX_LEXERS = 2 * MASK_THREADS if MASK_THREADS > 1 else 1
-"""Prototypes of a guide. With as many as threads, those that end first would wait for the locks of the others."""
+"""Prototypes up to which a guide grows in the background. With as many as threads, those that end first would wait for the
+locks of the others."""
 
 MAX_SPARE = 64
-"""Prototypes that are kept beside the first of each guide, all guides together: a grown one takes up to 40 MB."""
+"""Prototypes that are kept beside those that requests need (`MAX_SHARERS`) and the first of each guide, all guides together:
+a grown one takes up to 40 MB."""
 
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between tokens of JSON; without a bound, a model at a loss for words would fill its output with it."""
@@ -72,29 +78,35 @@ class _Prototype:
     matcher: LLMatcher
     num_given: int = 0
     sharers: "WeakSet[Matcher]" = field(default_factory=WeakSet)
-    """The sequences that have it now."""
+    """The sequences that have it now; one that has ended counts until its place in the batch is taken, or nobody has the
+    guide."""
     number: int = field(default_factory=count().__next__)
 
     @property
-    def is_worn(self) -> bool:
-        """Whether enough sequences have it, or have had it, or its lexer has given up."""
-        if len(self.sharers) >= MAX_SHARERS or self.num_given >= MAX_GIVEN:
+    def is_spent(self) -> bool:
+        """Whether enough sequences have had it, or its lexer has given up."""
+        if self.num_given >= MAX_GIVEN:
             return True
         copy = self.matcher.deep_copy()
         copy.compute_bitmask()
         return copy.is_error()
 
+    def share(self, matcher: Matcher) -> None:
+        """One more sequence has it."""
+        matcher.lexer = self.number
+        self.sharers.add(matcher)
+        self.num_given += 1
+
 
 @dataclass(slots=True)
 class _Compiled:
     prototypes: list[_Prototype]
-    """Never empty."""
     num_bytes: int
     """Of the grammar's text."""
     num_holders: int = 0
-    """Unfinished requests that have the guide."""
-    is_growing: bool = False
-    """Whether another prototype is being made."""
+    """Unfinished requests that have the guide, or may have it."""
+    growing: "Future[None] | None" = None
+    """How it gets more prototypes in the background."""
 
     @property
     def next_one(self) -> _Prototype:
@@ -102,20 +114,24 @@ class _Compiled:
         return min(self.prototypes, key=_num_sharers)
 
     @property
+    def num_needed(self) -> int:
+        """Prototypes without which some would have too many sharers."""
+        return max(1, -(-self.num_holders // MAX_SHARERS))
+
+    @property
+    def is_short(self) -> bool:
+        """Whether there is none for the next sequence, or may be none for one of those that hold the guide."""
+        return len(self.prototypes) < self.num_needed or _num_sharers(self.next_one) >= MAX_SHARERS
+
+    @property
     def is_crowded(self) -> bool:
         """Whether sequences would wait for each other less if there were another."""
         num_prototypes = len(self.prototypes)
         return num_prototypes < MAX_LEXERS and sum(map(_num_sharers, self.prototypes)) > FEW_SHARERS * num_prototypes
 
-    def add(self, fresh: _Prototype, worn: _Prototype | None = None) -> None:
-        """Another one. The worn one is given to nobody any more."""
-        self.prototypes.append(fresh)
-        if worn is not None or len(self.prototypes) > MAX_LEXERS:
-            self.drop(worn or self.prototypes[0])
-
     def drop(self, spent: _Prototype) -> None:
-        """Give it to nobody any more, if there is another."""
-        if len(self.prototypes) > 1 and spent in self.prototypes:
+        """Give it to nobody any more."""
+        if spent in self.prototypes:
             self.prototypes.remove(spent)
 
 
@@ -135,6 +151,7 @@ class GuideCompiler:
         self._compiled: OrderedDict[Guide, _Compiled] = OrderedDict()
         self._kept_bytes = 0
         self._held_bytes = 0
+        self._is_closing = threading.Event()
 
     @cached_property
     def masks(self) -> MaskMaker:
@@ -147,8 +164,8 @@ class GuideCompiler:
         if self._eos_token_ids:
             self._find(JsonObject())
 
-    def check(self, guide: Guide) -> None:
-        """Compile a guide, unless it is compiled already, and keep it until `release`.
+    def check(self, guide: Guide, num_requests: int = 1) -> None:
+        """Compile a guide, unless it is compiled already, and keep it until `release` for so many requests.
 
         Raises:
             ValueError: with the reason why it cannot be followed.
@@ -156,72 +173,113 @@ class GuideCompiler:
         """
         compiled = self._find(guide)
         with self._lock:
-            next_one = compiled.next_one
-        fresh = _compile(guide, self._vocabulary) if next_one.is_worn else None
-        with self._lock:
             compiled = self._keep(guide, compiled)
-            if fresh is not None:
-                compiled.add(fresh, next_one)
             if compiled.num_holders == 0:
                 if self._held_bytes + compiled.num_bytes > MAX_KEPT_BYTES:
                     raise EngineBusy(
                         f"guides of unfinished requests must have <= {MAX_KEPT_BYTES} bytes together; try again later"
                     )
                 self._held_bytes += compiled.num_bytes
-            compiled.num_holders += 1
+            compiled.num_holders += num_requests
+        try:
+            self._provide(guide, compiled)
+        except BaseException:
+            self.release(guide, num_requests)
+            raise
 
-    def release(self, guide: Guide) -> None:
-        """A request whose guide was checked has ended. Nobody may ask for its matchers any more."""
+    def release(self, guide: Guide, num_requests: int = 1) -> None:
+        """Requests whose guide was checked have ended. Nobody may ask for their matchers any more."""
         with self._lock:
             compiled = self._compiled[guide]
-            assert compiled.num_holders > 0, "a guide is released as often as it was checked"
-            compiled.num_holders -= 1
+            assert compiled.num_holders >= num_requests, "a guide is released as often as it was checked"
+            compiled.num_holders -= num_requests
             if compiled.num_holders == 0:
                 self._held_bytes -= compiled.num_bytes
+                # Their places in the batch may long be nobody's, and matchers stay with them.
+                for prototype in compiled.prototypes:
+                    prototype.sharers.clear()
                 self._evict()
 
     def matcher(self, guide: Guide, token_ids: Sequence[TokenId]) -> Matcher:
-        """A matcher for a sequence that has generated `token_ids` so far. At once, if the guide was checked."""
+        """A matcher for a sequence that has generated `token_ids` so far. At once, if the guide was checked.
+
+        Raises:
+            RuntimeError: if growing in the background has raised an exception. It was compiled before, so that is no fault
+                of the guide's; here it ends the engine, where `check` would tell a caller who has nothing to do with it.
+        """
         compiled = self._find(guide)
         with self._lock:
-            prototype = compiled.next_one
+            _raise_what_growing_raised(compiled)
         renewals = (
-            lambda: self._copy_of_another(guide, prototype),
-            lambda: _compile(guide, self._vocabulary).matcher,
+            lambda matcher: self._copy_of_another(guide, matcher),
+            lambda matcher: self._copy_of_its_own(guide, matcher),
         )
-        matcher = Matcher(prototype.matcher.deep_copy(), self.masks, prototype.number, renewals)
-        with self._lock:
-            prototype.num_given += 1
-            prototype.sharers.add(matcher)
-            if compiled.is_crowded and not compiled.is_growing:
-                compiled.is_growing = True
-                self._growing.submit(self._grow, guide, compiled)
+        with self._with_room(guide, compiled) as prototype:
+            matcher = Matcher(prototype.matcher.deep_copy(), self.masks, renewals)
+            prototype.share(matcher)
+            if compiled.is_crowded and compiled.growing is None:
+                compiled.growing = self._growing.submit(self._grow, guide, compiled)
         for token_id in token_ids:
             matcher.append(token_id)
         return matcher
 
-    def _copy_of_another(self, guide: Guide, spent: _Prototype) -> LLMatcher:
-        """Whose lexer is not that of `spent`."""
+    def _copy_of_another(self, guide: Guide, matcher: Matcher) -> LLMatcher:
+        """Whose lexer is not that which has given up."""
         compiled = self._find(guide)
+        self._drop_that_of(matcher, compiled)
+        self._provide(guide, compiled)
+        with self._with_room(guide, compiled) as prototype:
+            prototype.share(matcher)
+        return prototype.matcher.deep_copy()
+
+    def _copy_of_its_own(self, guide: Guide, matcher: Matcher) -> LLMatcher:
+        self._drop_that_of(matcher, self._find(guide))
+        own = _compile(guide, self._vocabulary)
+        matcher.lexer = own.number
+        return own.matcher
+
+    def _drop_that_of(self, matcher: Matcher, compiled: _Compiled) -> None:
         with self._lock:
-            compiled.drop(spent)
-            next_one = compiled.next_one
-        if next_one is spent or next_one.is_worn:
+            compiled.prototypes = [prototype for prototype in compiled.prototypes if matcher not in prototype.sharers]
+
+    def _provide(self, guide: Guide, compiled: _Compiled) -> None:
+        """As many prototypes as holders need, of which the next one is of use."""
+        while True:
+            with self._with_room(guide, compiled) as prototype:
+                pass
+            # Beside the lock: this waits for the masks that are being made of it.
+            if not prototype.is_spent:
+                return
+            with self._lock:
+                compiled.drop(prototype)
+
+    @contextmanager
+    def _with_room(self, guide: Guide, compiled: _Compiled) -> Iterator[_Prototype]:
+        """The prototype for the next sequence, under the lock. Compiles those that are missing."""
+        while True:
+            with self._lock:
+                if not compiled.is_short:
+                    yield compiled.next_one
+                    return
             fresh = _compile(guide, self._vocabulary)
             with self._lock:
-                compiled.add(fresh, next_one)
-            next_one = fresh
-        return next_one.matcher.deep_copy()
+                self._add(guide, compiled, fresh)
 
     def _grow(self, guide: Guide, compiled: _Compiled) -> None:
         """As many prototypes as those who have the guide now would use; the next ones get them."""
-        is_crowded = True
-        while is_crowded:
+        for _ in range(MAX_LEXERS):
             fresh = _compile(guide, self._vocabulary)
             with self._lock:
-                compiled.add(fresh)
-                self._evict_spares()
-                is_crowded = compiled.is_growing = compiled.is_crowded
+                self._add(guide, compiled, fresh)
+                if self._is_closing.is_set() or not compiled.is_crowded:
+                    return
+
+    def _add(self, guide: Guide, compiled: _Compiled, fresh: _Prototype) -> None:
+        compiled.prototypes.append(fresh)
+        if guide in self._compiled:
+            # Spare ones of others go first.
+            self._compiled.move_to_end(guide)
+        self._evict_spares()
 
     def _find(self, guide: Guide) -> _Compiled:
         with self._lock:
@@ -249,17 +307,24 @@ class GuideCompiler:
             self._kept_bytes -= self._compiled.pop(guide).num_bytes
 
     def _evict_spares(self) -> None:
-        num_spare = sum(len(compiled.prototypes) - 1 for compiled in self._compiled.values())
-        for compiled in self._compiled.values():
-            while num_spare > MAX_SPARE and len(compiled.prototypes) > 1:
-                compiled.prototypes.pop()
-                num_spare -= 1
+        num_spare = {
+            guide: len(compiled.prototypes) - compiled.num_needed for guide, compiled in self._compiled.items()
+        }
+        num_over = sum(num for num in num_spare.values() if num > 0) - MAX_SPARE
+        for guide, num in num_spare.items():
+            for _ in range(min(num, num_over)):
+                prototypes = self._compiled[guide].prototypes
+                # The room that there is stays, and of those that nobody has the ones that have grown.
+                prototypes.remove(max(reversed(prototypes), key=_num_sharers))
+                num_over -= 1
 
     def close(self) -> None:
         """End the threads. Idempotent; others begin when they are needed again."""
         growing: ThreadPoolExecutor | None = self.__dict__.pop("_growing", None)
         if growing is not None:
+            self._is_closing.set()
             growing.shutdown(cancel_futures=True)
+            self._is_closing.clear()
         if (masks := self.__dict__.get("masks")) is not None:
             masks.close()
 
@@ -290,7 +355,16 @@ def _compile(guide: Guide, vocabulary: LLTokenizer) -> _Prototype:
     return _Prototype(prototype)
 
 
-def check_guide(guides: GuideCompiler | None, guide: Guide) -> None:
+def _raise_what_growing_raised(compiled: _Compiled) -> None:
+    """One that has not ended goes on; one that `close` has cancelled is as if it had never been."""
+    if compiled.growing is None or not compiled.growing.done():
+        return
+    ended, compiled.growing = compiled.growing, None
+    if not ended.cancelled() and (error := ended.exception()) is not None:
+        raise RuntimeError("a guide that is compiled already could not be compiled once more") from error
+
+
+def check_guide(guides: GuideCompiler | None, guide: Guide, num_requests: int = 1) -> None:
     """What a runner answers when it is asked about a guide.
 
     Raises:
@@ -299,13 +373,13 @@ def check_guide(guides: GuideCompiler | None, guide: Guide) -> None:
     """
     if guides is None:
         raise ValueError("guide must be None: this runner has no tokenizer to compile it for")
-    guides.check(guide)
+    guides.check(guide, num_requests)
 
 
-def release_guide(guides: GuideCompiler | None, guide: Guide) -> None:
-    """What a runner does when a request ends whose guide was checked."""
+def release_guide(guides: GuideCompiler | None, guide: Guide, num_requests: int = 1) -> None:
+    """What a runner does when requests end whose guide was checked."""
     assert guides is not None, "no guide was checked without a compiler"
-    guides.release(guide)
+    guides.release(guide, num_requests)
 
 
 def _grammar(guide: Guide) -> str:

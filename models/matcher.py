@@ -81,10 +81,11 @@ class Matcher:
     """How far one sequence has come in its guide."""
 
     def __init__(
-        self, inner: LLMatcher, masks: "MaskMaker", lexer: int = 0, renewals: Sequence[Callable[[], LLMatcher]] = ()
+        self, inner: LLMatcher, masks: "MaskMaker", renewals: "Sequence[Callable[[Matcher], LLMatcher]]" = ()
     ) -> None:
-        """`renewals` are where to get another lexer from when this one has given up, one after the other."""
-        self.lexer = lexer
+        """`renewals` are where to get another lexer from when this one has given up, one after the other. They are given
+        the matcher."""
+        self.lexer = 0
         """The same number for those that share one."""
         self.inner = inner
         self.masks = masks
@@ -150,7 +151,7 @@ class Matcher:
             return False
         while self._renewals and reason_of(self.inner).startswith(_LEXER_GAVE_UP) and self.masks.may_renew:
             start_s = time.thread_time()
-            self.inner = self._renewals.pop(0)()
+            self.inner = self._renewals.pop(0)(self)
             self.inner.consume_tokens([*self._read])
             took_s = time.thread_time() - start_s
             self.renewing_s += took_s

@@ -6,6 +6,8 @@
 
 import json
 import re
+import threading
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -269,8 +271,8 @@ SPENDING = Regex("(.*a.{0,20}){20}")
 """Its lexer has more to do for each token, and soon too much."""
 
 
-def spend(guides: GuideCompiler) -> None:
-    matcher = guides.matcher(SPENDING, [])
+def spend(guides: GuideCompiler, matcher: Matcher | None = None) -> None:
+    matcher = matcher or guides.matcher(SPENDING, [])
     for token_id in 20 * tiny_tokenizer().encode("ab a"):
         matcher.append(TokenId(token_id))
         mask_of(guides, matcher)
@@ -282,12 +284,11 @@ def test_a_lexer_that_has_given_up_is_not_given_to_the_next_request() -> None:
     guides.check(SPENDING)
     assert allowed(guides, guides.matcher(SPENDING, []))
     spend(guides)
-    assert guides._compiled[SPENDING].prototypes[0].is_worn
     # Where nobody has asked, in process mode, no less than where the check has found it.
     assert allowed(guides, guides.matcher(SPENDING, []))
     spend(guides)
     guides.check(SPENDING)
-    assert not guides._compiled[SPENDING].prototypes[0].is_worn
+    assert not any(prototype.is_spent for prototype in guides._compiled[SPENDING].prototypes)
 
 
 def test_a_lexer_that_has_given_up_fails_only_the_sequence_that_spent_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +298,7 @@ def test_a_lexer_that_has_given_up_fails_only_the_sequence_that_spent_it(monkeyp
     guides = fresh_guides()
     guides.check(SPENDING)
     token_ids = [TokenId(token_id) for token_id in tiny_tokenizer().encode("ab a")]
-    others = [guides.matcher(SPENDING, token_ids) for _ in range(20)]
+    others = [guides.matcher(SPENDING, token_ids) for _ in range(MAX_SHARERS - 1)]
     masks = [mask_of(guides, matcher).copy() for matcher in others]
     compiled: list[int] = []
     make = grammar._compile
@@ -311,7 +312,7 @@ def test_a_lexer_that_has_given_up_fails_only_the_sequence_that_spent_it(monkeyp
         spend(guides)
         # Twice for the one that has spent it, and once for all the others.
         assert len(compiled) == 2
-        together = np.zeros((20, guides.masks.num_words), np.int32)
+        together = np.zeros((len(others), guides.masks.num_words), np.int32)
         for matcher in others:
             matcher.append(token_ids[0])
             assert matcher.force(5) == []
@@ -333,35 +334,71 @@ def test_beginning_again_has_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "lexer error" in (other.error or "")
 
 
-def handed_out(guides: GuideCompiler, num_matchers: int) -> tuple[list[grammar._Prototype], list[Matcher]]:
-    """What sequences get whose requests come one after the other, each checked: prototypes, and matchers."""
-    prototypes, matchers = [], []
-    for _ in range(num_matchers):
-        guides.check(DIGITS)
-        prototypes.append(guides._compiled[DIGITS].next_one)
-        matchers.append(guides.matcher(DIGITS, []))
-        guides.release(DIGITS)
-    return prototypes, matchers
-
-
-def turns(prototypes: list[grammar._Prototype]) -> list[int]:
-    """How often each of them was given."""
-    return [prototypes.count(prototype) for prototype in dict.fromkeys(prototypes)]
-
-
-def test_few_sequences_share_a_lexer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_requests", [1, MAX_SHARERS])
+@pytest.mark.parametrize("comes_at_once", [True, False])
+def test_few_sequences_share_a_lexer_at_a_time(
+    num_requests: int, comes_at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(grammar, "MAX_LEXERS", 1)
-    prototypes, matchers = handed_out(fresh_guides(), 2 * MAX_SHARERS)
-    assert turns(prototypes) == [MAX_SHARERS, MAX_SHARERS]
-    assert len(matchers) == 2 * MAX_SHARERS
+    guides = fresh_guides()
+    matchers: list[Matcher] = []
+    for number in range(4 * MAX_SHARERS):
+        if number % num_requests == 0:
+            guides.check(DIGITS, num_requests)
+        if not comes_at_once:
+            matchers.append(guides.matcher(DIGITS, []))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar, "_compile", None)
+        matchers += [guides.matcher(DIGITS, []) for _ in range(4 * MAX_SHARERS - len(matchers))]
+    assert list(Counter(matcher.lexer for matcher in matchers).values()) == [MAX_SHARERS] * 4
+
+
+def test_a_spent_lexer_fails_few_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nobody may begin again.
+    monkeypatch.setattr("triode.models.matcher.MAX_RENEWING_S", 0)
+    guides = fresh_guides()
+    for _ in range(4 * MAX_SHARERS):
+        guides.check(SPENDING)
+    spender, *others = [guides.matcher(SPENDING, []) for _ in range(4 * MAX_SHARERS)]
+    spend(guides, spender)
+    guides.masks.fill(others, np.zeros((len(others), guides.masks.num_words), np.int32))
+    failed = [matcher for matcher in others if matcher.error is not None]
+    assert len(failed) < MAX_SHARERS
+    assert all(matcher.lexer == spender.lexer for matcher in failed)
+
+
+def test_sequences_that_begin_again_share_lexers_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triode.models.matcher.MAX_RENEWING_S", 60)
+    monkeypatch.setattr(grammar, "MAX_LEXERS", 1)
+    guides = fresh_guides()
+    guides.check(SPENDING, 2 * MAX_SHARERS - 1)
+    # Two lexers, of which the first has one place left, the second two.
+    matchers = [guides.matcher(SPENDING, []) for _ in range(2 * MAX_SHARERS - 3)]
+    spend(guides)
+    assert len({matcher.lexer for matcher in matchers}) == 2
+    guides.masks.fill(matchers, np.zeros((len(matchers), guides.masks.num_words), np.int32))
+    assert all(matcher.error is None for matcher in matchers)
+    shares = Counter(matcher.lexer for matcher in matchers)
+    assert max(shares.values()) <= MAX_SHARERS
+    sharers = {prototype.number: len(prototype.sharers) for prototype in guides._compiled[SPENDING].prototypes}
+    assert sharers == shares
 
 
 def test_a_lexer_is_kept_for_the_next_sequences_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "MAX_LEXERS", 1)
     monkeypatch.setattr(grammar, "MAX_GIVEN", 40)
     guides = fresh_guides()
-    prototypes = [prototype for _ in range(10) for prototype in handed_out(guides, 8)[0]]
-    assert turns(prototypes) == [40, 40]
+    lexers: list[int] = []
+    # They have ended, though their places in the batch are nobody's yet.
+    ended: list[Matcher] = []
+    for _ in range(20):
+        for _ in range(4):
+            guides.check(DIGITS)
+        ended += [guides.matcher(DIGITS, []) for _ in range(4)]
+        for _ in range(4):
+            guides.release(DIGITS)
+        lexers.append(ended[-1].lexer)
+    assert list(Counter(lexers).values()) == [10, 10]
 
 
 def test_a_guide_that_many_have_gets_a_lexer_for_every_few_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,6 +420,23 @@ def grown(guides: GuideCompiler) -> None:
     guides._growing.submit(int).result()
 
 
+def test_the_next_requests_find_a_guide_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_LEXERS", 3)
+    guides = fresh_guides()
+    kept: list[Matcher] = []
+    for _ in range(3):
+        for _ in range(12):
+            guides.check(DIGITS)
+        kept += [guides.matcher(DIGITS, []) for _ in range(12)]
+        grown(guides)
+        prototypes = guides._compiled[DIGITS].prototypes
+        for _ in range(12):
+            guides.release(DIGITS)
+        # From here on there are enough.
+        monkeypatch.setattr(grammar, "_compile", None)
+    assert [prototype.num_given for prototype in prototypes] == [20, 8, 8]
+
+
 def test_lexers_that_nobody_needs_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "MAX_LEXERS", 4)
     monkeypatch.setattr(grammar, "MAX_SPARE", 5)
@@ -393,6 +447,86 @@ def test_lexers_that_nobody_needs_are_bounded_together(monkeypatch: pytest.Monke
         grown(guides)
         assert len(matchers) == sum(len(prototype.sharers) for prototype in guides._compiled[Regex(text)].prototypes)
     assert [len(compiled.prototypes) for compiled in guides._compiled.values()] == [1, 3, 4]
+    # What requests need stays.
+    guides.check(Regex("oldest"), 10 * MAX_SHARERS)
+    assert [len(compiled.prototypes) for compiled in guides._compiled.values()] == [3, 4, 11]
+
+
+@pytest.mark.parametrize("max_spare", [0, 1, 3])
+def test_growing_ends_where_others_are_used_meanwhile(max_spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_LEXERS", 4)
+    monkeypatch.setattr(grammar, "MAX_SPARE", max_spare)
+    guides, others = fresh_guides(), Regex("others")
+    guides.check(others)
+    held = [guides.matcher(others, []) for _ in range(16)]
+    grown(guides)
+    compiled: list[Guide] = []
+    make = grammar._compile
+
+    def counted(guide: Guide, vocabulary: LLTokenizer) -> grammar._Prototype:
+        compiled.append(guide)
+        guides._find(others)
+        return make(guide, vocabulary)
+
+    guides.check(DIGITS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar, "_compile", counted)
+        held += [guides.matcher(DIGITS, []) for _ in range(16)]
+        grown(guides)
+    assert 0 < compiled.count(DIGITS) <= grammar.MAX_LEXERS
+    guides.close()
+
+
+def test_closing_ends_growing_which_can_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_LEXERS", 4)
+    guides, begun, may_go_on = fresh_guides(), threading.Event(), threading.Event()
+    make = grammar._compile
+
+    def slow(guide: Guide, vocabulary: LLTokenizer) -> grammar._Prototype:
+        begun.set()
+        may_go_on.wait()
+        return make(guide, vocabulary)
+
+    both = (DIGITS, Regex("waits"))
+    for guide in both:
+        guides.check(guide)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar, "_compile", slow)
+        held = [guides.matcher(guide, []) for guide in both for _ in range(16)]
+        begun.wait()
+        closing = threading.Thread(target=guides.close)
+        closing.start()
+        guides._is_closing.wait()
+        may_go_on.set()
+        closing.join()
+    assert [len(guides._compiled[guide].prototypes) for guide in both] == [2, 1]
+    for guide in both:
+        held.append(guides.matcher(guide, []))
+        grown(guides)
+    assert [len(guides._compiled[guide].prototypes) for guide in both] == [4, 4]
+    guides.close()
+
+
+def test_an_exception_of_growing_rises_where_the_next_sequence_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_LEXERS", 4)
+    guides = fresh_guides()
+    guides.check(DIGITS)
+
+    def broken(guide: Guide, vocabulary: LLTokenizer) -> grammar._Prototype:
+        raise MemoryError("a bug")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar, "_compile", broken)
+        held = [guides.matcher(DIGITS, []) for _ in range(FEW_SHARERS + 1)]
+        grown(guides)
+        guides.check(DIGITS)
+        with pytest.raises(RuntimeError, match="could not be compiled once more") as raised:
+            guides.matcher(DIGITS, [])
+    assert isinstance(raised.value.__cause__, MemoryError)
+    held.append(guides.matcher(DIGITS, []))
+    grown(guides)
+    assert len(guides._compiled[DIGITS].prototypes) == 2
+    guides.close()
 
 
 def test_few_guides_stay_compiled_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
