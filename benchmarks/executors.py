@@ -45,10 +45,10 @@ class NullRunner:
     def launch(self, plan: StepPlan) -> None:
         self._results.append(answer(plan))
 
-    def check_guide(self, guide: Guide) -> None:
+    def check_guide(self, guide: Guide, num_requests: int = 1) -> None:
         raise ValueError("guide must be None: there is no model")
 
-    def release_guide(self, guide: Guide) -> None:
+    def release_guide(self, guide: Guide, num_requests: int = 1) -> None:
         raise AssertionError("no guide was checked")
 
     def is_ready(self) -> bool:

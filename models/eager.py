@@ -91,13 +91,13 @@ class EagerRunner:
         self._results: deque[StepResult] = deque()
         self._statistics = RunnerStatistics()
 
-    def check_guide(self, guide: Guide) -> None:
-        """Compile a guide, and keep it."""
-        check_guide(self._slots.guides, guide)
+    def check_guide(self, guide: Guide, num_requests: int = 1) -> None:
+        """Compile a guide, and keep it for so many requests."""
+        check_guide(self._slots.guides, guide, num_requests)
 
-    def release_guide(self, guide: Guide) -> None:
-        """A request that had the guide has ended."""
-        release_guide(self._slots.guides, guide)
+    def release_guide(self, guide: Guide, num_requests: int = 1) -> None:
+        """So many requests that had the guide have ended."""
+        release_guide(self._slots.guides, guide, num_requests)
 
     def launch(self, plan: StepPlan) -> None:
         """Begin the step."""

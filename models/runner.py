@@ -30,16 +30,16 @@ class RunnerStatistics(msgspec.Struct, frozen=True):
 class Runner(Protocol):
     """Computes steps. `launch` and `collect` belong to one thread each; the other methods may be called from any."""
 
-    def check_guide(self, guide: Guide) -> None:
-        """Compile a guide before the first plan that has it, and keep it until `release_guide`.
+    def check_guide(self, guide: Guide, num_requests: int = 1) -> None:
+        """Compile a guide before the first plan that has it, and keep it until `release_guide`, for at most so many requests.
 
         Raises:
             ValueError: with the reason why it cannot be followed.
             EngineBusy: if other requests' guides leave no room for it.
         """
 
-    def release_guide(self, guide: Guide) -> None:
-        """No later plan admits the request whose guide was checked. Called once for each check that went well."""
+    def release_guide(self, guide: Guide, num_requests: int = 1) -> None:
+        """No later plan admits the requests whose guide was checked. Called once for each check that went well, with its number."""
 
     def launch(self, plan: StepPlan) -> None:
         """Start a step; it may run on while the caller goes on."""

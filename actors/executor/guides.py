@@ -7,10 +7,10 @@ from triode.models.guide import Guide, Refusal
 from triode.models.runner import Runner
 
 
-def refusal(runner: Runner, guide: Guide) -> Refusal | None:
-    """Why a guide cannot be followed; None if it can, and is compiled and kept."""
+def refusal(runner: Runner, guide: Guide, num_requests: int = 1) -> Refusal | None:
+    """Why a guide cannot be followed; None if it can, and is compiled and kept for so many requests."""
     try:
-        runner.check_guide(guide)
+        runner.check_guide(guide, num_requests)
     except ValueError as error:
         return Refusal(str(error))
     except EngineBusy as error:
@@ -23,13 +23,15 @@ def refusal(runner: Runner, guide: Guide) -> Refusal | None:
 MAX_UNASKED = 15
 """Requests with a guide that the worker keeps already, for each one about which it is asked, which may bring another
 prototype of it (`models/grammar.py`)."""
+REQUESTS_PER_CHECK = 1 + MAX_UNASKED
+"""For which the worker is asked at once."""
 
 
 @dataclass(slots=True)
 class _Kept:
     num_requests: int = 0
     num_asked: int = 0
-    """Checks that the worker has seen: so often it must be told that the guide is released."""
+    """Checks that the worker has seen, and of which it was not told that the guide is released."""
     num_unasked: int = 0
     """Requests since the last of them."""
 
@@ -44,7 +46,7 @@ class KeptGuides:
     def share(self, guide: Guide) -> bool:
         """Whether one more request may have the guide without the worker being asked. It has it then."""
         kept = self._kept.get(guide)
-        if kept is None or kept.num_unasked == MAX_UNASKED:
+        if kept is None or kept.num_unasked == MAX_UNASKED or kept.num_requests >= kept.num_asked * REQUESTS_PER_CHECK:
             return False
         kept.num_requests += 1
         kept.num_unasked += 1
@@ -58,10 +60,14 @@ class KeptGuides:
         kept.num_unasked = 0
 
     def release(self, guide: Guide) -> int:
-        """A request has ended. Returns how often the worker must be told: not before the last one."""
+        """A request has ended. Returns how often the worker must be told: of all checks when it was the last one, and before
+        of those that the others do not need, but for one that the next requests may."""
         kept = self._kept[guide]
         kept.num_requests -= 1
-        if kept.num_requests:
-            return 0
-        del self._kept[guide]
-        return kept.num_asked
+        if not kept.num_requests:
+            del self._kept[guide]
+            return kept.num_asked
+        num_needed = -(-kept.num_requests // REQUESTS_PER_CHECK) + 1
+        num_told = max(0, kept.num_asked - num_needed)
+        kept.num_asked -= num_told
+        return num_told

@@ -128,7 +128,7 @@ class ProcessExecutor:
         return refusal
 
     def release_guide(self, guide: Guide) -> None:
-        """Have the worker let go of a guide, if nobody has it any more."""
+        """Have the worker let go of a guide, as far as nobody has it any more."""
         for _ in range(self._guides.release(guide)):
             self._child.post(ReleaseGuide(guide))
 

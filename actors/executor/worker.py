@@ -29,7 +29,7 @@ import msgspec
 from msgspec.structs import replace
 
 from triode.actors.channels import MAX_COMPILING
-from triode.actors.executor.guides import refusal
+from triode.actors.executor.guides import REQUESTS_PER_CHECK, refusal
 from triode.actors.executor.protocol import (
     Built,
     CheckGuide,
@@ -156,7 +156,7 @@ def run_steps(connection: Connection, runner: Runner) -> None:
             case CheckGuide(number, guide):
                 compiling.submit(_answer, connection, runner, number, guide)
             case ReleaseGuide(guide):
-                runner.release_guide(guide)
+                runner.release_guide(guide, REQUESTS_PER_CHECK)
             case Wake():
                 if sleeper is not None and not num_in_flight:
                     sleeper.wake()
@@ -166,7 +166,7 @@ def run_steps(connection: Connection, runner: Runner) -> None:
 
 def _answer(connection: Connection, runner: Runner, number: int, guide: Guide) -> None:
     try:
-        connection.send(GuideChecked(number, refusal(runner, guide)))
+        connection.send(GuideChecked(number, refusal(runner, guide, REQUESTS_PER_CHECK)))
     except ConnectionError:
         # The engine is gone, which the loop learns by itself.
         return

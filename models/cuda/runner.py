@@ -77,13 +77,13 @@ class CudaRunner:
         self._collected = RunnerStatistics()
         self.hand_over: Callable[[], None] = nobody_waits
 
-    def check_guide(self, guide: Guide) -> None:
-        """Compile a guide, and keep it."""
-        check_guide(self._guides, guide)
+    def check_guide(self, guide: Guide, num_requests: int = 1) -> None:
+        """Compile a guide, and keep it for so many requests."""
+        check_guide(self._guides, guide, num_requests)
 
-    def release_guide(self, guide: Guide) -> None:
-        """A request that had the guide has ended."""
-        release_guide(self._guides, guide)
+    def release_guide(self, guide: Guide, num_requests: int = 1) -> None:
+        """So many requests that had the guide have ended."""
+        release_guide(self._guides, guide, num_requests)
 
     def wake(self) -> None:
         """Go the way of a launch, without a step."""

@@ -46,10 +46,10 @@ class NumberingRunner:
             raise ZeroDivisionError(f"step {plan.step_id}")
         self._launched.append(plan)
 
-    def check_guide(self, guide: Guide) -> None:
+    def check_guide(self, guide: Guide, num_requests: int = 1) -> None:
         raise ValueError("guide must be None: there is no model")
 
-    def release_guide(self, guide: Guide) -> None:
+    def release_guide(self, guide: Guide, num_requests: int = 1) -> None:
         raise AssertionError("no guide was checked")
 
     def is_ready(self) -> bool:

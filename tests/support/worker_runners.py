@@ -91,10 +91,10 @@ class EchoRunner:
         total = sum(sum(admission.token_ids) for admission in plan.admissions)
         self.results.append(StepResult(plan.step_id, plan.slots, plan.epochs, (1,), (TokenId(total),)))
 
-    def check_guide(self, guide: Guide) -> None:
+    def check_guide(self, guide: Guide, num_requests: int = 1) -> None:
         raise ValueError("guide must be None: there is no model")
 
-    def release_guide(self, guide: Guide) -> None:
+    def release_guide(self, guide: Guide, num_requests: int = 1) -> None:
         raise AssertionError("no guide was checked")
 
     def is_ready(self) -> bool:
