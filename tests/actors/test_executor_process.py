@@ -1,5 +1,6 @@
 """The worker process: what crosses to it and back, and that neither end outlives the other."""
 
+import itertools
 import json
 import os
 import select
@@ -170,6 +171,25 @@ async def test_guides_are_checked_beside_the_runner_while_it_runs() -> None:
         with trio.move_on_after(0):
             await executor.check_guide(Regex("given up"))
         assert await executor.check_guide(Regex("b")) == Refusal("guide must be None: there is no model")
+
+
+async def test_a_worker_keeps_a_guide_for_all_requests_that_have_it_and_lets_go_of_it() -> None:
+    async with started("open_keeping") as (executor, inboxes):
+        step_ids = itertools.count()
+
+        async def num_kept() -> int:
+            executor.launch(plan(next(step_ids), 1))
+            await inboxes.token()
+            return executor.statistics().num_rows
+
+        for num_requests in range(1, 34):
+            assert await executor.check_guide(Regex("a")) is None
+            assert num_requests <= await num_kept() < num_requests + 16
+        for num_requests in reversed(range(1, 33)):
+            executor.release_guide(Regex("a"))
+            assert num_requests <= await num_kept() < num_requests + 32
+        executor.release_guide(Regex("a"))
+        assert await num_kept() == 0
 
 
 async def test_results_come_back_in_order_with_the_runners_figures() -> None:

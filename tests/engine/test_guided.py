@@ -14,6 +14,7 @@ import triode
 from engines import SMALL, check_nothing_is_left, complete, drawn, open_gated, open_tiny, rested
 from triode.engine.completion import Completion, Result
 from triode.engine.engine import Engine
+from triode.errors import EngineFault
 from triode.models import grammar
 from triode.models.vocabulary import vocabulary_for
 
@@ -275,10 +276,34 @@ async def test_guided_requests_can_be_cancelled_while_their_guide_compiles() -> 
         await check_nothing_is_left(engine)
 
 
+def guides_of(engine: Engine) -> grammar.GuideCompiler:
+    guides: grammar.GuideCompiler = engine._hub.parts.executor._runner._slots.guides  # type: ignore[attr-defined]
+    return guides
+
+
 def held_bytes(engine: Engine) -> int:
     """Of the guides that requests have."""
-    guides: grammar.GuideCompiler = engine._hub.parts.executor._runner._slots.guides  # type: ignore[attr-defined]
-    return guides._held_bytes
+    return guides_of(engine)._held_bytes
+
+
+async def test_a_bug_in_growing_a_guide_in_the_background_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_LEXERS", 2)
+
+    def broken(guide: object, vocabulary: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    params = guided(guide=triode.Regex("[0-9]{20}"))
+    with pytest.raises(EngineFault) as raised:
+        async with open_tiny(executor="inline", max_running=8) as engine:
+            await complete(engine, PROMPT, params)
+            monkeypatch.setattr(grammar, "_compile", broken)
+            await engine.generate([PROMPT] * (grammar.FEW_SHARERS + 1), params)
+            guides_of(engine)._growing.submit(int).result()
+            await complete(engine, PROMPT, params)
+    error: BaseException | None = raised.value
+    while error is not None and not isinstance(error, ZeroDivisionError):
+        error = error.__cause__
+    assert error is not None, "the fault says what has caused it"
 
 
 async def test_a_batch_waits_while_guides_of_others_leave_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,23 @@ class WakingRunner(EchoRunner):
         return RunnerStatistics(num_steps=self.num_steps, num_rows=self.num_woken)
 
 
+class KeepingRunner(EchoRunner):
+    """Its figures say for how many requests it keeps a guide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_kept = 0
+
+    def check_guide(self, guide: Guide, num_requests: int = 1) -> None:
+        self.num_kept += num_requests
+
+    def release_guide(self, guide: Guide, num_requests: int = 1) -> None:
+        self.num_kept -= num_requests
+
+    def statistics(self) -> RunnerStatistics:
+        return RunnerStatistics(num_steps=self.num_steps, num_rows=self.num_kept)
+
+
 class PairingRunner(EchoRunner):
     """Ends a step only when the next one has been launched."""
 
@@ -211,6 +228,10 @@ def open_echo(order: Open, progress: Progress) -> tuple[EchoRunner, Built]:
 
 def open_waking(order: Open, progress: Progress) -> tuple[WakingRunner, Built]:
     return WakingRunner(), BUILT
+
+
+def open_keeping(order: Open, progress: Progress) -> tuple[KeepingRunner, Built]:
+    return KeepingRunner(), BUILT
 
 
 def open_pairing(order: Open, progress: Progress) -> tuple[PairingRunner, Built]:
