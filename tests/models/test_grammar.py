@@ -353,6 +353,15 @@ def test_few_sequences_share_a_lexer_at_a_time(
     assert list(Counter(matcher.lexer for matcher in matchers).values()) == [MAX_SHARERS] * 4
 
 
+def test_sequences_that_come_again_share_lexers_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a preemption, where nobody asks once more."""
+    monkeypatch.setattr(grammar, "MAX_LEXERS", 1)
+    guides = fresh_guides()
+    guides.check(DIGITS, MAX_SHARERS)
+    matchers = [guides.matcher(DIGITS, []) for _ in range(2 * MAX_SHARERS)]
+    assert list(Counter(matcher.lexer for matcher in matchers).values()) == [MAX_SHARERS] * 2
+
+
 def test_a_spent_lexer_fails_few_others(monkeypatch: pytest.MonkeyPatch) -> None:
     # Nobody may begin again.
     monkeypatch.setattr("triode.models.matcher.MAX_RENEWING_S", 0)
@@ -372,10 +381,11 @@ def test_sequences_that_begin_again_share_lexers_like_others(monkeypatch: pytest
     monkeypatch.setattr(grammar, "MAX_LEXERS", 1)
     guides = fresh_guides()
     guides.check(SPENDING, 2 * MAX_SHARERS - 1)
-    # Two lexers, of which the first has one place left, the second two.
-    matchers = [guides.matcher(SPENDING, []) for _ in range(2 * MAX_SHARERS - 3)]
-    spend(guides)
-    assert len({matcher.lexer for matcher in matchers}) == 2
+    spender, *matchers = [guides.matcher(SPENDING, []) for _ in range(2 * MAX_SHARERS - 2)]
+    lexers = {matcher.lexer for matcher in matchers}
+    assert len(lexers) == 2
+    spend(guides, spender)
+    assert spender.lexer not in lexers, "it had both of them, and then its own"
     guides.masks.fill(matchers, np.zeros((len(matchers), guides.masks.num_words), np.int32))
     assert all(matcher.error is None for matcher in matchers)
     shares = Counter(matcher.lexer for matcher in matchers)
@@ -474,6 +484,28 @@ def test_growing_ends_where_others_are_used_meanwhile(max_spare: int, monkeypatc
         held += [guides.matcher(DIGITS, []) for _ in range(16)]
         grown(guides)
     assert 0 < compiled.count(DIGITS) <= grammar.MAX_LEXERS
+    # Spare ones of others have made room.
+    assert [len(guides._compiled[guide].prototypes) for guide in (DIGITS, others)] == [1 + max_spare, 1]
+    guides.close()
+
+
+def test_growing_is_bounded_whatever_it_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_LEXERS", 4)
+    monkeypatch.setattr(grammar._Compiled, "is_crowded", True)
+    guides = fresh_guides()
+    guides.check(DIGITS)
+    compiled: list[Guide] = []
+    make = grammar._compile
+
+    def counted(guide: Guide, vocabulary: LLTokenizer) -> grammar._Prototype:
+        compiled.append(guide)
+        assert len(compiled) < 20
+        return make(guide, vocabulary)
+
+    monkeypatch.setattr(grammar, "_compile", counted)
+    guides.matcher(DIGITS, [])
+    grown(guides)
+    assert len(compiled) == grammar.MAX_LEXERS
     guides.close()
 
 
