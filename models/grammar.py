@@ -21,7 +21,6 @@ guides brings enough prototypes for those who may come. Where sequences that hav
 their places in the batch, a step may have to wait for one more.
 """
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -30,20 +29,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
-from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from llguidance import LLMatcher, LLTokenizer
 
 from triode.errors import EngineBusy
 from triode.ids import TokenId
-from triode.models.guide import Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
+from triode.models.grammar_text import grammar_text
+from triode.models.guide import Grammar, Guide, JsonObject
 from triode.models.matcher import GRAMMAR_LIMITS, LIMITS, MASK_THREADS, MaskMaker, Matcher, reason_of
 from triode.models.tokenizer import Tokenizer
 from triode.models.vocabulary import vocabulary_for
-
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
 
 MAX_KEPT_BYTES = 2**21
 """Text of the guides that stay compiled: a compiled one takes up to about 200 times as much."""
@@ -68,9 +64,6 @@ locks of the others."""
 MAX_SPARE = 64
 """Prototypes that are kept beside those that requests need (`MAX_SHARERS`) and the first of each guide, all guides together:
 a grown one takes up to 40 MB."""
-
-_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
-"""Between tokens of JSON; without a bound, a model at a loss for words would fill its output with it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -287,7 +280,7 @@ class GuideCompiler:
                 self._compiled.move_to_end(guide)
                 return compiled
             vocabulary = self._vocabulary
-        compiled = _Compiled([_compile(guide, vocabulary)], len(_grammar(guide).encode()))
+        compiled = _Compiled([_compile(guide, vocabulary)], len(grammar_text(guide).encode()))
         with self._lock:
             return self._keep(guide, compiled)
 
@@ -342,7 +335,7 @@ class GuideCompiler:
 
 def _compile(guide: Guide, vocabulary: LLTokenizer) -> _Prototype:
     try:
-        grammar = _grammar(guide)
+        grammar = grammar_text(guide)
     except ValueError as error:
         raise ValueError(f"guide cannot be compiled: {error}") from error
     is_anything = isinstance(guide, Grammar) and not guide.of_schemas
@@ -380,34 +373,3 @@ def release_guide(guides: GuideCompiler | None, guide: Guide, num_requests: int 
     """What a runner does when requests end whose guide was checked."""
     assert guides is not None, "no guide was checked without a compiler"
     guides.release(guide, num_requests)
-
-
-def _grammar(guide: Guide) -> str:
-    """In llguidance's own JSON form."""
-    match guide:
-        case JsonSchema(schema, compact):
-            return _json_grammar(str(schema), compact=compact)
-        case JsonObject(compact):
-            return _json_grammar('{"type": "object"}', compact=compact)
-        case Regex(pattern):
-            return LLMatcher.grammar_from_regex(pattern)
-        case Choices(options):
-            # One automaton serves them all, where alternatives of a grammar would each be followed on their own.
-            return LLMatcher.grammar_from_regex("|".join(map(_literal, options)))
-        case Grammar(lark=lark):
-            return json.dumps({"grammars": [{"lark_grammar": lark}]})
-
-
-def _json_grammar(schema: str, *, compact: bool) -> str:
-    # These outweigh what a schema may say for itself under "x-guidance".
-    overrides: JsonCompileOptions = {"lenient": False, "coerce_one_of": False}
-    if compact:
-        overrides["whitespace_flexible"] = False
-    else:
-        overrides["whitespace_pattern"] = _WHITE_SPACE
-    return LLMatcher.grammar_from_json_schema(schema, overrides=overrides)
-
-
-def _literal(text: str) -> str:
-    """A regular expression of this text alone."""
-    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
