@@ -18,6 +18,7 @@ computes. One layer is always served by one of them.
     R rows   Q queries a row   M rows of a product   L positions
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,36 @@ from triode.kernels.paged_attention.rows import AttentionRows
 _MAX_QUERIES = 128
 # Keys and values of decode rows that are gathered at once stay in the last-level cache.
 _MAX_GATHERED = 2_000_000
+
+
+class _Scratch:
+    """Memory that keys and values are gathered into, layer after layer.
+
+    Memory that is taken anew costs a page fault for every 4 KB, which is more than filling it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def gather(self, name: str, cache_PBKH: torch.Tensor, slot_L: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """float32 [R, K, L, H], until something else is gathered by this name."""
+        K, H = cache_PBKH.shape[2:]
+        found = self._memory(name, cache_PBKH.dtype, len(slot_L), K * H)
+        torch.index_select(cache_PBKH.view(-1, K * H), 0, slot_L, out=found)
+        if found.dtype != torch.float32:
+            found = self._memory(name, torch.float32, len(slot_L), K * H).copy_(found)
+        return found.view(num_rows, -1, K, H).transpose(1, 2)
+
+    def _memory(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        size = math.prod(shape)
+        # A long context's chunk has memory for itself.
+        if size > _MAX_GATHERED:
+            return torch.empty(shape, dtype=dtype)
+        if (name, dtype) not in self._kept:
+            # Steps run in inference mode, and others may follow that do not.
+            with torch.inference_mode(mode=False):
+                self._kept[name, dtype] = torch.empty(_MAX_GATHERED, dtype=dtype)
+        return self._kept[name, dtype][:size].view(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +89,7 @@ class _DecodeRows:
 
     def attend(
         self,
+        scratch: _Scratch,
         q_TNH: torch.Tensor,
         out_TNH: torch.Tensor,
         key_PBKH: torch.Tensor,
@@ -66,7 +98,8 @@ class _DecodeRows:
     ) -> None:
         """Write the outputs of these rows' tokens."""
         R, K = len(self.token_R), key_PBKH.shape[2]
-        key_RKLH, value_RKLH = (_gather(cache, self.slot_L, R) for cache in (key_PBKH, value_PBKH))
+        key_RKLH = scratch.gather("keys", key_PBKH, self.slot_L, R)
+        value_RKLH = scratch.gather("values", value_PBKH, self.slot_L, R)
         q_RKGH = q_TNH.index_select(0, self.token_R).unflatten(1, (K, -1))
         G, mask_R1ML = q_RKGH.shape[2], self.product.mask_R1ML
         q_RKMH = torch.nn.functional.pad(q_RKGH.float(), (0, 0, 0, mask_R1ML.shape[2] - G))
@@ -85,6 +118,7 @@ class _Chunk:
 
     def attend(
         self,
+        scratch: _Scratch,
         q_TNH: torch.Tensor,
         out_TNH: torch.Tensor,
         key_PBKH: torch.Tensor,
@@ -93,7 +127,8 @@ class _Chunk:
     ) -> None:
         """Write the outputs of this row's tokens."""
         K = key_PBKH.shape[2]
-        key_1KLH, value_1KLH = (_gather(cache, self.slot_L, 1) for cache in (key_PBKH, value_PBKH))
+        key_1KLH = scratch.gather("keys", key_PBKH, self.slot_L, 1)
+        value_1KLH = scratch.gather("values", value_PBKH, self.slot_L, 1)
         num_queries = [product.num_query for product in self.products]
         tokens = slice(self.first_token, self.first_token + sum(num_queries))
         q_KQGH, out_KQGH = (_by_kv_head(x_TNH[tokens], K) for x_TNH in (q_TNH, out_TNH))
@@ -122,6 +157,7 @@ class CpuAttention:
 
     def __init__(self) -> None:
         self._lengths: dict[int, tuple[int, ...]] = {}
+        self._scratch = _Scratch()
 
     def prepare(self, head_dim: int) -> None:
         """Check the fused kernel, once a head size."""
@@ -150,7 +186,7 @@ class CpuAttention:
                 device=device,
             )
         planner = _Planner(rows, num_heads // num_kv_heads, num_kv_heads * head_dim, lengths)
-        return partial(_attend, [*planner.decode_rows(), *planner.chunks()], rows.num_tokens)
+        return partial(_attend, self._scratch, [*planner.decode_rows(), *planner.chunks()], rows.num_tokens)
 
     def exceptions(self) -> list[str]:
         """The head sizes that the fused kernel does not serve."""
@@ -227,6 +263,7 @@ class _Planner:
 
 
 def _attend(
+    scratch: _Scratch,
     parts: Sequence[_DecodeRows | _Chunk],
     num_tokens: int,
     q_TNH: torch.Tensor,
@@ -237,14 +274,8 @@ def _attend(
     out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
     out_TNH[num_tokens:] = 0
     for part in parts:
-        part.attend(q_TNH, out_TNH, key_PBKH, value_PBKH, scale)
+        part.attend(scratch, q_TNH, out_TNH, key_PBKH, value_PBKH, scale)
     return out_TNH
-
-
-def _gather(cache_PBKH: torch.Tensor, slot_L: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """float32 [R, K, L, H]."""
-    found = cache_PBKH.view(-1, cache_PBKH.shape[2] * cache_PBKH.shape[3]).index_select(0, slot_L).float()
-    return found.view(num_rows, -1, *cache_PBKH.shape[2:]).transpose(1, 2)
 
 
 def _by_kv_head(x_QNH: torch.Tensor, num_kv_heads: int) -> torch.Tensor:

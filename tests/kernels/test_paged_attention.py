@@ -1,10 +1,12 @@
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from exact_attention import attention_float64
 from triode.kernels.paged_attention import cpu, reference
@@ -156,6 +158,47 @@ def test_fused_mixed_rows_agree_with_the_definition(block: int, heads: tuple[int
     step = make_step(MIXED, heads=heads, block=block)
     expected = attention_float64(step.q_TNH, step.keys, step.values, step.rows, SCALE)
     torch.testing.assert_close(attend_fused(step, torch.float32).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of what operations return and were not given."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_bytes = 0
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        returned = function(*args, **(kwargs or {}))
+        given, found = (
+            {each.untyped_storage().data_ptr(): each for each in tree_leaves(tree) if isinstance(each, torch.Tensor)}
+            for tree in ((args, kwargs), returned)
+        )
+        self.num_bytes += sum(found[key].untyped_storage().nbytes() for key in found.keys() - given.keys())
+        return returned
+
+
+def bytes_of_repeated_attention(num_positions: int) -> int:
+    step = make_step([(num_positions - 1, 1)] * 8, heads=(9, 3, 64))
+    query, keys, values = (part.bfloat16() for part in (step.q_TNH, step.key_PBKH, step.value_PBKH))
+    kernels = CpuAttention()
+    kernels.prepare(64)
+    attend = kernels.plan(step.rows, num_heads=9, num_kv_heads=3, head_dim=64, window=None, device=torch.device("cpu"))
+    attend(query, keys, values, SCALE)
+    with Allocated() as allocated:
+        attend(query, keys, values, SCALE)
+    num_bytes: int = allocated.num_bytes
+    return num_bytes
+
+
+def test_what_a_layers_attention_allocates_does_not_grow_with_what_it_reads() -> None:
+    """Fresh memory is faulted in page by page: it took several times as long as attention itself."""
+    assert bytes_of_repeated_attention(60) == bytes_of_repeated_attention(500) > 0
 
 
 def test_a_fused_low_precision_cache_is_read_as_it_is_stored() -> None:
