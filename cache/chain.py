@@ -1,4 +1,4 @@
-"""A sequence's tokens, cut into blocks that are named by everything before them."""
+"""A sequence's tokens, cut into blocks that are named by everything up to their end."""
 
 from array import array
 from collections.abc import Iterator, Sequence
@@ -11,20 +11,21 @@ _TOKEN_BYTES = array("I").itemsize
 
 
 class TokenChain:
-    """Block `i` is named by the BLAKE2b digest of (name of block `i - 1`, tokens of block `i`).
+    """Block `i` is named by the BLAKE2b digest of the namespace and all tokens from the first to the last one of block `i`.
 
-    So equal names mean equal tokens from the start on, but for a collision of 128 bits. The namespace stands before
-    block 0. Names are computed when first asked for and kept, so that a sequence is never hashed twice.
+    So equal names mean equal tokens from the start on, but for a collision of 128 bits. Names are computed when first
+    asked for and kept, by one hash that runs on from block to block, so that a sequence is never hashed twice.
     """
 
-    __slots__ = ("_block_bytes", "_digests", "_packed", "namespace")
+    __slots__ = ("_block_bytes", "_hash", "_names", "_packed", "namespace")
 
     def __init__(self, namespace: bytes, block_size_tokens: int) -> None:
         self.namespace = namespace
         self._block_bytes = block_size_tokens * _TOKEN_BYTES
         self._packed = b""
-        # `person` keeps a namespace from being made to look like a block.
-        self._digests = [blake2b(namespace, digest_size=_DIGEST_BYTES, person=b"namespace").digest()]
+        # Behind its length a namespace can imitate no block.
+        self._hash = blake2b(len(namespace).to_bytes(8, "little") + namespace, digest_size=_DIGEST_BYTES)
+        self._names: list[bytes] = []
 
     def extend(self, token_ids: Sequence[TokenId]) -> None:
         """Learn the tokens of the sequence, from the first on. Fewer than are known already change nothing.
@@ -44,19 +45,21 @@ class TokenChain:
 
     def digest(self, index: int) -> bytes:
         """The name of block `index`, which must be full."""
-        digests = self._digests
-        for i in range(len(digests) - 1, index + 1):
-            digests.append(blake2b(digests[i] + self.tokens(i), digest_size=_DIGEST_BYTES).digest())
-        return digests[index + 1]
+        names = self._names
+        for i in range(len(names), index + 1):
+            self._hash.update(self.tokens(i))
+            names.append(self._hash.digest())
+        return names[index]
 
     def blocks(self, num_blocks: int) -> Iterator[tuple[bytes, bytes]]:
         """Name and packed tokens of the first blocks, which must be full. Hashes no further than it is asked."""
-        digests, packed, size = self._digests, self._packed, self._block_bytes
+        names, packed, size = self._names, self._packed, self._block_bytes
         for index in range(num_blocks):
             tokens = packed[index * size : (index + 1) * size]
-            if len(digests) == index + 1:
-                digests.append(blake2b(digests[index] + tokens, digest_size=_DIGEST_BYTES).digest())
-            yield digests[index + 1], tokens
+            if len(names) == index:
+                self._hash.update(tokens)
+                names.append(self._hash.digest())
+            yield names[index], tokens
 
     def agrees(self, other: "TokenChain", num_tokens: int) -> bool:
         """Whether the first `num_tokens` tokens are known to both, and equal, in the same namespace."""
