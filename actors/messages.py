@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from triode.cache.messages import Clear, Match, Matched, Pin, Pinned, Release, Reserve, Reserved, Unpin
+from triode.cache.messages import Clear, Launched, Match, Matched, Pin, Pinned, Release, Reserve, Reserved, Unpin
 from triode.ids import RequestId, SequenceId, StepId, TokenId
 from triode.models.conversation import Conversation
 from triode.models.guide import Guide
@@ -237,7 +237,7 @@ class Stopped(Message, frozen=True):
 
 TokenizerInbox: TypeAlias = Submit | Cancel
 SchedulerInbox: TypeAlias = Tokenized | Rejected | Cancel | SetPriority | Matched | Reserved | StepResult | Stopped
-CacheInbox: TypeAlias = Match | Reserve | Release | Pin | Unpin | Clear
+CacheInbox: TypeAlias = Match | Reserve | Launched | Release | Pin | Unpin | Clear
 ExecutorInbox: TypeAlias = StepPlan | ReleaseGuide
 DetokenizerInbox: TypeAlias = Opened | Rejected | Sampled | PromptScored | Embedded | StatusChanged | Ended
 
@@ -254,6 +254,7 @@ __all__ = [
     "Ended",
     "ExecutorInbox",
     "FinishReason",
+    "Launched",
     "Mail",
     "Match",
     "Matched",

@@ -3,9 +3,9 @@
 Blocks are written by a single owner: a row that would write into a block with more references gets a copy first,
 whoever the others are. So what the prefix tree remembers is never written again, nor is what another table reads.
 
-A sequence's prompt blocks enter the tree when its next row says how many tokens the launched steps have covered
-(`ReserveRow.num_computed_tokens`), its other blocks at its Release. Both come after the step that computed them was
-launched, so whoever finds them reads them in a later step.
+A sequence's prompt blocks enter the tree when Launched says that the step that computes them is on its way, its other blocks
+at its Release: whoever finds them reads them in a later step. Nobody waits for either message, and what they leave to do
+takes a long prompt half a millisecond: it is done when somebody asks for something, or nobody has anything else to do.
 
 When room runs out, a row may take it from the matches held for rows behind it and then from the victims it was allowed.
 What that would yield is worked out beforehand: nobody loses blocks for a row that is refused all the same.
@@ -20,6 +20,7 @@ from triode.cache.config import CacheConfig
 from triode.cache.messages import (
     BlockCopy,
     Clear,
+    Launched,
     Match,
     Matched,
     MatchRow,
@@ -69,7 +70,7 @@ class CacheManager:
         self._pins = Pins(self._store)
         self._sequences: dict[SequenceId, CachedSequence] = {}
         self._held: dict[SequenceId, CachedSequence] = {}
-        self._released: deque[Release] = deque()
+        self._unsettled: deque[Launched | Release] = deque()
         self._num_query_tokens = 0
         self._num_hit_tokens = 0
         self._num_copied_blocks = 0
@@ -94,7 +95,6 @@ class CacheManager:
         self._store.advance(reserve.now_s)
         if self._held:
             self._drop_unnamed_holds(reserve.rows)
-        self._recorder.remember_launched(reserve.rows)
         step = _Step(reserve)
         sequences, references, block_size = self._sequences, self._store.num_references, self._block_size
         for index, row in enumerate(reserve.rows):
@@ -115,27 +115,37 @@ class CacheManager:
                 step.granted.append(self._serve(sequence, row, index, step))
         return step.answer()
 
+    def launched(self, launched: Launched) -> None:
+        """Remember full blocks of prompts, by `settle` or when somebody asks for anything.
+
+        Sequences without a table are ignored.
+        """
+        self._unsettled.append(launched)
+
     def release(self, release: Release) -> None:
         """Forget sequences and remember their full blocks, by `settle` or when somebody asks for anything.
 
         Sequences that were never matched are ignored.
         """
-        self._released.append(release)
+        self._unsettled.append(release)
 
     @property
     def is_unsettled(self) -> bool:
         """Whether `settle` has something to do."""
-        return bool(self._released)
+        return bool(self._unsettled)
 
     def settle(self) -> None:
-        """Do what releases have left to do."""
-        while self._released:
-            release = self._released[0]
-            self._store.advance(release.now_s)
-            for row in release.rows:
-                self._forget(row)
+        """Do what launches and releases have left to do."""
+        while self._unsettled:
+            message = self._unsettled[0]
+            if isinstance(message, Launched):
+                self._remember(message)
+            else:
+                self._store.advance(message.now_s)
+                for row in message.rows:
+                    self._forget(row)
             # Only now: what fails for somebody who asks for figures must fail for the cache's own actor, too.
-            self._released.popleft()
+            self._unsettled.popleft()
 
     def pin(self, pin: Pin) -> Pinned:
         """Keep the cached full blocks of these tokens; once more for each Pin."""
@@ -191,7 +201,12 @@ class CacheManager:
             assert sequence.num_tokens <= len(sequence.table) * self._block_size, f"sequence {sequence_id} overflows"
         held = {sequence_id for sequence_id, sequence in self._sequences.items() if sequence.is_held}
         assert set(self._held) == held, "the held sequences are not those that say so"
-        self._recorder.check_integrity(self._sequences)
+
+    def _remember(self, launched: Launched) -> None:
+        for sequence_id, num_tokens in zip(launched.sequence_ids, launched.num_tokens, strict=True):
+            sequence = self._sequences.get(sequence_id)
+            if sequence is not None and sequence.is_admitted:
+                self._recorder.remember(sequence, min(num_tokens, sequence.num_prompt_tokens))
 
     def _forget(self, row: ReleaseRow) -> None:
         sequence = self._sequences.get(row.sequence_id)
@@ -297,7 +312,6 @@ class CacheManager:
         self._num_hit_tokens += sequence.num_tokens
         self._held.pop(sequence.sequence_id, None)
         sequence.is_held, sequence.is_admitted = False, True
-        self._recorder.follow(sequence)
 
     def _replace(self, table: list[BlockId], place: int) -> BlockCopy:
         source, target = table[place], self._store.take()
@@ -352,7 +366,6 @@ class CacheManager:
         sequence.room_tokens = sequence.num_tokens = sequence.num_inserted = 0
         sequence.tip = None
         self._held.pop(sequence.sequence_id, None)
-        self._recorder.drop(sequence)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

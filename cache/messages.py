@@ -27,7 +27,7 @@ class MatchRow(msgspec.Struct, frozen=True, gc=False):
     token_ids: tuple[TokenId, ...]
     """All known tokens. At least the last one is always left to compute."""
     num_prompt_tokens: int
-    """Blocks within these tokens enter the prefix tree as soon as their step has been launched."""
+    """Blocks within these tokens enter the prefix tree when Launched says that they are computed."""
     namespace: bytes
     """Sequences share cached blocks only within a namespace (adapter, cache salt, image content)."""
     use_cached: bool = True
@@ -95,6 +95,14 @@ class Reserved(msgspec.Struct, frozen=True, tag=True):
     tables: tuple[SequenceTable, ...]
     """Every change of a granted row's table; a newly admitted row's whole table."""
     copies: tuple[BlockCopy, ...]
+
+
+class Launched(msgspec.Struct, frozen=True, tag=True):
+    """A step that computes tokens of prompts is on its way: steps after it find their KV entries. Parallel tuples."""
+
+    sequence_ids: tuple[SequenceId, ...]
+    num_tokens: tuple[int, ...]
+    """Tokens with KV entries after the step."""
 
 
 class ReleaseRow(msgspec.Struct, frozen=True, gc=False):

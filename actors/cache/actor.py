@@ -1,7 +1,7 @@
-"""Consumes Match, Reserve, Release, Pin, Unpin, Clear. Produces Matched, Reserved, and Pinned for the caller.
+"""Consumes Match, Reserve, Launched, Release, Pin, Unpin, Clear. Produces Matched, Reserved, and Pinned for the caller.
 
-Nobody waits for a Release alone. What it leaves to do takes half a millisecond for a long prompt, so the tokens that came with
-it go first.
+Nobody waits for a Launched or a Release alone. What they leave to do takes half a millisecond for a long prompt, so the plan or
+the tokens that came with them go first.
 """
 
 from typing import NoReturn, assert_never
@@ -9,11 +9,23 @@ from typing import NoReturn, assert_never
 import trio
 
 from triode.actors.channels import Inbox, Put
-from triode.actors.messages import CacheInbox, Clear, Match, Matched, Pin, Pinned, Release, Reserve, Reserved, Unpin
+from triode.actors.messages import (
+    CacheInbox,
+    Clear,
+    Launched,
+    Match,
+    Matched,
+    Pin,
+    Pinned,
+    Release,
+    Reserve,
+    Reserved,
+    Unpin,
+)
 from triode.cache.manager import CacheManager
 
 _TURNS_OF_OTHERS = 2
-"""Of the loop: the detokenizer's, and that of the token's reader."""
+"""Of the loop: the executor's or the detokenizer's, and that of the token's reader."""
 
 
 async def run_cache(
@@ -27,6 +39,8 @@ async def run_cache(
                     scheduler(core.reserve(message))
                 case Match():
                     scheduler(core.match(message))
+                case Launched():
+                    core.launched(message)
                 case Release():
                     core.release(message)
                 case Pin():

@@ -1,6 +1,6 @@
 """Consumes Tokenized, Rejected, Cancel, SetPriority, Matched, Reserved, StepResult, Stopped.
 
-Produces Match, Reserve, Release for the cache, StepPlan and ReleaseGuide for the executor, and what the detokenizer must know.
+Produces Match, Reserve, Launched, Release for the cache, StepPlan and ReleaseGuide for the executor, and what the detokenizer must know.
 
 A step's tokens are passed on when its successor is on its way: text is made, and its readers run, while the device
 computes, not before it may begin.
@@ -53,6 +53,8 @@ async def run_scheduler(
         has_planned = False
         for message in messages:
             has_planned |= _handle(message, core, cache, executor, now_s)
+        if launched := core.outbox.take_launched():
+            cache(launched)
         if released := core.outbox.take_releases(now_s):
             cache(released)
         for guide in core.outbox.take_guides():

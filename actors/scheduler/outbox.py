@@ -1,17 +1,18 @@
 """What the scheduler has to say, collected while it decides; the shell takes it and sends it."""
 
-from triode.actors.messages import DetokenizerInbox, Release, Sampled, StatusChanged, Tokenized
+from triode.actors.messages import DetokenizerInbox, Launched, Release, Sampled, StatusChanged, Tokenized
 from triode.actors.scheduler.request import Request
 from triode.cache.messages import ReleaseRow
-from triode.ids import RequestId
+from triode.ids import RequestId, SequenceId
 from triode.models.guide import Guide
 
 
 class Outbox:
-    """Messages in the order in which they must be sent; releases are gathered into one."""
+    """Messages in the order in which they must be sent; launches and releases are gathered into one each."""
 
     def __init__(self) -> None:
         self._detokenizer: list[DetokenizerInbox] = []
+        self._launched: list[tuple[SequenceId, int]] = []
         self._released: list[ReleaseRow] = []
         self._guides: list[Guide] = []
         self._changed: dict[RequestId, Request] = {}
@@ -25,6 +26,10 @@ class Outbox:
         """Whether a step's tokens are among the messages."""
         return any(isinstance(message, Sampled) for message in self._detokenizer)
 
+    def launched(self, sequence_id: SequenceId, num_tokens: int) -> None:
+        """Note how much of a prompt has KV entries after a step that is sent now."""
+        self._launched.append((sequence_id, num_tokens))
+
     def release(self, row: ReleaseRow) -> None:
         """Queue a sequence's blocks for return."""
         self._released.append(row)
@@ -37,6 +42,14 @@ class Outbox:
     def status_of(self, request: Request) -> None:
         """Note that the request's status may have changed."""
         self._changed[request.request_id] = request
+
+    def take_launched(self) -> Launched | None:
+        """One message for the prompts of all steps sent since the last call."""
+        if not self._launched:
+            return None
+        sequence_ids, nums_tokens = zip(*self._launched, strict=True)
+        self._launched = []
+        return Launched(sequence_ids, nums_tokens)
 
     def take_releases(self, now_s: float) -> Release | None:
         """One message for all sequences that have gone since the last call."""

@@ -238,7 +238,10 @@ class Scheduler:
         launch, plan = build_plan(reserved, rows, admitted)
         self._launched.append(launch)
         for want in rows:
-            self._fork(want.sequence.request)
+            sequence, request = want.sequence, want.sequence.request
+            if want.num_computed < request.num_prompt_tokens:
+                self.outbox.launched(sequence.sequence_id, sequence.num_computed)
+            self._fork(request)
         return plan
 
     def _admit(self, want: Want) -> None:

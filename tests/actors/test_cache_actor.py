@@ -1,11 +1,12 @@
 """The cache's actor: what is urgent, and what lets others go first."""
 
+import pytest
 import trio
 import trio.testing
 
 from triode.actors.cache.actor import run_cache
 from triode.actors.channels import Inbox
-from triode.actors.messages import CacheInbox, Match, Matched, Pinned, Release, Reserved
+from triode.actors.messages import CacheInbox, Launched, Match, Matched, Pinned, Release, Reserved
 from triode.cache.config import CacheConfig
 from triode.cache.manager import CacheManager
 from triode.cache.messages import MatchRow, ReleaseRow
@@ -28,7 +29,7 @@ class RecordingManager(CacheManager):
 
     def settle(self) -> None:
         if self.is_unsettled:
-            self.said.append("release")
+            self.said.append("settle")
         super().settle()
 
 
@@ -63,15 +64,18 @@ async def order_of(*messages: CacheInbox) -> list[str]:
 
 
 MATCH = Match((MatchRow(SequenceId(0), TOKENS, len(TOKENS), b""),), now_s=0.0)
+LAUNCHED = Launched((SequenceId(0),), (len(TOKENS),))
 RELEASE = Release((ReleaseRow(SequenceId(0), TOKENS),), now_s=0.0)
 
 
-async def test_a_token_reaches_its_reader_before_what_has_ended_is_taken_in() -> None:
+@pytest.mark.parametrize("message", [LAUNCHED, RELEASE])
+async def test_a_plan_or_a_token_goes_first_where_nobody_waits_for_the_cache(message: CacheInbox) -> None:
     for _ in range(20):
-        assert await order_of(RELEASE) == ["token", "release"]
+        assert await order_of(message) == ["token", "settle"]
 
 
-async def test_a_release_comes_before_the_question_behind_it_which_waits_for_nobody() -> None:
+@pytest.mark.parametrize("message", [LAUNCHED, RELEASE])
+async def test_what_nobody_waits_for_comes_before_the_question_behind_it(message: CacheInbox) -> None:
     for _ in range(20):
-        said = await order_of(RELEASE, MATCH)
-        assert said == ["release", "match", "token"]
+        said = await order_of(message, MATCH)
+        assert said == ["settle", "match", "token"]

@@ -7,6 +7,7 @@ from triode.cache.manager import CacheManager
 from triode.cache.messages import (
     BlockCopy,
     Clear,
+    Launched,
     Match,
     MatchRow,
     Pin,
@@ -59,7 +60,9 @@ class Driver:
         self.num_computed[sequence_id] = num_cached
         return num_cached
 
-    def step(self, rows: dict[int, int], victims: Sequence[int] = (), max_victims: int = 99) -> Reserved:
+    def step(
+        self, rows: dict[int, int], victims: Sequence[int] = (), max_victims: int = 99, *, is_launched: bool = True
+    ) -> Reserved:
         """`rows`: how many tokens each sequence has after the step."""
         reserve = Reserve(
             StepId(self.step_id),
@@ -76,9 +79,15 @@ class Driver:
         for (sequence_id, end), is_granted in zip(rows.items(), reserved.granted, strict=True):
             if is_granted:
                 self.num_computed[sequence_id] = end
+                if is_launched:
+                    self.launch(sequence_id, end)
         for change in reserved.tables:
             self.tables.setdefault(change.sequence_id, [])[change.first_block :] = change.block_ids
         return reserved
+
+    def launch(self, sequence_id: int, num_tokens: int) -> None:
+        """A step that computes so many tokens is on its way."""
+        self.manager.launched(Launched((SequenceId(sequence_id),), (num_tokens,)))
 
     def run(
         self, sequence_id: int, token_ids: Sequence[TokenId], *, namespace: bytes = b"", use_cached: bool = True
@@ -118,9 +127,10 @@ class Driver:
 
 def test_a_prompt_is_found_once_the_step_that_computes_it_was_launched_and_not_in_that_step() -> None:
     driver = Driver()
-    driver.run(1, tokens(40))
+    driver.match(1, tokens(40))
+    driver.step({1: 40}, is_launched=False)
     assert driver.cached(tokens(40)) == 0
-    driver.step({1: 41})
+    driver.launch(1, 40)
     assert driver.cached(tokens(40)) == 32
 
 
@@ -128,28 +138,37 @@ def test_prompt_blocks_whose_step_was_reserved_and_never_launched_are_not_rememb
     driver = Driver()
     driver.match(1, tokens(48))
     driver.step({1: 16})
-    driver.step({1: 48})
+    driver.step({1: 48}, is_launched=False)
     driver.step({})
+    assert driver.cached(tokens(48)) == 16
     driver.release(1, tokens(16))
     assert driver.cached(tokens(48)) == 16
 
 
-def test_a_row_that_starts_again_where_it_was_tells_that_its_last_grant_was_not_launched() -> None:
+def test_generated_tokens_are_not_found_before_the_release() -> None:
     driver = Driver()
-    driver.match(1, tokens(48))
-    driver.step({1: 16})
-    driver.step({1: 48})
-    driver.num_computed[1] = 16
-    driver.step({1: 32})
-    assert driver.cached(tokens(48)) == 16
+    driver.match(1, tokens(40), num_prompt_tokens=20)
+    driver.step({1: 40})
+    assert driver.cached(tokens(40)) == 16
+
+
+def test_a_launch_of_a_sequence_without_a_table_is_accepted() -> None:
+    driver = Driver(capacity_blocks=3)
+    driver.launch(7, 40)
+    driver.run(1, tokens(40))
+    driver.run_over(2, victim=1)
+    driver.launch(1, 40)
+    driver.manager.check_integrity()
+    assert driver.manager.statistics().num_cached_blocks == 2
 
 
 def test_what_was_computed_before_a_preemption_is_not_remembered_without_its_blocks() -> None:
     driver = Driver(capacity_blocks=3)
-    driver.run(1, tokens(40))
+    driver.match(1, tokens(40), num_prompt_tokens=5)
+    driver.step({1: 40})
     driver.run_over(2, victim=1)
     driver.release(2)
-    driver.match(1, tokens(40))
+    driver.match(1, tokens(40), num_prompt_tokens=5)
     driver.step({1: 5})
     driver.release(1, tokens(40))
     assert driver.cached(tokens(40)) == 0

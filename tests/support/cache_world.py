@@ -13,6 +13,7 @@ from triode.cache.config import CacheConfig
 from triode.cache.manager import CacheManager
 from triode.cache.messages import (
     Clear,
+    Launched,
     Match,
     MatchRow,
     Pin,
@@ -160,6 +161,7 @@ class World:
         for copy in reserved.copies:
             for offset in range(BLOCK):
                 self.content[copy.target, offset] = self.content.get((copy.source, offset), 0)
+        launched = []
         for sample, row, is_granted in zip(samples, reserve.rows, reserved.granted, strict=True):
             if is_granted:
                 sample.is_admitted = True
@@ -167,6 +169,9 @@ class World:
                 sample.num_computed = row.num_computed_tokens
                 if sample is not cancelled:
                     self.compute(sample, row)
+                    launched.append(row)
+        ids, ends = tuple(row.sequence_id for row in launched), tuple(row.num_tokens for row in launched)
+        self.manager.launched(Launched(ids, ends))
         for sample in self.samples:
             self.read_back(sample)
 

@@ -289,6 +289,8 @@ class World:
             assert not planned & self.aborted, "no step after its cancellation includes a request"
             self.plans.append(plan)
             self.in_flight.append(self.runner.run(plan))
+            if launched := self.scheduler.outbox.take_launched():
+                self.cache.launched(launched)
 
     def _tell(self, message: DetokenizerInbox) -> None:
         match message:

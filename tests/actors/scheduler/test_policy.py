@@ -36,6 +36,18 @@ def test_two_steps_are_launched_before_the_first_is_read() -> None:
     assert [plan.start_positions for plan in w.plans] == [(0,), (5,)]
 
 
+def test_a_prompt_is_cached_from_when_its_step_is_sent_and_its_output_from_when_it_ends() -> None:
+    w = world(max_in_flight=2)
+    w.submit(range(30), params(40))
+    assert [plan.num_query_tokens for plan in w.plans] == [(16,), (14,)]
+    assert w.cache.statistics().num_cached_blocks == 1
+    sharing = w.submit(range(16 + 1), params(1))
+    w.run_to_the_end()
+    assert w.seen[sharing].num_cached_tokens == 16
+    assert w.cache.statistics().num_cached_blocks == (30 + 40 - 1) // 16
+    w.check_at_rest()
+
+
 def test_forced_tokens_are_computed_together() -> None:
     w = world(max_in_flight=1)
     requests = [w.submit(range(index, index + 5), params(20, guide=Regex("a"))) for index in range(4)]
