@@ -1,5 +1,6 @@
 """The worker process: what crosses to it and back, and that neither end outlives the other."""
 
+import ctypes
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ from triode import errors
 from triode.actors.executor import process as process_module
 from triode.actors.executor.process import ProcessExecutor
 from triode.actors.executor.protocol import Failed, Frames, Stepped, encode, from_engine, from_worker
+from triode.actors.executor.worker import POLL_S, sleep_exactly
 from triode.cache.messages import BlockCopy
 from triode.ids import BlockId, SlotId, StepId, TokenId
 from triode.models.guide import Refusal, Regex
@@ -234,6 +237,24 @@ async def test_a_runner_that_cannot_be_woken_is_sent_nothing() -> None:
         os.kill(executor.pids[0], signal.SIGCONT)
         executor.launch(plan(0, 5))
         assert await inboxes.token() == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody oversleeps")
+def test_a_thread_that_sleeps_exactly_oversleeps_by_little_and_leaves_others_alone() -> None:
+    libc, get_timer_slack, slacks_ns = ctypes.CDLL(None), 30, []
+
+    def measure() -> None:
+        slacks_ns.append(libc.prctl(get_timer_slack, 0, 0, 0, 0))
+        sleep_exactly()
+        slacks_ns.append(libc.prctl(get_timer_slack, 0, 0, 0, 0))
+
+    before_ns = libc.prctl(get_timer_slack, 0, 0, 0, 0)
+    thread = threading.Thread(target=measure)
+    thread.start()
+    thread.join()
+    assert slacks_ns[0] == before_ns
+    assert slacks_ns[1] * 1e-9 < POLL_S / 10
+    assert libc.prctl(get_timer_slack, 0, 0, 0, 0) == before_ns
 
 
 async def test_a_plan_is_launched_while_the_step_before_it_runs() -> None:
