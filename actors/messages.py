@@ -87,6 +87,8 @@ class Tokenized(Message, frozen=True):
     request_id: RequestId
     arrival: int
     token_ids: tuple[TokenId, ...]
+    packed_ids: bytes
+    """The same (`pack_tokens`): packed once, for the cache and the runner."""
     params: SamplingParams
     seed: int
     stop_token_ids: tuple[TokenId, ...]

@@ -23,13 +23,13 @@ from triode.actors.executor.process import ProcessExecutor
 from triode.actors.executor.protocol import Built, Frames, Open, Stepped, encode, from_engine, from_worker
 from triode.actors.executor.thread import ThreadExecutor
 from triode.cache.config import CacheConfig
-from triode.ids import BlockId, SlotId, StepId, TokenId
+from triode.ids import BlockId, SlotId, StepId, TokenId, pack_tokens
 from triode.models.config import ModelConfig, ModelOptions, RopeConfig
 from triode.models.guide import Guide
 from triode.models.progress import NullProgress, Progress
 from triode.models.runner import RunnerStatistics
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, StepPlan, StepResult, TableChange, pack_tokens
+from triode.models.step import Admission, Output, StepPlan, StepResult, TableChange
 
 WARM_UP_STEPS = 100
 LONG_PROMPT_TOKENS = 100_000

@@ -1,13 +1,13 @@
 """A sequence's tokens, cut into blocks that are named by everything up to their end."""
 
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import blake2b
 
-from triode.ids import TokenId
+from triode.ids import pack_tokens
 
 _DIGEST_BYTES = 16
-_TOKEN_BYTES = array("I").itemsize
+TOKEN_BYTES = len(pack_tokens([0]))
+"""Of a packed token."""
 
 
 class TokenChain:
@@ -21,23 +21,22 @@ class TokenChain:
 
     def __init__(self, namespace: bytes, block_size_tokens: int) -> None:
         self.namespace = namespace
-        self._block_bytes = block_size_tokens * _TOKEN_BYTES
+        self._block_bytes = block_size_tokens * TOKEN_BYTES
         self._packed = b""
         # Behind its length a namespace can imitate no block.
         self._hash = blake2b(len(namespace).to_bytes(8, "little") + namespace, digest_size=_DIGEST_BYTES)
         self._names: list[bytes] = []
 
-    def extend(self, token_ids: Sequence[TokenId]) -> None:
-        """Learn the tokens of the sequence, from the first on. Fewer than are known already change nothing.
+    def extend(self, packed: bytes) -> None:
+        """Learn the tokens of the sequence (`pack_tokens`), from the first on. Fewer than are known already change nothing.
 
         Raises ValueError when they contradict the known ones.
         """
-        packed = array("I", token_ids).tobytes()
         known = self._packed
         if packed.startswith(known):
             self._packed = packed
         elif not known.startswith(packed):
-            raise ValueError(f"token_ids must continue the sequence's {len(known) // _TOKEN_BYTES} known tokens")
+            raise ValueError(f"tokens must continue the sequence's {len(known) // TOKEN_BYTES} known tokens")
 
     def tokens(self, index: int) -> bytes:
         """The packed tokens of block `index`."""
@@ -63,7 +62,7 @@ class TokenChain:
 
     def agrees(self, other: "TokenChain", num_tokens: int) -> bool:
         """Whether the first `num_tokens` tokens are known to both, and equal, in the same namespace."""
-        end = num_tokens * _TOKEN_BYTES
+        end = num_tokens * TOKEN_BYTES
         return (
             self.namespace == other.namespace and len(self._packed) >= end and self._packed[:end] == other._packed[:end]
         )

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 from triode.cache.blocks import BlockStore, Forecast
-from triode.cache.chain import TokenChain
+from triode.cache.chain import TOKEN_BYTES, TokenChain
 from triode.cache.config import CacheConfig
 from triode.cache.messages import (
     BlockCopy,
@@ -38,7 +38,7 @@ from triode.cache.pins import Pins
 from triode.cache.recorder import Recorder
 from triode.cache.sequence import CachedSequence
 from triode.cache.statistics import CacheStatistics
-from triode.ids import BlockId, SequenceId, TokenId
+from triode.ids import BlockId, SequenceId, TokenId, pack_tokens
 
 
 class _Step:
@@ -213,7 +213,7 @@ class CacheManager:
         if sequence is None:
             return
         if row.token_ids and sequence.is_admitted:
-            sequence.chain.extend(row.token_ids)
+            sequence.chain.extend(pack_tokens(row.token_ids))
             # After a preemption the blocks may hold less than was once computed.
             self._recorder.remember(sequence, min(len(row.token_ids), sequence.num_tokens))
         self._drop_table(sequence)
@@ -221,13 +221,14 @@ class CacheManager:
 
     def _chain(self, namespace: bytes, token_ids: Sequence[TokenId]) -> TokenChain:
         chain = TokenChain(namespace, self._block_size)
-        chain.extend(token_ids)
+        chain.extend(pack_tokens(token_ids))
         return chain
 
     def _match_row(self, row: MatchRow) -> int:
-        if not 0 < row.num_prompt_tokens <= len(row.token_ids):
+        num_tokens = len(row.packed_ids) // TOKEN_BYTES
+        if not 0 < row.num_prompt_tokens <= num_tokens:
             raise ValueError(
-                f"num_prompt_tokens must be in 1..{len(row.token_ids)}, the number of tokens, got {row.num_prompt_tokens}"
+                f"num_prompt_tokens must be in 1..{num_tokens}, the number of tokens, got {row.num_prompt_tokens}"
             )
         sequence = self._sequences.get(row.sequence_id)
         if sequence is None:
@@ -236,8 +237,8 @@ class CacheManager:
         elif sequence.is_admitted:
             raise ValueError(f"sequence_id must be of a sequence without a table, got {row.sequence_id}")
         self._drop_table(sequence)
-        sequence.chain.extend(row.token_ids)
-        sequence.num_known_tokens = len(row.token_ids)
+        sequence.chain.extend(row.packed_ids)
+        sequence.num_known_tokens = num_tokens
         sequence.num_prompt_tokens = row.num_prompt_tokens
         parent = self._fork_parent(row, sequence.chain)
         if parent is not None:

@@ -24,8 +24,8 @@ class MatchRow(msgspec.Struct, frozen=True, gc=False):
     """A sequence about to be admitted."""
 
     sequence_id: SequenceId
-    token_ids: tuple[TokenId, ...]
-    """All known tokens. At least the last one is always left to compute."""
+    packed_ids: bytes
+    """All known tokens (`triode.ids.pack_tokens`). At least the last one is always left to compute."""
     num_prompt_tokens: int
     """Blocks within these tokens enter the prefix tree when Launched says that they are computed."""
     namespace: bytes

@@ -184,7 +184,7 @@ class Engine:
             ValueError: if the prompt is wrong or could never fit.
         """
         parts = self._hub.parts
-        return await trio.to_thread.run_sync(encode, freeze_prompt(prompt), parts.tokenizer, parts.limits)
+        return (await trio.to_thread.run_sync(encode, freeze_prompt(prompt), parts.tokenizer, parts.limits)).token_ids
 
     def status(self, request_id: str) -> RequestStatus:
         """Where a request is; the last 4,096 that ended are remembered.
@@ -264,7 +264,7 @@ class CacheControl:
 
     async def _encode(self, prompt: Prompt) -> tuple[TokenId, ...]:
         parts = self._hub.parts
-        return await trio.to_thread.run_sync(encode, freeze_prompt(prompt), parts.tokenizer, parts.limits)
+        return (await trio.to_thread.run_sync(encode, freeze_prompt(prompt), parts.tokenizer, parts.limits)).token_ids
 
     async def _ask(self, question: Callable[[RequestId], Pin | Unpin | Clear]) -> int:
         send, receive = trio.open_memory_channel[int | Exception](1)

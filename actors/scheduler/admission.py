@@ -77,7 +77,7 @@ def match_row(sequence: Sequence) -> MatchRow:
     is_fresh_sample = sequence is not first and len(sequence.token_ids) == request.num_prompt_tokens
     return MatchRow(
         sequence_id=sequence.sequence_id,
-        token_ids=tuple(sequence.token_ids),
+        packed_ids=sequence.pack(),
         num_prompt_tokens=request.num_prompt_tokens,
         namespace=request.namespace,
         use_cached=sequence is not first or not request.computes_every_position,

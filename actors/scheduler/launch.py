@@ -6,7 +6,7 @@ from triode.actors.scheduler.request import Sequence
 from triode.actors.scheduler.wants import Want
 from triode.cache.messages import Reserved
 from triode.ids import SequenceId, SlotId, StepId
-from triode.models.step import Admission, Output, StepPlan, TableChange, pack_tokens
+from triode.models.step import Admission, Output, StepPlan, TableChange
 
 SAMPLING = frozenset({Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE})
 """Outputs that add a token to the sequence."""
@@ -59,7 +59,7 @@ def _admission(sequence: Sequence) -> Admission:
     return Admission(
         slot=sequence.slot,
         epoch=sequence.epoch,
-        packed_ids=pack_tokens(sequence.token_ids),
+        packed_ids=sequence.pack(),
         num_prompt_tokens=sequence.num_prompt_tokens,
         params=tokenized.params,
         seed=tokenized.seed,

@@ -14,7 +14,7 @@ recomputing gives the same ones again.
 from dataclasses import dataclass, field
 
 from triode.actors.messages import FinishReason, RequestStatus, Tokenized
-from triode.ids import RequestId, SequenceId, SlotId, TokenId
+from triode.ids import RequestId, SequenceId, SlotId, TokenId, pack_tokens
 
 TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
     RequestStatus.QUEUED: frozenset({RequestStatus.PREFILL, RequestStatus.CANCELLED, RequestStatus.FAILED}),
@@ -103,6 +103,12 @@ class Sequence:
     def settle(self, num_generated: int) -> None:
         """The sequence's text ends with its `num_generated`-th generated token."""
         self.num_valid_tokens = self.num_prompt_tokens + num_generated
+
+    def pack(self) -> bytes:
+        """All known tokens."""
+        if len(self.token_ids) == self.num_prompt_tokens:
+            return self.request.tokenized.packed_ids
+        return pack_tokens(self.token_ids)
 
     def cacheable_tokens(self) -> tuple[TokenId, ...]:
         """The tokens whose KV entries are computed and valid."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from triode.cache.pool import KVPool
-from triode.ids import BlockId, SlotId, StepId
+from triode.ids import BlockId, SlotId, StepId, pack_tokens
 from triode.kernels.compile_ahead import launches_only_compile
 from triode.kernels.gpu_traits import GpuTraits
 from triode.models.config import ModelConfig
@@ -20,7 +20,7 @@ from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.gpu import Mark
 from triode.models.cuda.runner import CudaRunner
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, StepPlan, TableChange, pack_tokens
+from triode.models.step import Admission, Output, StepPlan, TableChange
 from triode.models.weights import allocate
 
 _META = torch.device("meta")

@@ -8,13 +8,13 @@ its launch beforehand, over a batch of its own: nothing that it does changes the
 import numpy as np
 import torch
 
-from triode.ids import BlockId, SlotId, StepId
+from triode.ids import BlockId, SlotId, StepId, pack_tokens
 from triode.models.cuda.arena import ArenaLayout, Changes, Words
 from triode.models.cuda.batch import HostBatch, is_decode
 from triode.models.cuda.gpu import Gpu, Mark
 from triode.models.cuda.programs import prefill_shape
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, StepPlan, TableChange, pack_tokens
+from triode.models.step import Admission, Output, StepPlan, TableChange
 
 _NUM_TOKENS = 2
 _NUM_BLOCKS = 1

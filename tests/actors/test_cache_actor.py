@@ -10,7 +10,7 @@ from triode.actors.messages import CacheInbox, Launched, Match, Matched, Pinned,
 from triode.cache.config import CacheConfig
 from triode.cache.manager import CacheManager
 from triode.cache.messages import MatchRow, ReleaseRow
-from triode.ids import SequenceId, TokenId
+from triode.ids import SequenceId, TokenId, pack_tokens
 
 TOKENS = tuple(map(TokenId, range(40)))
 
@@ -63,7 +63,7 @@ async def order_of(*messages: CacheInbox) -> list[str]:
     return said
 
 
-MATCH = Match((MatchRow(SequenceId(0), TOKENS, len(TOKENS), b""),), now_s=0.0)
+MATCH = Match((MatchRow(SequenceId(0), pack_tokens(TOKENS), len(TOKENS), b""),), now_s=0.0)
 LAUNCHED = Launched((SequenceId(0),), (len(TOKENS),))
 RELEASE = Release((ReleaseRow(SequenceId(0), TOKENS),), now_s=0.0)
 

@@ -26,7 +26,7 @@ from triode.actors.executor.process import ProcessExecutor
 from triode.actors.executor.protocol import Failed, Frames, Stepped, encode, from_engine, from_worker
 from triode.actors.executor.worker import POLL_S, sleep_exactly
 from triode.cache.messages import BlockCopy
-from triode.ids import BlockId, SlotId, StepId, TokenId
+from triode.ids import BlockId, SlotId, StepId, TokenId, pack_tokens
 from triode.models.guide import Refusal, Regex
 from triode.models.progress import NullProgress
 from triode.models.runner import RunnerStatistics
@@ -39,7 +39,6 @@ from triode.models.step import (
     StepResult,
     TableChange,
     TokenLogprobs,
-    pack_tokens,
 )
 from worker_runners import BUILT, order, plan
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import trio
 import trio.testing
@@ -61,6 +62,7 @@ def test_text_ids_and_messages_become_tokens() -> None:
     text = accepted(prepare(submit("hello there"), own, limits()))
     assert list(text.token_ids) == own.encode("hello there")
     assert accepted(prepare(submit(text.token_ids), own, limits())).token_ids == text.token_ids
+    assert text.packed_ids == np.array(text.token_ids, np.int32).tobytes()
     chat = accepted(prepare(submit(said("hi")), own, limits()))
     assert list(chat.token_ids) == own.encode("user: hi\n")
 
@@ -77,6 +79,8 @@ def test_the_room_is_what_context_and_cache_leave() -> None:
     [
         ((), {}, "prompt must have at least one token, got none"),
         ((5000,), {}, "prompt must hold token ids >= 0 and < 5000, got 5000"),
+        ((1, -1), {}, "prompt must hold token ids >= 0 and < 5000, got -1"),
+        ((1, 2**32), {}, f"prompt must hold token ids >= 0 and < 5000, got {2**32}"),
         ((1,) * 100, {}, "prompt must have fewer than 100 tokens, to leave room for at least one more in the context"),
         (
             (1,),

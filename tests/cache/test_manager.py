@@ -19,7 +19,7 @@ from triode.cache.messages import (
     Unpin,
 )
 from triode.cache.recorder import Recorder
-from triode.ids import BlockId, RequestId, SequenceId, StepId, TokenId
+from triode.ids import BlockId, RequestId, SequenceId, StepId, TokenId, pack_tokens
 
 NOBODY = RequestId("nobody")
 
@@ -50,7 +50,7 @@ class Driver:
     ) -> int:
         row = MatchRow(
             SequenceId(sequence_id),
-            tuple(token_ids),
+            pack_tokens(token_ids),
             num_prompt_tokens or len(token_ids),
             namespace,
             use_cached,
@@ -470,12 +470,13 @@ def test_a_match_without_tokens_is_refused() -> None:
 def test_what_a_release_left_to_do_is_seen_by_nobody() -> None:
     manager = CacheManager(8, CacheConfig(block_size_tokens=16))
     tokens = tuple(map(TokenId, range(40)))
-    manager.match(Match((MatchRow(SequenceId(0), tokens, 40, b""),), 0.0))
+    packed = pack_tokens(tokens)
+    manager.match(Match((MatchRow(SequenceId(0), packed, 40, b""),), 0.0))
     manager.reserve(Reserve(StepId(0), (ReserveRow(SequenceId(0), 0, 40, 40, 0),), (), 0.0))
     manager.release(Release((ReleaseRow(SequenceId(0), tokens),), 0.0))
     assert manager.is_unsettled
     assert manager.statistics().num_used_blocks == 0
-    assert manager.match(Match((MatchRow(SequenceId(1), tokens, 40, b""),), 0.0)).num_cached_tokens == (32,)
+    assert manager.match(Match((MatchRow(SequenceId(1), packed, 40, b""),), 0.0)).num_cached_tokens == (32,)
     manager.release(Release((ReleaseRow(SequenceId(1), ()),), 0.0))
     assert manager.clear(Clear(RequestId("clear"))).num_tokens == 32
 

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from triode.cache.chain import TokenChain
 from triode.cache.prefix import Node, PrefixTree
-from triode.ids import BlockId, TokenId
+from triode.ids import BlockId, TokenId, pack_tokens
 
 BLOCK = 16
 Path = tuple[int, ...]
@@ -19,7 +19,7 @@ paths = st.lists(st.integers(0, 1), min_size=1, max_size=4).map(tuple)
 
 def chain(path: Path, namespace: bytes = b"") -> TokenChain:
     made = TokenChain(namespace, BLOCK)
-    made.extend([TokenId(letter) for letter in path for _ in range(BLOCK)])
+    made.extend(pack_tokens([TokenId(letter) for letter in path for _ in range(BLOCK)]))
     return made
 
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triode.cache.chain import TokenChain
-from triode.ids import TokenId
+from triode.ids import TokenId, pack_tokens
 
 Tokens = tuple[TokenId, ...]
 some_tokens = st.lists(st.integers(0, 2**32 - 1).map(TokenId), max_size=70).map(tuple)
@@ -11,7 +11,7 @@ some_tokens = st.lists(st.integers(0, 2**32 - 1).map(TokenId), max_size=70).map(
 
 def chain(tokens: Tokens, namespace: bytes = b"") -> TokenChain:
     made = TokenChain(namespace, 16)
-    made.extend(tokens)
+    made.extend(pack_tokens(tokens))
     return made
 
 
@@ -20,7 +20,7 @@ def test_names_do_not_depend_on_how_the_tokens_became_known(tokens: Tokens, cut:
     whole, grown = chain(tokens), chain(tokens[:cut])
     for index in range(grown.num_full_blocks):
         grown.digest(index)
-    grown.extend(tokens)
+    grown.extend(pack_tokens(tokens))
     assert [grown.digest(i) for i in range(len(tokens) // 16)] == [whole.digest(i) for i in range(len(tokens) // 16)]
 
 
@@ -54,11 +54,11 @@ def test_a_namespace_that_imitates_a_block_does_not_get_its_name() -> None:
 
 def test_fewer_tokens_than_are_known_change_nothing() -> None:
     known = chain(tuple(map(TokenId, range(40))))
-    known.extend(tuple(map(TokenId, range(3))))
+    known.extend(pack_tokens(tuple(map(TokenId, range(3)))))
     assert known.num_full_blocks == 2
 
 
 def test_tokens_that_contradict_the_known_ones_are_refused() -> None:
     known = chain((TokenId(1), TokenId(2)))
-    with pytest.raises(ValueError, match="token_ids must continue the sequence's 2 known tokens"):
-        known.extend((TokenId(1), TokenId(3), TokenId(4)))
+    with pytest.raises(ValueError, match="tokens must continue the sequence's 2 known tokens"):
+        known.extend(pack_tokens((TokenId(1), TokenId(3), TokenId(4))))

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triode.ids import BlockId, SlotId, TokenId
+from triode.ids import BlockId, SlotId, TokenId, pack_tokens
 from triode.models.counts import TokenCounts
 from triode.models.sampling import SamplingParams
 from triode.models.slots import Slots
-from triode.models.step import Admission, TableChange, pack_tokens
+from triode.models.step import Admission, TableChange
 
 TOKENS = st.lists(st.integers(0, 9), max_size=150)
 

@@ -24,7 +24,7 @@ from triode.cache.messages import (
     ReserveRow,
     Unpin,
 )
-from triode.ids import BlockId, RequestId, SequenceId, StepId, TokenId
+from triode.ids import BlockId, RequestId, SequenceId, StepId, TokenId, pack_tokens
 
 BLOCK = 16
 MAX_SAMPLES = 9
@@ -85,7 +85,7 @@ class World:
         rows = tuple(
             MatchRow(
                 sample.sequence_id,
-                tuple(sample.tokens),
+                pack_tokens(sample.tokens),
                 sample.num_prompt_tokens,
                 sample.namespace,
                 sample.use_cached,

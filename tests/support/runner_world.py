@@ -11,7 +11,7 @@ import torch
 
 from triode.cache.messages import BlockCopy
 from triode.cache.pool import KVPool
-from triode.ids import BlockId, SlotId, StepId, TokenId
+from triode.ids import BlockId, SlotId, StepId, TokenId, pack_tokens
 from triode.kernels.dispatch import choose_kernels
 from triode.models.ahead import AheadRunner
 from triode.models.config import ModelConfig
@@ -23,7 +23,7 @@ from triode.models.progress import NullProgress
 from triode.models.random_model import RandomTensors, random_config
 from triode.models.runner import Runner
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, Pooling, StepPlan, StepResult, TableChange, TokenLogprobs, pack_tokens
+from triode.models.step import Admission, Output, Pooling, StepPlan, StepResult, TableChange, TokenLogprobs
 from triode.models.tensors import load_weights
 from triode.models.weights import DecoderWeights
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from triode.ids import SlotId, TokenId
+from triode.ids import SlotId, TokenId, pack_tokens
 from triode.models.sampler import SampledRows
 from triode.models.sampling import SamplingParams
 from triode.models.slots import Slots, SlotState
-from triode.models.step import Admission, pack_tokens
+from triode.models.step import Admission
 
 
 def sequence(

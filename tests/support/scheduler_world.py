@@ -32,7 +32,7 @@ from triode.actors.scheduler.config import SchedulerConfig
 from triode.actors.scheduler.policy import Scheduler
 from triode.cache.config import CacheConfig
 from triode.cache.manager import CacheManager
-from triode.ids import BlockId, RequestId, SlotId, TokenId
+from triode.ids import BlockId, RequestId, SlotId, TokenId, pack_tokens
 from triode.models.sampling import SamplingParams
 from triode.models.step import Admission, Output, Pooling, RowError, StepPlan, StepResult, TokenLogprobs
 
@@ -216,7 +216,8 @@ class World:
         tokenized = Tokenized(
             request_id=request_id,
             arrival=self._arrivals,
-            token_ids=tuple(map(TokenId, tokens)),
+            token_ids=(token_ids := tuple(map(TokenId, tokens))),
+            packed_ids=pack_tokens(token_ids),
             params=params,
             seed=self._arrivals % 3,
             stop_token_ids=tuple(map(TokenId, stop_token_ids)),

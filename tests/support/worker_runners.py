@@ -14,14 +14,14 @@ from pathlib import Path
 from triode import errors
 from triode.actors.executor.protocol import Built, Open
 from triode.cache.config import CacheConfig
-from triode.ids import SlotId, StepId, TokenId
+from triode.ids import SlotId, StepId, TokenId, pack_tokens
 from triode.models.config import ModelConfig, ModelOptions, RopeConfig
 from triode.models.guide import Guide
 from triode.models.parallel import RankOrder
 from triode.models.progress import Progress
 from triode.models.runner import RunnerStatistics
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, StepPlan, StepResult, pack_tokens
+from triode.models.step import Admission, Output, StepPlan, StepResult
 
 BUILT = Built(
     model=ModelConfig(

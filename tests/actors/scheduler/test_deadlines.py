@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from triode.actors.messages import Tokenized
 from triode.actors.scheduler.deadlines import Deadlines
 from triode.actors.scheduler.request import Request
-from triode.ids import RequestId, TokenId
+from triode.ids import RequestId, TokenId, pack_tokens
 from triode.models.sampling import SamplingParams
 
-TOKENIZED = Tokenized(RequestId("r"), 0, (TokenId(1),), SamplingParams(max_tokens=1), 0, ())
+TOKENIZED = Tokenized(RequestId("r"), 0, (TokenId(1),), pack_tokens([1]), SamplingParams(max_tokens=1), 0, ())
 
 
 def request(arrival: int) -> Request:

@@ -28,7 +28,7 @@ from triode.actors.scheduler.config import SchedulerConfig
 from triode.actors.scheduler.policy import Scheduler
 from triode.cache.config import CacheConfig
 from triode.cache.manager import CacheManager
-from triode.ids import RequestId, TokenId
+from triode.ids import RequestId, TokenId, pack_tokens
 from triode.models.guide import Guide, Regex
 from triode.models.sampling import SamplingParams
 
@@ -65,7 +65,8 @@ class Actors:
     def submit(self, arrival: int, max_tokens: int, guide: Guide | None = None) -> None:
         params = SamplingParams(max_tokens=max_tokens, guide=guide)
         tokens = tuple(map(TokenId, range(1, 6)))
-        self._inbox.put(Tokenized(RequestId(f"r{arrival}"), arrival, tokens, params, seed=arrival, stop_token_ids=()))
+        name = RequestId(f"r{arrival}")
+        self._inbox.put(Tokenized(name, arrival, tokens, pack_tokens(tokens), params, seed=arrival, stop_token_ids=()))
 
     def cancel(self, arrival: int) -> None:
         self._inbox.put(Cancel(RequestId(f"r{arrival}"), arrival))

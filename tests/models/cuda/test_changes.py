@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from guides import tiny_guides, tiny_tokenizer
-from triode.ids import BlockId, SlotId, StepId, TokenId
+from triode.ids import BlockId, SlotId, StepId, TokenId, pack_tokens
 from triode.models.cuda.arena import ALIGNED_WORDS, ArenaLayout, Changes, aligned
 from triode.models.cuda.batch import HostBatch, PackedRows, is_decode, packed_starts
 from triode.models.cuda.flight import Flight
@@ -17,7 +17,7 @@ from triode.models.cuda.programs import bucket_for, prefill_shape, segment_bucke
 from triode.models.guide import Grammar
 from triode.models.sampling import SamplingParams
 from triode.models.slots import SlotState
-from triode.models.step import Admission, Output, StepPlan, TableChange, pack_tokens
+from triode.models.step import Admission, Output, StepPlan, TableChange
 
 FORCING = Grammar('start: /[a-c]/ "bcdefgh" /[xyz]{1,9}/')
 LAYOUT = ArenaLayout(num_slots=4, num_rows=4, num_entries=8)
