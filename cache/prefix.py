@@ -35,6 +35,9 @@ class Node:
     """When the last lock went; meaningless while the node is locked."""
     is_cached: bool = True
     """False once the node was forgotten."""
+    num_children: int = 0
+    newest: "Node | None" = None
+    """The child that came last; None if it was forgotten."""
 
 
 @dataclass(eq=False, slots=True)
@@ -67,16 +70,21 @@ class PrefixTree:
         return node if node.tokens == chain.tokens(index) else None
 
     def longest(self, chain: TokenChain, max_blocks: int) -> list[Node]:
-        """The nodes of the chain's remembered prefix, first block first."""
+        """The nodes of the chain's remembered prefix, first block first.
+
+        A long prompt has hundreds of blocks, and its first step waits for this. So a block is named, which takes longer than
+        all else, only where several continue the chain, and the one that was remembered last is another.
+        """
         nodes: list[Node] = []
-        parent: Node | None = None
-        # As `find` does, without a call a block: a long prompt has hundreds, and its first step waits for this.
-        for digest, tokens in chain.blocks(max_blocks):
-            node = self._nodes.get(digest)
-            if node is None or node.parent is not parent or node.tokens != tokens or node.namespace != chain.namespace:
+        node: Node | None = None
+        for index, tokens in enumerate(chain.blocks(max_blocks)):
+            child = None if node is None else node.newest
+            if child is None or child.tokens != tokens:
+                child = self.find(chain, index, node) if node is None or node.num_children else None
+            if child is None:
                 break
-            nodes.append(node)
-            parent = node
+            nodes.append(child)
+            node = child
         return nodes
 
     def insert(
@@ -93,6 +101,8 @@ class PrefixTree:
         self._nodes[digest] = node
         self._node_of[block_id] = node
         if parent is not None:
+            parent.num_children += 1
+            parent.newest = node
             self.lock(parent)
         return node
 
@@ -145,6 +155,11 @@ class PrefixTree:
         del self._nodes[node.digest]
         del self._node_of[node.block_id]
         node.is_cached = False
+        parent = node.parent
+        if parent is not None:
+            parent.num_children -= 1
+            if parent.newest is node:
+                parent.newest = None
         return node.block_id
 
     def expire(self, until_s: float) -> list[BlockId]:
@@ -163,10 +178,14 @@ class PrefixTree:
         nodes = set(self._nodes.values())
         locks = Counter({node: num_tables[node.block_id] for node in nodes}) + num_pins
         locks.update(node.parent for node in nodes if node.num_locks and node.parent is not None)
+        children = Counter(node.parent for node in nodes)
         for node in nodes:
             assert node.num_locks == locks[node], f"block {node.block_id}: {node.num_locks} locks, {locks[node]} owed"
             assert node.is_cached, f"block {node.block_id} is forgotten and found"
             assert node.parent is None or node.parent in nodes, f"block {node.block_id} has lost its parent"
+            assert node.num_children == children[node], f"block {node.block_id} has not {node.num_children} children"
+            newest = node.newest
+            assert newest is None or (newest in nodes and newest.parent is node), f"{newest} is no child of {node}"
             assert self._node_of.get(node.block_id) is node, f"block {node.block_id} is not found by its id"
         assert len(self._node_of) == len(nodes), "two nodes hold one block, or a forgotten one is still found"
         assert set(self._idle) == {node for node in nodes if not node.num_locks}, "the queue is not the idle nodes"

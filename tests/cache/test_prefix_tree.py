@@ -143,3 +143,28 @@ def test_a_colliding_digest_never_finds_other_tokens(monkeypatch: pytest.MonkeyP
     assert tree.find(chain((1, 1)), 1, first) is None
     assert tree.insert(chain((2,)), 0, None, BlockId(2), 1) is None
     tree.check_integrity(Counter([BlockId(1)]), Counter())
+
+
+def test_only_the_blocks_behind_a_branch_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = PrefixTree()
+    nodes: list[Node] = []
+    for path in ((0, 0, 0, 1), (0, 0, 0, 0, 0)):
+        for index in range(len(path)):
+            parent = nodes[index - 1] if index else None
+            node = tree.find(chain(path), index, parent) or tree.insert(
+                chain(path), index, parent, BlockId(index + 1), 1
+            )
+            assert node is not None
+            nodes[index:] = [node]
+    named: list[int] = []
+    digest = TokenChain.digest
+
+    def recording(chain: TokenChain, index: int) -> bytes:
+        named.append(index)
+        return digest(chain, index)
+
+    monkeypatch.setattr(TokenChain, "digest", recording)
+    assert tree.longest(chain((0,) * 6), 6) == nodes
+    assert named == [0]
+    assert len(tree.longest(chain((0, 0, 0, 1, 1)), 5)) == 4
+    assert named == [0, 0, 3]
