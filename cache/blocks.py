@@ -73,6 +73,11 @@ class BlockStore:
             self.unlock(node)
         self._allocator.release(block_id)
 
+    def drop_table(self, table: Sequence[BlockId]) -> None:
+        """`drop` each block of a table."""
+        for block_id in table:
+            self.drop(block_id)
+
     def unlock(self, node: Node) -> None:
         """Undo a `tree.lock`, now."""
         self.tree.unlock(node, self._now_s)

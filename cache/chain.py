@@ -3,11 +3,9 @@
 from collections.abc import Iterator
 from hashlib import blake2b
 
-from triode.ids import pack_tokens
+from triode.ids import TOKEN_BYTES
 
 _DIGEST_BYTES = 16
-TOKEN_BYTES = len(pack_tokens([0]))
-"""Of a packed token."""
 
 
 class TokenChain:

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 from triode.cache.blocks import BlockStore, Forecast
-from triode.cache.chain import TOKEN_BYTES, TokenChain
+from triode.cache.chain import TokenChain
 from triode.cache.config import CacheConfig
 from triode.cache.messages import (
     BlockCopy,
@@ -38,7 +38,7 @@ from triode.cache.pins import Pins
 from triode.cache.recorder import Recorder
 from triode.cache.sequence import CachedSequence
 from triode.cache.statistics import CacheStatistics
-from triode.ids import BlockId, SequenceId, TokenId, pack_tokens
+from triode.ids import TOKEN_BYTES, BlockId, SequenceId, TokenId, pack_tokens
 
 
 class _Step:
@@ -212,10 +212,10 @@ class CacheManager:
         sequence = self._sequences.get(row.sequence_id)
         if sequence is None:
             return
-        if row.token_ids and sequence.is_admitted:
-            sequence.chain.extend(pack_tokens(row.token_ids))
+        if row.packed_ids and sequence.is_admitted:
+            sequence.chain.extend(row.packed_ids)
             # After a preemption the blocks may hold less than was once computed.
-            self._recorder.remember(sequence, min(len(row.token_ids), sequence.num_tokens))
+            self._recorder.remember(sequence, min(len(row.packed_ids) // TOKEN_BYTES, sequence.num_tokens))
         self._drop_table(sequence)
         del self._sequences[row.sequence_id]
 
@@ -360,8 +360,7 @@ class CacheManager:
 
     def _drop_table(self, sequence: CachedSequence) -> None:
         """Take everything from a sequence but its hashed tokens."""
-        for block_id in sequence.table:
-            self._store.drop(block_id)
+        self._store.drop_table(sequence.table)
         sequence.table.clear()
         sequence.is_held = sequence.is_admitted = False
         sequence.room_tokens = sequence.num_tokens = sequence.num_inserted = 0

@@ -106,10 +106,10 @@ class Launched(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReleaseRow(msgspec.Struct, frozen=True, gc=False):
-    """A sequence that has ended. Full blocks of `token_ids` enter the prefix tree; the others become free."""
+    """A sequence that has ended. Full blocks of its tokens enter the prefix tree; the others become free."""
 
     sequence_id: SequenceId
-    token_ids: tuple[TokenId, ...]
+    packed_ids: bytes
     """The valid tokens whose KV entries were computed (nothing after a stop); empty to insert nothing new."""
 
 

@@ -293,7 +293,7 @@ class Scheduler:
                 continue
             if sequence.num_valid_tokens is None and sequence.request.has_stop_strings:
                 continue
-            self.outbox.release(ReleaseRow(sequence.sequence_id, sequence.cacheable_tokens()))
+            self.outbox.release(ReleaseRow(sequence.sequence_id, sequence.pack_cacheable()))
             if self._registry.forget(sequence):
                 self._deadlines.discard(sequence.request)
                 self.outbox.release_guide(sequence.request.tokenized)

@@ -14,7 +14,7 @@ recomputing gives the same ones again.
 from dataclasses import dataclass, field
 
 from triode.actors.messages import FinishReason, RequestStatus, Tokenized
-from triode.ids import RequestId, SequenceId, SlotId, TokenId, pack_tokens
+from triode.ids import TOKEN_BYTES, RequestId, SequenceId, SlotId, TokenId, pack_tokens
 
 TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
     RequestStatus.QUEUED: frozenset({RequestStatus.PREFILL, RequestStatus.CANCELLED, RequestStatus.FAILED}),
@@ -106,14 +106,13 @@ class Sequence:
 
     def pack(self) -> bytes:
         """All known tokens."""
-        if len(self.token_ids) == self.num_prompt_tokens:
-            return self.request.tokenized.packed_ids
-        return pack_tokens(self.token_ids)
+        return self.request.tokenized.packed_ids + pack_tokens(self.token_ids[self.num_prompt_tokens :])
 
-    def cacheable_tokens(self) -> tuple[TokenId, ...]:
+    def pack_cacheable(self) -> bytes:
         """The tokens whose KV entries are computed and valid."""
         valid = len(self.token_ids) if self.num_valid_tokens is None else self.num_valid_tokens
-        return tuple(self.token_ids[: min(valid, self.num_computed)])
+        end, prompt = min(valid, self.num_computed), self.request.tokenized.packed_ids
+        return prompt[: end * TOKEN_BYTES] + pack_tokens(self.token_ids[self.num_prompt_tokens : end])
 
 
 @dataclass(slots=True, eq=False)

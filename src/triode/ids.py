@@ -25,6 +25,9 @@ BlockId = NewType("BlockId", int)
 TokenId = NewType("TokenId", int)
 """An entry of the model's vocabulary."""
 
+TOKEN_BYTES = array("I").itemsize
+"""Of a packed token."""
+
 
 def pack_tokens(token_ids: Iterable[int]) -> bytes:
     """Tokens as an array of 32-bit words."""

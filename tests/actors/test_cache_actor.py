@@ -65,7 +65,7 @@ async def order_of(*messages: CacheInbox) -> list[str]:
 
 MATCH = Match((MatchRow(SequenceId(0), pack_tokens(TOKENS), len(TOKENS), b""),), now_s=0.0)
 LAUNCHED = Launched((SequenceId(0),), (len(TOKENS),))
-RELEASE = Release((ReleaseRow(SequenceId(0), TOKENS),), now_s=0.0)
+RELEASE = Release((ReleaseRow(SequenceId(0), pack_tokens(TOKENS)),), now_s=0.0)
 
 
 @pytest.mark.parametrize("message", [LAUNCHED, RELEASE])

@@ -103,7 +103,7 @@ class Driver:
         assert self.step({sequence_id: 1}, victims=[victim]).preempted == (victim,)
 
     def release(self, sequence_id: int, token_ids: Sequence[TokenId] = ()) -> None:
-        row = ReleaseRow(SequenceId(sequence_id), tuple(token_ids))
+        row = ReleaseRow(SequenceId(sequence_id), pack_tokens(token_ids))
         self.manager.release(Release((row,), self.now_s))
         self.manager.check_integrity()
 
@@ -473,11 +473,11 @@ def test_what_a_release_left_to_do_is_seen_by_nobody() -> None:
     packed = pack_tokens(tokens)
     manager.match(Match((MatchRow(SequenceId(0), packed, 40, b""),), 0.0))
     manager.reserve(Reserve(StepId(0), (ReserveRow(SequenceId(0), 0, 40, 40, 0),), (), 0.0))
-    manager.release(Release((ReleaseRow(SequenceId(0), tokens),), 0.0))
+    manager.release(Release((ReleaseRow(SequenceId(0), packed),), 0.0))
     assert manager.is_unsettled
     assert manager.statistics().num_used_blocks == 0
     assert manager.match(Match((MatchRow(SequenceId(1), packed, 40, b""),), 0.0)).num_cached_tokens == (32,)
-    manager.release(Release((ReleaseRow(SequenceId(1), ()),), 0.0))
+    manager.release(Release((ReleaseRow(SequenceId(1), b""),), 0.0))
     assert manager.clear(Clear(RequestId("clear"))).num_tokens == 32
 
 
@@ -490,7 +490,7 @@ def test_whatever_fails_in_a_release_fails_for_everybody_who_asks_and_takes_no_b
     driver = Driver()
     driver.match(1, tokens(40))
     driver.step({1: 40})
-    driver.manager.release(Release((ReleaseRow(SequenceId(1), tokens(40)),), 0.0))
+    driver.manager.release(Release((ReleaseRow(SequenceId(1), pack_tokens(tokens(40))),), 0.0))
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "remember", remember)
         for _ in range(2):

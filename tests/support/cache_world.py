@@ -212,7 +212,7 @@ class World:
 
     def release(self, sample: Sample, num_valid: int) -> None:
         """Give a sequence's blocks back."""
-        row = ReleaseRow(sample.sequence_id, tuple(sample.tokens[:num_valid]))
+        row = ReleaseRow(sample.sequence_id, pack_tokens(sample.tokens[:num_valid]))
         self.manager.release(Release((row,), self.now_s))
 
     def pin(self) -> None:
