@@ -32,7 +32,7 @@ class SlotState:
         self.bad_word_ids = admission.bad_word_ids
         self.num_prompt_tokens = admission.num_prompt_tokens
         self.pooling = admission.pooling
-        self.num_tokens = len(admission.token_ids)
+        self.num_tokens = admission.num_tokens
         self.matcher = matcher
         """How far the output has come in its guide."""
         params = admission.params
@@ -116,10 +116,12 @@ class Slots:
         assert self.guides is not None, "a runner without guides admits no guided sequence"
         return self.guides.matcher(guide, list(admission.token_ids[admission.num_prompt_tokens :]))
 
-    def change_table(self, change: TableChange) -> None:
-        """Entries of a slot's block table."""
+    def change_table(self, change: TableChange) -> npt.NDArray[np.int32]:
+        """Entries of a slot's block table. Returns a view of those that have changed."""
         last_block = change.first_block + len(change.block_ids)
-        self.table_SX[change.slot, change.first_block : last_block] = change.block_ids
+        changed = self.table_SX[change.slot, change.first_block : last_block]
+        changed[:] = change.block_ids
+        return changed
 
     def state(self, slot: SlotId, epoch: int) -> SlotState:
         """The sequence in a slot, which must be that of `epoch`."""

@@ -21,7 +21,7 @@ from typing import cast
 import msgspec
 
 from triode.cache.messages import BlockCopy
-from triode.ids import BlockId, SlotId, StepId, TokenId
+from triode.ids import TOKEN_BYTES, BlockId, SlotId, StepId, TokenId
 from triode.models.sampling import SamplingParams
 
 
@@ -69,6 +69,11 @@ class Admission(msgspec.Struct, frozen=True):
     bad_word_ids: tuple[tuple[TokenId, ...], ...] = ()
     pooling: Pooling | None = None
     """Of a sequence whose rows are `Output.HIDDEN`."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many these are."""
+        return len(self.packed_ids) // TOKEN_BYTES
 
     @property
     def token_ids(self) -> Sequence[TokenId]:

@@ -197,10 +197,11 @@ class Changes:
         value = np.concatenate(self._values)
         self._indices.clear()
         self._values.clear()
-        # np.unique keeps the first of equals: seen from behind, the last.
-        unique, first = np.unique(index[::-1], return_index=True)
-        if len(unique) < len(index):
-            index, value = unique, value[::-1][first]
+        # Hardly ever, and found in a third of the time that sorting takes.
+        if len(set(index.tolist())) < len(index):
+            # np.unique keeps the first of equals: seen from behind, the last.
+            index, first = np.unique(index[::-1], return_index=True)
+            value = value[::-1][first]
         return np.concatenate([index, value])
 
 

@@ -13,7 +13,8 @@ what it samples, which counts for nobody, is the next of these tokens (`overtake
 
 `lock` is for what the thread that launches shares with the one that collects.
 
-    R rows    T packed query tokens    S slots    X blocks of the longest table    B block size
+    R rows    Q rows that sample    T packed query tokens    S slots    C tokens of the longest sequence
+    X blocks of the longest table    B block size
 """
 
 import threading
@@ -27,7 +28,7 @@ from triode.ids import TokenId
 from triode.models.cuda.arena import ArenaLayout, Changes, Words, aligned
 from triode.models.cuda.past import looks_back
 from triode.models.grammar import GuideCompiler
-from triode.models.slots import IntArray, Slots, SlotState
+from triode.models.slots import Slots, SlotState
 from triode.models.step import Output, StepPlan
 
 SAMPLING = frozenset({Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE})
@@ -84,6 +85,7 @@ class HostBatch:
         self._held_S = np.zeros(layout.num_slots, np.int64)
         self._known_S = np.zeros(layout.num_slots, np.int64)
         self._newest_S = np.full(layout.num_slots, _UNKNOWN, np.int64)
+        self._position_C = np.arange(max(max_context_tokens, block_size_tokens), dtype=np.int32)
         self._row_slots: tuple[int, ...] = ()
         self._unsent: list[tuple[int, int, Words]] = []
         """Slot, position and tokens that belong in histories on the device."""
@@ -94,12 +96,11 @@ class HostBatch:
             self._slots.admit(admission)
             self._send_history(self._slots.state(admission.slot, admission.epoch), admission.slot, 0)
             self._epoch_S[admission.slot] = admission.epoch
-            self._held_S[admission.slot] = self._known_S[admission.slot] = len(admission.token_ids)
+            self._held_S[admission.slot] = self._known_S[admission.slot] = admission.num_tokens
             self._newest_S[admission.slot] = _UNKNOWN
             changes.admit(admission)
         for change in plan.table_changes:
-            self._slots.change_table(change)
-            changes.set_table(change.slot, change.first_block, np.array(change.block_ids, np.int32))
+            changes.set_table(change.slot, change.first_block, self._slots.change_table(change))
         for slot, position, tokens in self._unsent:
             changes.set_history(slot, position, tokens)
         self._unsent.clear()
@@ -130,11 +131,13 @@ class HostBatch:
         start_R = np.array(plan.start_positions, np.int32)
         end_R = start_R + np.array(plan.num_query_tokens, np.int32)
         known_R = self._known_S[slot_R]
-        assert (end_R <= known_R).all(), f"step {plan.step_id} computes tokens that its slots do not have"
-        ends_R = (end_R == known_R) | self._is_overtaken(plan, slot_R, end_R)
-        if not every_row_samples:
-            ends_R |= np.fromiter((output not in SAMPLING for output in plan.outputs), bool, len(slot_R))
-        assert ends_R.all(), f"step {plan.step_id} samples before the end of a sequence"
+        ends_R = end_R == known_R
+        if not ends_R.all():
+            assert (end_R <= known_R).all(), f"step {plan.step_id} computes tokens that its slots do not have"
+            ends_R |= self._is_overtaken(plan, slot_R, end_R)
+            if not every_row_samples:
+                ends_R |= np.fromiter((output not in SAMPLING for output in plan.outputs), bool, len(slot_R))
+            assert ends_R.all(), f"step {plan.step_id} samples before the end of a sequence"
         last_block_R = self._slots.table_SX[slot_R, (end_R - 1) // self._block_size]
         assert last_block_R.all(), f"step {plan.step_id} lacks a block"
         return slot_R, start_R, end_R
@@ -149,7 +152,7 @@ class HostBatch:
         stale = (self._newest_S[slot_R] != start_R).nonzero()[0]
         if len(stale):
             slots, starts = slot_R[stale], start_R[stale]
-            self._check_host_has(slots, starts + 1, plan)
+            self._check_host_has((starts < self._held_S[slots]).all(), plan)
             changes.set_newest(slots, self._slots.tokens_SC[slots, starts], starts)
         self._count_samples(slot_R, start_R + 1)
 
@@ -157,62 +160,81 @@ class HostBatch:
         self, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words, shape: tuple[int, int] | None = None
     ) -> PackedRows:
         """The arrays of any other step; `shape` is the number of tokens and of rows to pad to."""
-        num_query_R = end_R - start_R
-        order = np.argsort(num_query_R == 1, kind="stable").astype(np.int32)
-        slot_R, start_R, end_R, num_query_R = slot_R[order], start_R[order], end_R[order], num_query_R[order]
-        query_start_R1 = np.zeros(len(order) + 1, np.int32)
-        np.cumsum(num_query_R, out=query_start_R1[1:])
-        num_tokens = int(query_start_R1[-1])
-        row_T = np.repeat(np.arange(len(order)), num_query_R)
-        position_T = np.arange(num_tokens, dtype=np.int32) - query_start_R1[row_T] + start_R[row_T]
-        block_T = self._slots.table_SX[slot_R[row_T], position_T // self._block_size]
-        kv_slot_T = block_T * self._block_size + position_T % self._block_size
-        token_T = self._tokens(plan, slot_R, start_R, end_R, row_T, position_T)
-        is_sampled = np.fromiter((plan.outputs[row] in SAMPLING for row in order), bool, len(order))
-        sampled_slots, sampled_ends = slot_R[is_sampled], end_R[is_sampled]
-        self._count_samples(sampled_slots, sampled_ends)
+        nums, outputs = plan.num_query_tokens, plan.outputs
+        long = [row for row, num in enumerate(nums) if num > 1]
+        short = [row for row, num in enumerate(nums) if num == 1]
+        order = long + short
+        first_R1 = [0, *accumulate([nums[row] for row in order])]
+        sampling = [place for place, row in enumerate(order) if outputs[row] in SAMPLING]
+        num_tokens, num_long = first_R1[-1], len(long)
         T, R = shape or (num_tokens, len(order))
-        Q = R if shape else len(sampled_slots)
-        nobody, num_long = self._layout.nobody, int((num_query_R > 1).sum())
+        Q = R if shape else len(sampling)
         words, parts = packed_parts(T, R, Q)
-        parts[0][:] = num_tokens
-        parts[3][:] = parts[6][:] = nobody
-        sample_token_Q = query_start_R1[1:][is_sampled] - 1
-        by_sample = (sample_token_Q, sampled_ends, sampled_slots)
-        by_token = (token_T, position_T, kv_slot_T)
-        for part, values in zip(parts, (query_start_R1, start_R, end_R, slot_R, *by_sample, *by_token), strict=True):
-            part[: len(values)] = values
+        query_start_R1, packed_start_R, packed_end_R, packed_slot_R = parts[:4]
+        sample_token_Q, sample_end_Q, sample_slot_Q = parts[4:7]
+        query_start_R1[:] = num_tokens
+        query_start_R1[: len(first_R1)] = first_R1
+        packed_slot_R[:] = sample_slot_Q[:] = self._layout.nobody
+        order_R = np.array(order, np.int32)
+        num_rows, num_sampled = len(order), len(sampling)
+        packed_start_R[:num_rows] = start_R[order_R]
+        packed_end_R[:num_rows] = end_R[order_R]
+        packed_slot_R[:num_rows] = slot_R[order_R]
+        sampled = order_R[sampling]
+        sample_token_Q[:num_sampled] = query_start_R1[1:][sampling] - 1
+        sample_end_Q[:num_sampled] = end_R[sampled]
+        sample_slot_Q[:num_sampled] = slot_R[sampled]
+        # A prompt is a slice of its slot: no token is looked at by itself.
+        for row, first in zip(long, first_R1, strict=False):
+            self._pack_long(plan, row, [part[first : first + nums[row]] for part in parts[7:]])
+        if short:
+            places = slice(first_R1[num_long], num_tokens)
+            self._pack_short(plan, slot_R[short], start_R[short], [part[places] for part in parts[7:]])
+        self._count_samples(slot_R[sampled], end_R[sampled])
         return PackedRows(
             words=words,
-            order=order,
+            order=order_R,
             num_tokens=T,
             num_rows=R,
             num_sampled=Q,
             num_long=num_long,
-            num_long_tokens=int(query_start_R1[num_long]),
-            max_query_tokens=int(num_query_R.max()),
+            num_long_tokens=first_R1[num_long],
+            max_query_tokens=max(nums),
             longest=int(end_R.max()),
-            sampled=order[is_sampled],
-            query_start_R1=query_start_R1,
+            sampled=sampled,
+            query_start_R1=query_start_R1[: num_rows + 1],
         )
+
+    def _pack_long(self, plan: StepPlan, row: int, parts: list[Words]) -> None:
+        """A row with several query tokens: its tokens, their positions and their places in the cache."""
+        slot, start, size = plan.slots[row], plan.start_positions[row], self._block_size
+        end = start + plan.num_query_tokens[row]
+        self._check_host_has(end <= self._held_S[slot], plan)
+        token_T, position_T, kv_slot_T = parts
+        token_T[:] = self._slots.tokens_SC[slot, start:end]
+        position_T[:] = self._position_C[start:end]
+        first_block = start // size
+        block_X = self._slots.table_SX[slot, first_block : -(-end // size)]
+        kv_slot_XB = block_X[:, None] * size + self._position_C[:size]
+        kv_slot_T[:] = kv_slot_XB.ravel()[start - first_block * size :][: len(kv_slot_T)]
+
+    def _pack_short(self, plan: StepPlan, slot_R: Words, start_R: Words, parts: list[Words]) -> None:
+        """The rows with one query token; -1 - s stands for it where only the device knows the one of slot s."""
+        on_device_R = self._newest_S[slot_R] == start_R
+        self._check_host_has(((start_R < self._held_S[slot_R]) | on_device_R).all(), plan)
+        token_T, position_T, kv_slot_T = parts
+        token_T[:] = np.where(on_device_R, -1 - slot_R, self._slots.tokens_SC[slot_R, start_R])
+        position_T[:] = start_R
+        block_R = self._slots.table_SX[slot_R, start_R // self._block_size]
+        kv_slot_T[:] = block_R * self._block_size + start_R % self._block_size
 
     def _send_history(self, state: SlotState, slot: int, position: int) -> None:
         if looks_back(state):
             self._unsent.append((slot, position, state.tokens[position:].astype(np.int32)))
 
-    def _tokens(
-        self, plan: StepPlan, slot_R: Words, start_R: Words, end_R: Words, row_T: IntArray, position_T: Words
-    ) -> Words:
-        """Query tokens; -1 - s where only the device knows the one of slot s."""
-        token_T = self._slots.tokens_SC[slot_R[row_T], position_T]
-        on_device_R = (end_R - start_R == 1) & (self._newest_S[slot_R] == start_R)
-        self._check_host_has(slot_R[~on_device_R], end_R[~on_device_R], plan)
-        return np.where(on_device_R[row_T], -1 - slot_R[row_T], token_T)
-
-    def _check_host_has(self, slots: Words, ends: Words, plan: StepPlan) -> None:
-        assert (ends <= self._held_S[slots]).all(), (
-            f"step {plan.step_id} needs tokens that neither host nor device keeps"
-        )
+    @staticmethod
+    def _check_host_has(has: bool | np.bool_, plan: StepPlan) -> None:
+        assert has, f"step {plan.step_id} needs tokens that neither host nor device keeps"
 
     def _count_samples(self, slots: Words, ends: Words) -> None:
         # An overtaken row's sample is among the known ones.

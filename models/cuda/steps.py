@@ -5,6 +5,7 @@ T packed query tokens    R rows    Q rows that sample    D hidden    V vocabular
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -81,7 +82,9 @@ class DeviceSteps:
         self._gpu = gpu
         layout = arena.layout
         self._tensors = _StepTensors.allocate(layout.num_rows, layout.num_entries, gpu.device)
-        self._walks_fast = hopper_serves(decoder.buffers.attended_TNH, pool.keys[0], decoder.traits)
+        walks_fast = hopper_serves(decoder.buffers.attended_TNH, pool.keys[0], decoder.traits)
+        # Asked before every prefill step, while the device waits.
+        self._prefill_splits = cache(partial(decoder.prefill_splits, walks_fast=walks_fast))
         self._workspace = SampleWorkspace.allocate(layout.num_rows, decoder.config.vocab_size, gpu.device)
         self._forward = Programs(self._compute_decode, gpu)
         self._sample = Programs(self._sample_decode, gpu)
@@ -157,7 +160,7 @@ class DeviceSteps:
         words = np.concatenate([self.arena.pairs(changes, _PAIRS), packed.words])
         self._gpu.upload(words, self._tensors.words[: len(words)])
         sizes = packed.num_tokens, packed.num_rows
-        splits = self.decoder.prefill_splits(*sizes, packed.longest, walks_fast=self._walks_fast)
+        splits = self._prefill_splits(*sizes, -(-packed.longest // SEGMENT_TOKENS) * SEGMENT_TOKENS)
         self._prefill.run(*sizes, splits)
         return self.decoder.buffers.logits_RV[: len(packed.sampled)]
 
