@@ -61,8 +61,12 @@ class Runner(Protocol):
 class Wakes(Protocol):
     """A runner that launches sooner when it has heard of the plan beforehand."""
 
-    def wake(self) -> None:
-        """A plan will follow, or not; nothing is running. Called by the thread that launches."""
+    def wake(self, has_come: Callable[[], bool]) -> None:
+        """A plan will follow, or not; nothing is running. Called by the thread that launches.
+
+        Args:
+            has_come: asked between pieces of the work; what is left of it is left undone once a plan is there.
+        """
 
 
 @runtime_checkable

@@ -155,6 +155,11 @@ class Frames:
     def __init__(self) -> None:
         self._data = bytearray()
 
+    @property
+    def holds_some(self) -> bool:
+        """Whether there is something of a message."""
+        return bool(self._data)
+
     def feed(self, data: bytes) -> None:
         """Add what was received."""
         self._data += data

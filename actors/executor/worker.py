@@ -101,6 +101,10 @@ class Connection:
         with self._sending:
             self._socket.sendall(data)
 
+    def has_news(self) -> bool:
+        """Whether there is something to receive."""
+        return self._frames.holds_some or bool(select.select([self], [], [], 0)[0])
+
     def receive(self, wait_s: float | None = None) -> FromEngine | None:
         """The next message; None if none is complete within `wait_s` (None: wait for ever).
 
@@ -162,7 +166,7 @@ def run_steps(connection: Connection, runner: Runner) -> None:
                 runner.release_guide(guide, REQUESTS_PER_CHECK)
             case Wake():
                 if sleeper is not None and not num_in_flight:
-                    sleeper.wake()
+                    sleeper.wake(connection.has_news)
             case Close():
                 return
 

@@ -85,11 +85,11 @@ class CudaRunner:
         """So many requests that had the guide have ended."""
         release_guide(self._guides, guide, num_requests)
 
-    def wake(self) -> None:
+    def wake(self, has_come: Callable[[], bool]) -> None:
         """Go the way of a launch, without a step."""
         assert self._waking is not None, "no wake follows close"
         with self._gpu.active():
-            self._waking.wake()
+            self._waking.wake(has_come)
 
     def launch(self, plan: StepPlan) -> None:
         """Send the step on its way."""

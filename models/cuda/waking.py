@@ -3,7 +3,11 @@
 Between two requests a processor sleeps, and forgets what was in its caches. Python then takes five times as long for a launch,
 more than a millisecond on a slow host, in which the device waits. So a runner that hears of a request goes the way of
 its launch beforehand, over a batch of its own: nothing that it does changes the batch on the device, and no kernel runs.
+
+The plan of a short prompt may come before that is done. What is left would then be done twice, so it is left to the launch.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -31,22 +35,33 @@ class Waking:
         self._changes = Changes(layout)
         self._num_plans = 0
         self._sent_at: Mark | None = None
-        self._sent = torch.zeros(len(self._packed()), dtype=torch.int32, device=gpu.device)
+        self._sent = torch.zeros(len(self._pack(self._applied())), dtype=torch.int32, device=gpu.device)
 
-    def wake(self) -> None:
-        """Plan, pack and send, unless what was sent last is still under way."""
+    def wake(self, has_come: Callable[[], bool]) -> None:
+        """Plan, pack and send, unless what was sent last is still under way; a plan that has come ends it."""
         if self._sent_at is not None:
             if not self._sent_at.is_passed():
                 return
             self._sent_at.release()
-        self._gpu.upload(self._packed(), self._sent)
+            self._sent_at = None
+        plan = self._applied()
+        if has_come():
+            return
+        words = self._pack(plan)
+        if has_come():
+            return
+        self._gpu.upload(words, self._sent)
         self._sent_at = self._gpu.end_step()
 
-    def _packed(self) -> Words:
+    def _applied(self) -> StepPlan:
         plan = self._plan()
-        assert not is_decode(plan), "a prompt is read"
         with self._host.lock:
             self._host.apply(plan, self._changes)
+        return plan
+
+    def _pack(self, plan: StepPlan) -> Words:
+        assert not is_decode(plan), "a prompt is read"
+        with self._host.lock:
             slot_R, start_R, end_R = self._host.check(plan, every_row_samples=False)
             packed = self._host.pack(plan, slot_R, start_R, end_R, prefill_shape(_NUM_TOKENS, 1, 1))
         changed = self._changes.take()

@@ -117,8 +117,11 @@ class WakingRunner(EchoRunner):
         super().__init__()
         self.num_woken = 0
 
-    def wake(self) -> None:
+    def wake(self, has_come: Callable[[], bool]) -> None:
+        """Until the plan has come, as long as that may take."""
         assert not self.results, "a runner is woken while nothing runs"
+        while not has_come():
+            pass
         self.num_woken += 1
 
     def statistics(self) -> RunnerStatistics:

@@ -1,5 +1,9 @@
 """Waking a runner that computes nothing is seen by nobody."""
 
+from collections.abc import Callable
+
+import pytest
+
 from cuda_world import CudaWorld
 from runner_world import Running
 from triode.models.cuda.gpu import Mark
@@ -30,9 +34,9 @@ class SlowMark:
         self.num_released += 1
 
 
-def wake(world: CudaWorld) -> None:
+def wake(world: CudaWorld, has_come: Callable[[], bool] | None = None) -> None:
     assert isinstance(world.runner, Wakes)
-    world.runner.wake()
+    world.runner.wake(has_come or (lambda: False))
 
 
 def play(world: CudaWorld, *, wakes: bool) -> Running:
@@ -59,6 +63,24 @@ def test_waking_leaves_the_batch_on_the_device_as_it_was() -> None:
     before = steps.arena.words.clone()
     wake(world)
     assert steps.arena.words.equal(before)
+
+
+@pytest.mark.parametrize("num_pieces", [1, 2])
+def test_a_wake_that_a_plan_cuts_short_sends_nothing_and_the_next_one_does(num_pieces: int) -> None:
+    world = CudaWorld()
+    world.gpu.uploads.clear()
+    asked: list[bool] = []
+
+    def has_come() -> bool:
+        asked.append(len(asked) + 1 == num_pieces)
+        return asked[-1]
+
+    for _ in range(3):
+        asked.clear()
+        wake(world, has_come)
+        assert len(asked) == num_pieces
+        assert not world.gpu.uploads
+    assert play(world, wakes=True).output == play(CudaWorld(), wakes=False).output
 
 
 def test_a_wake_whose_transfer_is_still_under_way_is_not_repeated() -> None:
