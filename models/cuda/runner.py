@@ -194,9 +194,9 @@ class CudaRunner:
                 lambda: Ends(end_R[packed.sampled], steps.ends_prefill(packed)),
                 lambda: steps.sample_prefill(packed),
             )
-        steps.prepare(self._changes, plan.copies)
+        steps.copy_blocks(plan.copies)
         begun = self._gpu.mark()
-        arrays = steps.upload(packed)
+        arrays = steps.upload(packed, self._changes)
         hidden_TD = steps.compute(packed, arrays)
         # Both read hidden states and wait; the head's buffer is theirs until the sampling rows take it.
         states = self._host.states(plan)
