@@ -2,8 +2,8 @@
 
 Produces Match, Reserve, Launched, Release for the cache, StepPlan and ReleaseGuide for the executor, and what the detokenizer must know.
 
-A step's tokens are passed on when its successor is on its way: text is made, and its readers run, while the device
-computes, not before it may begin.
+What callers are told, a step's tokens above all, is passed on when the next step is on its way: text is made, and its readers
+run, while the device computes, not before it may begin.
 """
 
 import math
@@ -61,12 +61,12 @@ async def run_scheduler(
             executor(ReleaseGuide(guide))
         if question := core.wants(now_s):
             cache(question)
-        if core.outbox.holds_tokens:
+        if core.outbox.holds_news:
             if has_planned:
                 # The executor hands on its plan before the detokenizer wakes.
                 await trio.lowlevel.checkpoint()
             elif core.is_asking:
-                # The next plan is at hand, and tokens wait for one only: a fast device never leaves planning a rest.
+                # The next plan is at hand, and news waits for one only: a fast device never leaves planning a rest.
                 continue
         for said in core.outbox.take_for_detokenizer():
             detokenizer(said)

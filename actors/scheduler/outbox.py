@@ -1,6 +1,6 @@
 """What the scheduler has to say, collected while it decides; the shell takes it and sends it."""
 
-from triode.actors.messages import DetokenizerInbox, Launched, Release, Sampled, StatusChanged, Tokenized
+from triode.actors.messages import DetokenizerInbox, Launched, Release, StatusChanged, Tokenized
 from triode.actors.scheduler.request import Request
 from triode.cache.messages import ReleaseRow
 from triode.ids import RequestId, SequenceId
@@ -22,9 +22,9 @@ class Outbox:
         self._detokenizer.append(message)
 
     @property
-    def holds_tokens(self) -> bool:
-        """Whether a step's tokens are among the messages."""
-        return any(isinstance(message, Sampled) for message in self._detokenizer)
+    def holds_news(self) -> bool:
+        """Whether there is something to say to the detokenizer."""
+        return bool(self._detokenizer or self._changed)
 
     def launched(self, sequence_id: SequenceId, num_tokens: int) -> None:
         """Note how much of a prompt has KV entries after a step that is sent now."""

@@ -14,7 +14,7 @@ import torch
 
 from triode.ids import BlockId, SlotId, StepId, pack_tokens
 from triode.models.cuda.arena import ArenaLayout, Changes, Words
-from triode.models.cuda.batch import HostBatch, is_decode
+from triode.models.cuda.batch import HostBatch, PackedRows, is_decode
 from triode.models.cuda.gpu import Gpu, Mark
 from triode.models.cuda.programs import prefill_shape
 from triode.models.sampling import SamplingParams
@@ -35,7 +35,8 @@ class Waking:
         self._changes = Changes(layout)
         self._num_plans = 0
         self._sent_at: Mark | None = None
-        self._sent = torch.zeros(len(self._pack(self._applied())), dtype=torch.int32, device=gpu.device)
+        words = self._joined(self._packed(self._applied()))
+        self._sent = torch.zeros(len(words), dtype=torch.int32, device=gpu.device)
 
     def wake(self, has_come: Callable[[], bool]) -> None:
         """Plan, pack and send, unless what was sent last is still under way; a plan that has come ends it."""
@@ -47,7 +48,10 @@ class Waking:
         plan = self._applied()
         if has_come():
             return
-        words = self._pack(plan)
+        packed = self._packed(plan)
+        if has_come():
+            return
+        words = self._joined(packed)
         if has_come():
             return
         self._gpu.upload(words, self._sent)
@@ -59,11 +63,13 @@ class Waking:
             self._host.apply(plan, self._changes)
         return plan
 
-    def _pack(self, plan: StepPlan) -> Words:
+    def _packed(self, plan: StepPlan) -> PackedRows:
         assert not is_decode(plan), "a prompt is read"
         with self._host.lock:
             slot_R, start_R, end_R = self._host.check(plan, every_row_samples=False)
-            packed = self._host.pack(plan, slot_R, start_R, end_R, prefill_shape(_NUM_TOKENS, 1, 1))
+            return self._host.pack(plan, slot_R, start_R, end_R, prefill_shape(_NUM_TOKENS, 1, 1))
+
+    def _joined(self, packed: PackedRows) -> Words:
         changed = self._changes.take()
         assert changed is not None, "an admission changes the arena"
         return np.concatenate([changed, packed.words])

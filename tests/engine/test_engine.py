@@ -208,15 +208,21 @@ async def test_a_drawn_seed_is_reported_and_repeats_the_output() -> None:
 
 
 async def test_status_follows_a_request_through_its_life() -> None:
-    async with open_gated(max_step_tokens=32) as (engine, gate):
+    async with open_gated(max_step_tokens=32, max_running=1) as (engine, gate):
         seen = []
-        async with engine.submit(list(range(100, 150)), greedy(3), request_id="mine") as stream:
+        async with (
+            engine.submit(PROMPT, greedy(1)) as first,
+            engine.submit(list(range(100, 150)), greedy(3), request_id="mine") as stream,
+        ):
             seen.append(engine.status("mine"))
+            await gate.step()
+            await first.result()
             for _ in range(4):
-                await gate.step()
                 seen.append(engine.status("mine"))
+                await gate.step()
+            seen.append(engine.status("mine"))
             assert stream.status is engine.status("mine")
-        assert [status.value for status in seen] == ["queued", "prefill", "decode", "decode", "finished"]
+        assert [status.value for status in seen] == ["queued", "prefill", "prefill", "decode", "decode", "finished"]
         with pytest.raises(KeyError, match="no request has the id 'other'"):
             engine.status("other")
 

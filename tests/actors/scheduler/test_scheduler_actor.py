@@ -143,6 +143,29 @@ async def test_a_request_is_opened_before_its_first_step_ends() -> None:
     assert actors.log.index(("opened", 0)) < actors.log.index(("read", 0))
 
 
+async def test_a_first_plan_is_on_its_way_before_anybody_hears_of_its_request() -> None:
+    actors = Actors(2)
+    async with trio.open_nursery() as nursery:
+        for task in actors.tasks:
+            nursery.start_soon(task)
+        actors.submit(0, max_tokens=1)
+        await actors.run_to_the_end()
+        nursery.cancel_scope.cancel()
+    assert actors.log == [("launched", 0), ("opened", 0), ("read", 0)]
+
+
+async def test_a_request_that_must_wait_is_opened_all_the_same() -> None:
+    actors = Actors(1)
+    async with trio.open_nursery() as nursery:
+        for task in actors.tasks:
+            nursery.start_soon(task)
+        for arrival in range(5):
+            actors.submit(arrival, max_tokens=9)
+        await trio.testing.wait_all_tasks_blocked()
+        assert [what for what, _ in actors.log].count("opened") == 5, "of which four run"
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("is_cancelled_first", [False, True])
 async def test_a_guide_is_released_once_when_no_step_of_its_request_is_left(is_cancelled_first: bool) -> None:
     actors = Actors(2)

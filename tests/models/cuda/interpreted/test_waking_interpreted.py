@@ -65,7 +65,7 @@ def test_waking_leaves_the_batch_on_the_device_as_it_was() -> None:
     assert steps.arena.words.equal(before)
 
 
-@pytest.mark.parametrize("num_pieces", [1, 2])
+@pytest.mark.parametrize("num_pieces", [1, 2, 3])
 def test_a_wake_that_a_plan_cuts_short_sends_nothing_and_the_next_one_does(num_pieces: int) -> None:
     world = CudaWorld()
     world.gpu.uploads.clear()
