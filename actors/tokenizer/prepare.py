@@ -133,7 +133,8 @@ def resolve(params: SamplingParams, num_prompt_tokens: int, limits: Limits, *, p
     if params.min_tokens > max_tokens:
         raise ValueError(f"min_tokens must be <= max_tokens = {max_tokens}, got {params.min_tokens}")
     _check_pool(params.n, num_prompt_tokens, max_tokens, limits)
-    return msgspec.structs.replace(params, max_tokens=max_tokens)
+    # A copy is checked anew, every parameter of it.
+    return params if params.max_tokens == max_tokens else msgspec.structs.replace(params, max_tokens=max_tokens)
 
 
 def _check_pool(n: int, num_prompt_tokens: int, max_tokens: int, limits: Limits) -> None:

@@ -14,7 +14,7 @@ from triode.models.cuda.gpu import Gpu
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Decode steps are padded to one of these numbers of rows, or to a multiple of 64 beyond."""
 
-PREFILL_TOKENS = (16, 32, 64, 128, 256, 384, 512, 640, 768, 896, 1024)
+PREFILL_TOKENS = (16, 32, 48, 64, 128, 256, 384, 512, 640, 768, 896, 1024)
 """Short prefill and mixed steps are padded to one of these numbers of tokens, ..."""
 PREFILL_ROWS = (1, 4, 16, 64, 256)
 """... and of rows."""
