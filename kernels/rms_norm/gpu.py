@@ -46,6 +46,14 @@ def normalise_row(
     tl.store(out_ptr + row * HIDDEN + dim, (normal * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def num_warps(padded_hidden: int) -> int:
+    """How many warps share a row: their number is part of the order in which it is summed.
+
+    Four where `decode_layer` may norm the same rows, since it has four warps to do so.
+    """
+    return 4 if 1024 <= padded_hidden <= 4096 else max(1, min(16, padded_hidden // 512))
+
+
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, out_TD: torch.Tensor, traits: GpuTraits) -> None:
     """Write `x / sqrt(mean(x²) + eps) * weight` into `out_TD`, rounded before the weight is applied.
 
@@ -89,6 +97,6 @@ def _launch(
         HIDDEN_PADDED=padded,
         ADD=residual_TD is not None,
         PDL=traits.dependent_launch,
-        num_warps=max(1, min(16, padded // 512)),
+        num_warps=num_warps(padded),
         **traits.launch_options,
     )

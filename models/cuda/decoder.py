@@ -21,6 +21,7 @@ from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
 from triode.kernels.rms_norm.gpu import add_rms_norm, rms_norm
 from triode.models.config import ModelConfig
 from triode.models.cuda.linears import GpuGateUp, GpuLinear, Proofs
+from triode.models.cuda.one_token import OneTokenLayers
 from triode.models.rope import rope_table
 from triode.models.weights import DecoderWeights, LayerWeights
 
@@ -130,9 +131,9 @@ class CudaLayer:
         self._down = decoder.linear(weights.down_DF, weights.down_bias_D)
 
     def attend(self, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, places: TokenPlaces, buffers: Buffers) -> None:
-        """From `hidden` to `x`: projections, rotation, cache, attention."""
+        """From queries in `qkv` to `attended`."""
         config = self._config
-        q_TNH = self._project_qkv(key_PBKH, value_PBKH, places, buffers)
+        q_TNH = buffers.qkv_TE[:, : config.q_size].unflatten(1, (config.num_heads, config.head_dim))
         for group in places.groups:
             paged_attention(
                 q_TNH[: group.num_tokens],
@@ -149,16 +150,19 @@ class CudaLayer:
                 num_splits=group.num_splits,
                 workspace=self._workspace if group.max_query_tokens == 1 else self._prefill_workspace,
             )
+
+    def project_o(self, buffers: Buffers) -> None:
+        """From `attended` to `x`."""
         self._o(buffers.attended_TNH.flatten(1), buffers.x_TD)
 
-    def _project_qkv(
+    def project_qkv(
         self, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, places: TokenPlaces, buffers: Buffers
-    ) -> torch.Tensor:
-        """Keys and values go to the cache; returns the rotated queries."""
+    ) -> None:
+        """From `hidden`: keys and values go to the cache, rotated queries are in `qkv`."""
         config, weights, rope = self._config, self._weights, self._rope
         slots = (places.position_T, places.kv_slot_T, key_PBKH, value_PBKH)
         if self._fuses_qkv and len(buffers.hidden_TD) <= QKV_FUSED_TOKENS:
-            return qkv_fused(
+            qkv_fused(
                 buffers.hidden_TD,
                 weights.qkv_ED,
                 buffers.qkv_TE,
@@ -170,8 +174,9 @@ class CudaLayer:
                 self._traits,
                 bias_E=weights.qkv_bias_E,
             )
+            return
         self._qkv(buffers.hidden_TD, buffers.qkv_TE)
-        return qkv_epilogue(
+        qkv_epilogue(
             buffers.qkv_TE,
             rope.cos_XU,
             rope.sin_XU,
@@ -226,6 +231,7 @@ class CudaDecoder:
         self.buffers = Buffers.allocate(config, max_tokens, max_rows, self.dtype, self.device)
         self._weights = weights
         self._layers = [CudaLayer(config, index, layer, self) for index, layer in enumerate(weights.layers)]
+        self._one_token = OneTokenLayers.of(config, weights, self)
         self._head = self._bind_head(weights.head_VD)
 
     def linear(self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None) -> GpuLinear:
@@ -242,17 +248,47 @@ class CudaDecoder:
             The hidden states after the final norm, [T, D]: a view that the next step overwrites.
         """
         buffers = self.buffers.first(places.num_tokens)
-        first_norm_D = self._weights.layers[0].input_norm_D
-        rms_norm(buffers.residual_TD, first_norm_D, self.config.rms_norm_eps, buffers.hidden_TD, self.traits)
+        eps = self.config.rms_norm_eps
+        rms_norm(buffers.residual_TD, self._weights.layers[0].input_norm_D, eps, buffers.hidden_TD, self.traits)
+        if places.num_tokens == 1 and self._one_token is not None:
+            residual_TD = self._forward_one(self._one_token, places, keys_PBKH, values_PBKH, buffers)
+        else:
+            residual_TD = self._forward_many(places, keys_PBKH, values_PBKH, buffers)
+        add_rms_norm(buffers.x_TD, residual_TD, self._weights.final_norm_D, eps, buffers.hidden_TD, self.traits)
+        return buffers.hidden_TD
+
+    def _forward_many(
+        self,
+        places: TokenPlaces,
+        keys_PBKH: Sequence[torch.Tensor],
+        values_PBKH: Sequence[torch.Tensor],
+        buffers: Buffers,
+    ) -> torch.Tensor:
+        """From the first norm to `x` of the last layer; returns the residual that it is yet to be added to."""
         for index, (layer, key_PBKH, value_PBKH) in enumerate(zip(self._layers, keys_PBKH, values_PBKH, strict=True)):
             if index > 0:
                 layer.add_input_norm(buffers)
+            layer.project_qkv(key_PBKH, value_PBKH, places, buffers)
             layer.attend(key_PBKH, value_PBKH, places, buffers)
+            layer.project_o(buffers)
             layer.add_post_norm(buffers)
             layer.feed_forward(buffers)
-        norm_D, eps = self._weights.final_norm_D, self.config.rms_norm_eps
-        add_rms_norm(buffers.x_TD, buffers.residual_TD, norm_D, eps, buffers.hidden_TD, self.traits)
-        return buffers.hidden_TD
+        return buffers.residual_TD
+
+    def _forward_one(
+        self,
+        one_token: OneTokenLayers,
+        places: TokenPlaces,
+        keys_PBKH: Sequence[torch.Tensor],
+        values_PBKH: Sequence[torch.Tensor],
+        buffers: Buffers,
+    ) -> torch.Tensor:
+        """The same, of one token."""
+        self._layers[0].project_qkv(keys_PBKH[0], values_PBKH[0], places, buffers)
+        for index, layer in enumerate(self._layers):
+            layer.attend(keys_PBKH[index], values_PBKH[index], places, buffers)
+            one_token.finish(index, keys_PBKH, values_PBKH, places, buffers)
+        return one_token.residual(len(self._layers), buffers)[None]
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """float32 logits [R, V] of the rows that need them: a view that the next call overwrites."""

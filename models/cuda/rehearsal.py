@@ -28,8 +28,9 @@ _BLOCK = BlockId(1)
 # Each sequence has room for so many more tokens.
 _MOST_SAMPLES = 8
 _PARAMS = SamplingParams(temperature=1.0)
-# Kernels have tiles for up to so many tokens; beyond, sizes make no difference to how they are compiled.
-_SIZES = (1, 16, 32, 64)
+# One token may have a kernel of its own, and the others have tiles for up to so many; beyond, sizes make no difference to
+# how they are compiled.
+_SIZES = (1, 2, 16, 32, 64)
 _SHORT_TOKENS = (64, 256)
 
 

@@ -62,9 +62,10 @@ class AbsentWorld(RunnerWorld):
             running.num_computed += num_tokens
 
     def play(self) -> None:
-        """Every kind of step: prompts long and short, chunks beside decoding rows, batches of every size."""
+        """Every kind of step: prompts long and short, a token alone, chunks beside decoding rows, batches of every size."""
         rows = [self.admit(0, [1] * LONG_TOKENS)]
         self.launch((rows[0], LONG_TOKENS))
+        self.launch((rows[0], 1))
         for length in (1000, 600, 200, 2):
             rows.append(self.admit(len(rows), [1] * length))
             self.launch((rows[-1], length), *[(row, 1) for row in rows[:-1]])

@@ -1,0 +1,70 @@
+"""A layer of one token in one kernel: compiled for a GPU that is not there; and on one, the bits of the kernels of many tokens."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cross_compile import ADA, AMPERE, HOPPER, fits, launches_compiled_for
+from one_token_layers import OneTokenLayer
+from triode.kernels.decode_layer.plan import LayerPlan, LayerSizes, layer_plan
+from triode.kernels.gpu_traits import GpuTraits
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+QWEN_7B = LayerSizes(hidden=3584, intermediate=18944, num_heads=28, num_kv_heads=4, head_dim=128)
+LLAMA_8B = LayerSizes(hidden=4096, intermediate=14336, num_heads=32, num_kv_heads=8, head_dim=128)
+SERVED = pytest.mark.parametrize("sizes", [QWEN_7B, LLAMA_8B], ids=["qwen2.5-7b", "llama-3.1-8b"])
+
+
+def plan_of(sizes: LayerSizes, traits: GpuTraits = HOPPER, dtype: torch.dtype = torch.bfloat16) -> LayerPlan:
+    plan = layer_plan(sizes, dtype, traits)
+    assert plan is not None
+    return plan
+
+
+@SERVED
+def test_a_plan_fills_shared_memory(sizes: LayerSizes) -> None:
+    plan = plan_of(sizes)
+    assert plan.widest >= max(sizes.intermediate, sizes.attended, plan.hidden_padded)
+    assert plan.stages >= 8
+
+
+def test_other_gpus_types_and_sizes_have_no_plan() -> None:
+    for traits in (AMPERE, ADA):
+        assert layer_plan(QWEN_7B, torch.bfloat16, traits) is None
+    assert layer_plan(QWEN_7B, torch.float32, HOPPER) is None
+    assert layer_plan(dataclasses.replace(QWEN_7B, intermediate=18960), torch.bfloat16, HOPPER) is None
+    assert layer_plan(dataclasses.replace(QWEN_7B, head_dim=96), torch.bfloat16, HOPPER) is None
+
+
+@SERVED
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_compiles_for_hopper_and_fits(sizes: LayerSizes, dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        layer = OneTokenLayer.random(sizes, "meta", dtype=dtype, bias=sizes is QWEN_7B)
+    with launches_compiled_for(HOPPER) as compiled:
+        layer.finish(plan_of(sizes, dtype=dtype), HOPPER)
+        layer.finish(plan_of(sizes, dtype=dtype), HOPPER, last=True)
+    assert fits(compiled, HOPPER)
+    # The last layer takes the same kernel.
+    assert compiled[0] is compiled[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", [False, True], ids=["projects", "last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@SERVED
+def test_it_has_the_bits_of_the_kernels_of_many_tokens(sizes: LayerSizes, dtype: torch.dtype, last: bool) -> None:
+    traits = GpuTraits.of(torch.device("cuda"))
+    plan = layer_plan(sizes, dtype, traits)
+    if plan is None:
+        pytest.skip("no Hopper GPU")
+    torch.manual_seed(0)
+    layer = OneTokenLayer.random(sizes, "cuda", dtype=dtype, bias=sizes is QWEN_7B)
+    expected = layer.finish_with_many_kernels(traits, last=last)
+    for times in (1, 3):
+        for ours, theirs in zip(layer.finish(plan, traits, last=last, times=times), expected, strict=True):
+            assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
