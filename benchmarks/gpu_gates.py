@@ -11,7 +11,7 @@ import torch
 from gpu_timing import BLOCK, DEVICE, LLAMA, QWEN, Shape, int32, products, random, unwritten
 
 from triode.kernels.gpu_traits import GpuTraits
-from triode.kernels.linear.blas import linear_blas, split_k_refused
+from triode.kernels.linear.blas import in_order, linear_blas, linear_torch
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.proof import prove
 from triode.kernels.linear.tiles import linear_tile, qkv_tile, swiglu_tile
@@ -192,13 +192,13 @@ def gate_linear(gate: Gate, traits: GpuTraits) -> None:
             linear_sequential(x, weight, out, linear_tile(out_features, in_features, 40), traits)
             gate.close(f"{shape.name} {name}", out, x.float() @ weight.float().T, 3e-3)
             print("      ", prove(weight, traits, most_tokens=2048))
-    allowed = prove(random(1024, 16384, scale=0.02), traits, refuse_split_k=False)
+    allowed = prove(random(1024, 16384, scale=0.02), traits, product=linear_torch)
     gate.check("the proof fails when split-K is allowed", bool(allowed.differing_tokens), str(allowed))
     few, many = random(32, 3584), unwritten(256, 2 * 18944)
     weight = random(2 * 18944, 3584, scale=0.02)
     separate, fused = unwritten(256, 18944), unwritten(32, 18944)
     linear_sequential(few, weight, fused, swiglu_tile(18944, 3584, 32), traits, swiglu=True)
-    with split_k_refused():
+    with in_order(weight.device):
         linear_blas(torch.cat([few, random(224, 3584)]), weight, many)
     swiglu(many, separate, traits)
     gate.check("gate-up: fused SwiGLU equals cuBLASLt and SwiGLU", torch.equal(fused, separate[:32]))

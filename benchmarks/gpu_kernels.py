@@ -6,6 +6,7 @@ Timing comes behind the gates: a kernel that is wrong has no speed (`--anyway` t
 of CUDA graph replays; weights and KV pools rotate, so that they come from memory and not from L2.
 """
 
+import functools
 import itertools
 import math
 import sys
@@ -30,8 +31,9 @@ from gpu_timing import (
 )
 
 from triode.kernels.gpu_traits import GpuTraits
-from triode.kernels.linear.blas import linear_blas, split_k_refused
+from triode.kernels.linear.blas import in_order, linear_blas, linear_torch
 from triode.kernels.linear.gpu import linear_sequential
+from triode.kernels.linear.proof import Product
 from triode.kernels.linear.tiles import (
     QKV_FUSED_TOKENS,
     linear_tile,
@@ -72,23 +74,24 @@ def time_linear(shape: Shape, num_tokens: int, peak_tb_s: float, traits: GpuTrai
             out: torch.Tensor = out,
             half: torch.Tensor = half,
             fused: bool = fused,
+            product: Product = linear_blas,
         ) -> None:
             for weight in weights:
-                linear_blas(x, weight, out)
+                product(x, weight, out, None)
                 if fused:
                     swiglu(out, half, traits)
 
-        with split_k_refused():
-            in_order = graph_us(blas) / len(weights)
-        default = graph_us(blas) / len(weights)
+        with in_order(DEVICE):
+            ordered = graph_us(blas) / len(weights)
+        default = graph_us(functools.partial(blas, product=linear_torch)) / len(weights)
         ours = graph_us(sequential) / len(weights)
         most = (
             swiglu_triton_tokens(out_features // 2, in_features) if fused else triton_tokens(out_features, in_features)
         )
-        used = ours if num_tokens <= most else in_order
+        used = ours if num_tokens <= most else ordered
         tb_s = weights[0].nbytes / used / 1e6
         yield (
-            f"| {shape.name} {name}{' + SwiGLU' if fused else ''} | {num_tokens} | {ours:.1f} | {in_order:.1f} | "
+            f"| {shape.name} {name}{' + SwiGLU' if fused else ''} | {num_tokens} | {ours:.1f} | {ordered:.1f} | "
             f"{default:.1f} | {tb_s:.2f} | {tb_s / peak_tb_s:.0%} |"
         )
 
@@ -268,7 +271,7 @@ def time_steps(shape: Shape, traits: GpuTraits, peak_tb_s: float, context: int =
     weight_bytes = sum(weight.nbytes for layer in weights.values() for weight in layer)
     for num_rows in (1, 16, 32, 64, 256):
         step = DecodeStep(shape, num_rows, context, traits, weights)
-        with split_k_refused():
+        with in_order(DEVICE):
             us = graph_us(step, 10)
         kv_bytes = num_rows * context * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4
         floor_us = (weight_bytes + kv_bytes) / peak_tb_s / 1e6

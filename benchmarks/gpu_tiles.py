@@ -32,7 +32,7 @@ from gpu_timing import (
 
 from cross_compile import HOPPER, launches_compiled_for
 from triode.kernels.gpu_traits import GpuTraits
-from triode.kernels.linear.blas import linear_blas, split_k_refused
+from triode.kernels.linear.blas import in_order, linear_blas
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.tiles import MEASURED, MEASURED_QKV, MEASURED_SWIGLU, LinearTile
 from triode.kernels.paged_attention.tiles import AttentionTile
@@ -161,7 +161,7 @@ def sweep(shape: Shape, name: str, tokens: int, traits: GpuTraits) -> None:
             times[tile] = timed(tile)
         except Exception as error:
             print("   ", tile, repr(error)[:90])
-    with split_k_refused():
+    with in_order(DEVICE):
         blas_us = graph_us(blas, 8) / len(weights)
     print(f"{shape.name} {name} M={tokens} floor {weights[0].nbytes / 2.98e6:.1f} cuBLASLt {blas_us:.1f}; ", end="")
     show(times)

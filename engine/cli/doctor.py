@@ -10,7 +10,7 @@ from triode.engine.cli.progress import shown_progress, stage
 from triode.engine.cli.reading import measure_reading
 from triode.errors import ModelNotFound
 
-ON_GPU = "Triton; cuBLASLt for products of many tokens where a check at loading finds the same bits"
+ON_GPU = "Triton; {} for products of many tokens where a check at loading finds the same bits"
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -54,6 +54,7 @@ def examine() -> Report:
     """Look at the machine and at the installation."""
     import torch
 
+    from triode.kernels.linear.blas import describe_blas
     from triode.kernels.native.cpus import allowed_cpus, usable_threads
     from triode.kernels.native.places import held_elsewhere
     from triode.models.cpu import describe_auto_kernels, find_native
@@ -65,7 +66,7 @@ def examine() -> Report:
         native = find_native(progress)
 
     def kernels(dtype: torch.dtype) -> str:
-        return describe_auto_kernels(dtype, native) if device.type == "cpu" else ON_GPU
+        return describe_auto_kernels(dtype, native) if device.type == "cpu" else ON_GPU.format(describe_blas(device))
 
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     return Report(

@@ -1,19 +1,51 @@
-"""cuBLASLt without split-K: matrix products whose sums run over K in order, for every number of tokens.
+"""Matrix products whose sums run over K in order, for every number of tokens: cuBLASLt without split-K.
 
-cuBLAS splits K when there are too few tiles to fill the GPU, and then a token's bits depend on its neighbours. PyTorch
-refuses split-K only through switches of the whole process, which would slow an embedding application's own small
-products: `split_k_refused` sets them while anyone is inside, and the last one to leave puts back what the first one found.
+cuBLAS splits K when there are too few tiles to fill the GPU, and then a token's bits depend on its neighbours. Where the
+libcublasLt that torch has loaded is found, products call it themselves (`cublaslt.py`), and nothing else in the process
+changes. Otherwise torch computes them, which refuses split-K only through switches of the whole process, and would slow an
+embedding application's own small products: `split_k_refused` sets them while anyone is inside, and the last one to leave
+puts back what the first one found.
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 
 import torch
 
+from triode.kernels.linear.cublaslt import CublasLt, CublasLtError, loaded_library
+
 _LOCK = threading.Lock()
 _SWITCHED = contextlib.ExitStack()
 _num_inside = 0
+
+
+@contextlib.contextmanager
+def in_order(device: torch.device) -> Iterator[None]:
+    """Inside, `linear_blas` never splits K. Any number of users may be inside, in any order of entering and leaving."""
+    with contextlib.nullcontext() if isinstance(blas_of(device), CublasLt) else split_k_refused():
+        yield
+
+
+def describe_blas(device: torch.device) -> str:
+    """Who computes products in order, and what it takes."""
+    found = blas_of(device)
+    if isinstance(found, CublasLt):
+        return f"cuBLASLt {found.version} in order"
+    return f"cuBLASLt in order, by torch's switches of the whole process ({found})"
+
+
+@functools.cache
+def blas_of(device: torch.device) -> CublasLt | str:
+    """The library for a device, or why torch must be asked instead."""
+    path = loaded_library()
+    if path is None:
+        return "no libcublasLt is loaded"
+    try:
+        return CublasLt(path, device)
+    except (OSError, AttributeError, CublasLtError) as error:
+        return f"{path}: {error}"
 
 
 @contextlib.contextmanager
@@ -56,10 +88,28 @@ def _switched() -> Iterator[None]:
 def linear_blas(
     x_MK: torch.Tensor, weight_NK: torch.Tensor, out_MN: torch.Tensor, bias_N: torch.Tensor | None = None
 ) -> None:
-    """Write `x @ weight.T (+ bias)` into `out_MN`, which may be float32. In order of K inside `split_k_refused`."""
+    """Write `x @ weight.T (+ bias)` into `out_MN`, which may be float32. In order of K inside `in_order`.
+
+    Raises:
+        CublasLtError: cuBLASLt has no kernel for this that keeps K in order.
+    """
     if out_MN.is_meta:
         # Nothing is compiled here, and torch would import a great deal to tell the shape of a product.
         return
+    blas = blas_of(out_MN.device)
+    if not isinstance(blas, CublasLt):
+        linear_torch(x_MK, weight_NK, out_MN, bias_N)
+    elif bias_N is None or bias_N.dtype == out_MN.dtype:
+        blas.multiply(x_MK, weight_NK, out_MN, bias_N)
+    else:
+        blas.multiply(x_MK, weight_NK, out_MN)
+        out_MN += bias_N
+
+
+def linear_torch(
+    x_MK: torch.Tensor, weight_NK: torch.Tensor, out_MN: torch.Tensor, bias_N: torch.Tensor | None = None
+) -> None:
+    """The same by torch. In order of K inside `split_k_refused`."""
     if out_MN.dtype == x_MK.dtype:
         if bias_N is None:
             torch.mm(x_MK, weight_NK.t(), out=out_MN)

@@ -1,25 +1,31 @@
 """Do the Triton kernel and cuBLASLt without split-K give the same bits for this weight on this GPU? Ask both.
 
-They were equal for every shape and number of tokens tried on an H100, but that is a property of cuBLASLt's heuristics
-and of the GPU, not a law. So each weight shape is checked when a model is loaded; where they differ, the Triton kernel
+They were equal for every shape, number of tokens and algorithm tried on an H100, but that is a property of cuBLASLt and of
+the GPU, not a law. So each weight shape is checked when a model is loaded; where they differ, the Triton kernel
 serves every number of tokens, which is slower above 32 tokens and keeps the promise.
 
 M tokens    K in features    N out features
 """
 
-import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 
 from triode.kernels.gpu_traits import GpuTraits
-from triode.kernels.linear.blas import linear_blas, split_k_refused
+from triode.kernels.linear.algorithms import measured_tokens
+from triode.kernels.linear.blas import in_order, linear_blas
+from triode.kernels.linear.cublaslt import CublasLtError
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.tiles import linear_tile, triton_tokens
 
 FEW_TOKENS = (1, 16)
 MANY_TOKENS = (48, 65, 100, 128, 256, 512, 1024, 2048, 4096)
+"""Besides those for which an algorithm is named."""
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+"""x, weight, out and bias of `linear_blas`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +35,7 @@ class LinearProof:
     out_features: int
     in_features: int
     differing_tokens: tuple[int, ...]
-    """The numbers of tokens for which cuBLASLt's first rows differ from the Triton kernel's."""
+    """The numbers of tokens for which cuBLASLt's first rows differ from the Triton kernel's, or it has no kernel."""
 
     @property
     def triton_tokens(self) -> int | None:
@@ -50,17 +56,18 @@ def prove(
     bias_N: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     most_tokens: int = MANY_TOKENS[-1],
-    refuse_split_k: bool = True,
+    product: Product = linear_blas,
 ) -> LinearProof:
     """Compare both on one random input, with this weight's own values. Waits for the device.
 
     Args:
         out_dtype: the type of the product where it is not the weight's (float32 logits).
         most_tokens: the largest step; larger products are not checked.
-        refuse_split_k: False shows that the check can fail.
+        product: what serves many tokens; one that splits K shows that the check can fail.
     """
     out_features, in_features = weight_NK.shape
-    counts = [count for count in MANY_TOKENS if count <= most_tokens] or [MANY_TOKENS[0]]
+    tokens = {*MANY_TOKENS, *measured_tokens(out_features, in_features)}
+    counts = sorted(count for count in tokens if count <= most_tokens) or [MANY_TOKENS[0]]
     new_empty = functools.partial(torch.empty, device=weight_NK.device)
     x_MK = new_empty((counts[-1], in_features), dtype=weight_NK.dtype)
     if not weight_NK.is_meta:
@@ -75,9 +82,13 @@ def prove(
         return LinearProof(out_features, in_features, ())
     many_MN = new_empty((counts[-1], out_features), dtype=out_dtype or weight_NK.dtype)
     differing = []
-    with split_k_refused() if refuse_split_k else contextlib.nullcontext():
+    with in_order(weight_NK.device):
         for count in counts:
-            linear_blas(x_MK[:count], weight_NK, many_MN[:count], bias_N)
+            try:
+                product(x_MK[:count], weight_NK, many_MN[:count], bias_N)
+            except CublasLtError:
+                differing.append(count)
+                continue
             if not all(torch.equal(out_MN, many_MN[: out_MN.shape[0]]) for out_MN in few):
                 differing.append(count)
     return LinearProof(out_features, in_features, tuple(differing))

@@ -14,7 +14,7 @@ import torch
 from triode.cache.config import CacheConfig
 from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_blocks_for
 from triode.errors import InsufficientMemory
-from triode.kernels.linear.blas import split_k_refused
+from triode.kernels.linear.blas import describe_blas, in_order
 from triode.models.config import ModelConfig
 from triode.models.cuda.arena import layout_for
 from triode.models.cuda.decoder import CudaDecoder
@@ -55,7 +55,7 @@ def build_cuda(
     device = weights.embed_VD.device
     max_rows = max(bucket_for(max_running), _LEAST_ROWS)
     with ExitStack() as resources, _explained(max_step_tokens, max_running):
-        resources.enter_context(split_k_refused())
+        resources.enter_context(in_order(device))
         gpu = CudaGpu(device)
         # Also where opening fails.
         resources.callback(gpu.close)
@@ -136,9 +136,8 @@ def _pool(num_blocks: int, decoder: CudaDecoder, cache_config: CacheConfig) -> K
 
 def _describe(decoder: CudaDecoder) -> str:
     exceptions = decoder.proofs.exceptions()
-    if not exceptions:
-        return "Triton; cuBLASLt in order for products of many tokens"
-    return f"Triton; cuBLASLt in order for products of many tokens, but for {'; '.join(exceptions)}"
+    kernels = f"Triton; {describe_blas(decoder.device)} for products of many tokens"
+    return f"{kernels}, but for {'; '.join(exceptions)}" if exceptions else kernels
 
 
 @contextmanager

@@ -10,7 +10,9 @@ from paged_sequences import PagedSequences, attention_oracle, paged_sequences, r
 pytest.importorskip("triton")
 
 from triode.kernels.gpu_traits import GpuTraits
-from triode.kernels.linear.blas import linear_blas, split_k_refused
+from triode.kernels.linear.algorithms import MEASURED
+from triode.kernels.linear.blas import blas_of, describe_blas, in_order, linear_blas, linear_torch, split_k_refused
+from triode.kernels.linear.cublaslt import CublasLt
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.proof import prove
 from triode.kernels.linear.tiles import QKV_FUSED_TOKENS, linear_tile, qkv_tile, swiglu_tile
@@ -175,9 +177,69 @@ def test_the_fused_projection_gives_the_bits_of_product_and_epilogue(
         assert all(torch.equal(got, want) for got, want in zip(outs[1], outs[0], strict=True))
 
 
+@pytest.mark.parametrize("shape", MEASURED)
+def test_every_named_algorithm_keeps_the_bits(shape: tuple[int, int], traits: GpuTraits) -> None:
+    weight = torch.randn(shape, device="cuda").bfloat16() * 0.02
+    proof = prove(weight, traits)
+    assert not proof.differing_tokens, str(proof)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_cublaslt_adds_a_bias_before_it_rounds_and_writes_float32(dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(size, device="cuda").to(dtype) for size in ((100, 1024), (2048, 1024), (2048,)))
+    exact = x.double() @ weight.double().T
+    for out_dtype, with_bias in itertools.product({dtype, torch.float32}, (False, True)):
+        out = torch.full((100, 2048), torch.nan, dtype=out_dtype, device="cuda")
+        with in_order(x.device):
+            linear_blas(x, weight, out, bias if with_bias else None)
+        assert relative_error(out, exact + bias.double() if with_bias else exact) < 3e-3
+
+
+@pytest.mark.parametrize("first", [0, 8, 4, 1])
+def test_cublaslt_takes_rows_and_addresses_that_are_apart(first: int, traits: GpuTraits) -> None:
+    x = torch.randn(100, 1032, device="cuda").bfloat16()[:, first : first + 1024]
+    weight = torch.randn(2048, 1024, device="cuda").bfloat16()
+    out, expected = (torch.full((100, width), torch.nan, device="cuda").bfloat16() for width in (4096, 2048))
+    written = out[:, first : first + 2048]
+    with in_order(x.device):
+        linear_blas(x, weight, written)
+    linear_sequential(x, weight, expected, linear_tile(2048, 1024, 100), traits)
+    # Kernels for addresses that are no multiples of 16 bytes, which no step has, may add in another order.
+    assert torch.equal(written, expected) if first % 8 == 0 else relative_error(written, expected) < 3e-3
+    assert out.isnan().sum() == 100 * 2048
+
+
+def test_a_captured_product_gives_its_bits_again_whatever_was_allocated_since(traits: GpuTraits) -> None:
+    # Many tokens: their kernels ask for a workspace.
+    x, weight = torch.randn(4096, 3584, device="cuda").bfloat16(), torch.randn(4608, 3584, device="cuda").bfloat16()
+    out = torch.full((4096, 4608), torch.nan, device="cuda").bfloat16()
+    with in_order(x.device):
+        linear_blas(x, weight, out)
+        expected = out.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            linear_blas(x, weight, out)
+    others = [torch.randn(1024, device="cuda") for _ in range(8)]
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, expected)
+    assert all(other.isfinite().all() for other in others)
+
+
+def test_cublaslt_called_directly_leaves_the_process_as_it_is() -> None:
+    device = torch.device("cuda")
+    if not isinstance(blas_of(device), CublasLt):
+        pytest.skip(describe_blas(device))
+    before = torch.backends.cuda.preferred_blas_library()
+    with in_order(device):
+        assert torch.backends.cuda.preferred_blas_library() == before
+        assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction_split_k
+
+
 def test_the_proof_can_fail(traits: GpuTraits) -> None:
     weight = torch.randn(1024, 16384, device="cuda").bfloat16() * 0.02
-    assert prove(weight, traits, refuse_split_k=False).differing_tokens
+    assert prove(weight, traits, product=linear_torch).differing_tokens
 
 
 def test_the_process_wide_switches_are_put_back() -> None:
@@ -203,7 +265,7 @@ def test_fused_swiglu_gives_the_bits_of_cublaslt_and_the_separate_kernel(traits:
         torch.full((tokens, width), torch.nan, dtype=torch.bfloat16, device="cuda")
         for tokens, width in ((128, 8192), (128, 4096), (16, 4096))
     )
-    with split_k_refused():
+    with in_order(x.device):
         linear_blas(x, weight, gate_up)
     swiglu(gate_up, separate, traits)
     linear_sequential(x[:16], weight, fused, swiglu_tile(4096, 1024, 16), traits, swiglu=True)
