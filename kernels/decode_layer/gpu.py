@@ -12,7 +12,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triode.kernels.decode_layer.layer import decode_layer
-from triode.kernels.decode_layer.plan import STAGE_BYTES, LayerPlan
+from triode.kernels.decode_layer.plan import STAGE_NUMBERS, LayerPlan
 from triode.kernels.device_code import TRITON_DTYPES
 from triode.kernels.gpu_traits import GpuTraits
 
@@ -135,7 +135,7 @@ def finish_layer(
 
 def _descriptor(weight: torch.Tensor, height: int, box_rows: int) -> TensorDescriptor:
     num_rows, features = weight.shape
-    box = [box_rows, STAGE_BYTES // weight.itemsize // height]
+    box = [box_rows, STAGE_NUMBERS // height]
     return TensorDescriptor(weight, [num_rows, features], [features, 1], box, _layout(*box, weight.dtype))
 
 

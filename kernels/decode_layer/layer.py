@@ -23,9 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from triode.kernels import device_code
-from triode.kernels.decode_layer.stream import copy_pairs, copy_rows, sum_unit
+from triode.kernels.decode_layer.stream import STAGE, copy_pairs, copy_rows, sum_unit
 from triode.kernels.decode_layer.vectors import (
-    FLAT,
+    BLOCK,
+    CHUNK,
     ROW,
     add,
     arrive,
@@ -53,10 +54,10 @@ def multiply(x, out_ptr, pipe, place, turn, PRODUCT: gl.constexpr):
     ROWS: gl.constexpr = PRODUCT[2]
     for unit in range(gl.program_id(0), UNITS, gl.num_programs(0)):
         acc, place, turn = sum_unit(x, pipe, place, turn, PRODUCT[1], ROWS)
-        row = unit * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
-        column = gl.arange(0, 8, gl.SliceLayout(0, acc.type.layout))
-        at = row[:, None] + column[None, :]
-        gl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=at == row[:, None])
+        row = gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))[:, None]
+        column = gl.arange(0, 8, gl.SliceLayout(0, acc.type.layout))[None, :]
+        at = unit * ROWS + row + column
+        gl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(row < ROWS) & (column == 0))
     return place, turn
 
 
@@ -67,12 +68,12 @@ def gate(x, out_ptr, pipe, place, turn, scratch, PRODUCT: gl.constexpr):
     PAIRS: gl.constexpr = PRODUCT[2]
     for unit in range(gl.program_id(0), UNITS, gl.num_programs(0)):
         acc, place, turn = sum_unit(x, pipe, place, turn, PRODUCT[1], 2 * PAIRS)
-        gates, ups = halves(acc, scratch)
-        row = unit * PAIRS + gl.arange(0, PAIRS, gl.SliceLayout(1, gates.type.layout))
-        column = gl.arange(0, 8, gl.SliceLayout(0, gates.type.layout))
-        at = row[:, None] + column[None, :]
+        gates, ups = halves(acc, scratch, PAIRS)
+        row = unit * PAIRS + gl.arange(0, PAIRS, gl.SliceLayout(1, ROW))[:, None]
+        column = gl.arange(0, 8, gl.SliceLayout(0, ROW))[None, :]
+        at = row + column
         gated = silu_times(gates, ups, out_ptr.dtype.element_ty)
-        gl.store(out_ptr + at, gated.to(out_ptr.dtype.element_ty), mask=at == row[:, None])
+        gl.store(out_ptr + at, gated.to(out_ptr.dtype.element_ty), mask=at == row)
     return place, turn
 
 
@@ -109,7 +110,7 @@ def project(
             bias1 = gl.load(bias_ptr + row).to(gl.float32)
             bias2 = gl.load(bias_ptr + row + HALF).to(gl.float32)
         acc, place, turn = sum_unit(x, pipe, place, turn, PRODUCT[1], 2 * PAIRS)
-        x1, x2 = halves(acc, scratch)
+        x1, x2 = halves(acc, scratch, PAIRS)
         x1 = x1.to(dtype).to(gl.float32)
         x2 = x2.to(dtype).to(gl.float32)
         if BIAS:
@@ -252,13 +253,15 @@ def decode_layer(
     """A product is (units, features, rows of a unit), of GATE_UP and QKV pairs of rows. The last layer projects nothing."""
     gdc_launch_dependents()
     BARRIERS: gl.constexpr = mbarrier.MBarrierLayout()
+    # Behind the ring's end, and the vector's, tiles are read that are less tall than the instruction.
     pipe = (
-        gl.allocate_shared_memory(DOT, [STAGES, o.block_shape[0], o.block_shape[1]], o.layout),
+        gl.allocate_shared_memory(DOT, [STAGES * (STAGE // 1024) + 3, 16, BLOCK], o.layout),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS),
     )
-    x = gl.allocate_shared_memory(DOT, [WIDEST], FLAT)
-    scratch = gl.allocate_shared_memory(gl.float32, [8 * 2 * max(GATE_UP[2], QKV[2])], FLAT)
+    x = gl.allocate_shared_memory(DOT, [WIDEST // CHUNK + 1, CHUNK // BLOCK, BLOCK], o.layout)
+    SUMS: gl.constexpr = 8 * max(64, 2 * max(GATE_UP[2], QKV[2]))
+    scratch = gl.allocate_shared_memory(gl.float32, [SUMS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for stage in gl.static_range(STAGES):
         mbarrier.init(pipe[1].index(stage), count=1)
         mbarrier.init(pipe[2].index(stage), count=1)

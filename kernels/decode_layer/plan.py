@@ -11,12 +11,14 @@ import torch
 
 from triode.kernels.gpu_traits import GpuTraits
 
-STAGE_BYTES = 16 * 1024
+STAGE_NUMBERS = 8192
 """Weights that are copied, and taken, at a time."""
+BLOCK_FEATURES = 64
+"""A tensor core's rows: 128 bytes, in which the copy engine swaps parts of 16."""
 CHUNK_FEATURES = 1024
 """What is multiplied with weights lies in shared memory in chunks of so many features."""
-_OTHER_BYTES = 4 * 1024
-"""Of shared memory: what the products of gates and ups are exchanged through, barriers, and what the compiler adds."""
+_OTHER_BYTES = 16 * 1024
+"""Of shared memory: sums that rows exchange, what lies behind ring and vector, barriers, and what the compiler adds."""
 _MOST_HIDDEN = 4096
 _LEAST_MULTIPLE = 16
 
@@ -35,6 +37,9 @@ MEASURED: dict[tuple[int, int], Heights] = {
     # Qwen2.5-7B, Llama-3.1-8B.
     (3584, 18944): Heights(o=32, gate_up=32, down=32, qkv=64),
     (4096, 14336): Heights(o=32, gate_up=32, down=32, qkv=64),
+    # Qwen2.5-0.5B, SmolLM2-135M.
+    (896, 4864): Heights(o=32, gate_up=64, down=32, qkv=32),
+    (576, 1536): Heights(o=16, gate_up=32, down=16, qkv=32),
 }
 """(hidden, intermediate) → heights, where this kernel is faster than one for each product."""
 
@@ -83,7 +88,7 @@ def layer_plan(sizes: LayerSizes, dtype: torch.dtype, traits: GpuTraits) -> Laye
         return None
     widest = max(_padded(sizes.hidden), sizes.attended, sizes.intermediate)
     widest = -(-widest // CHUNK_FEATURES) * CHUNK_FEATURES
-    stages = (traits.shared_memory_bytes - _OTHER_BYTES - widest * dtype.itemsize) // STAGE_BYTES
+    stages = (traits.shared_memory_bytes - _OTHER_BYTES - widest * dtype.itemsize) // (STAGE_NUMBERS * dtype.itemsize)
     if stages < 2 or not _divides(sizes, heights):
         return None
     return LayerPlan(sizes, heights, widest, stages)

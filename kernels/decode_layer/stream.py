@@ -11,8 +11,12 @@ A product is (units, features, rows of a unit); unit u belongs to program u modu
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, mma_v2, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from triode.kernels.decode_layer.plan import BLOCK_FEATURES, STAGE_NUMBERS
+
+STAGE = gl.constexpr(STAGE_NUMBERS)
+BLOCK = gl.constexpr(BLOCK_FEATURES)
 # Triton 3.9 calls it as given first; before, it had another name.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
@@ -25,10 +29,9 @@ def next_place(place, turn, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def tiles_of(ring, HEIGHT: gl.constexpr):
+def tiles_of(ring, HEIGHT: gl.constexpr, STAGES: gl.constexpr):
     """The ring's places, as tiles of so many rows."""
-    STEP: gl.constexpr = ring.shape[1] * ring.shape[2] // HEIGHT
-    return ring._reinterpret(ring.dtype, [ring.shape[0], HEIGHT, STEP], ring.layout)
+    return ring._reinterpret(ring.dtype, [STAGES, HEIGHT, STAGE // HEIGHT], ring.layout)
 
 
 @gluon.jit
@@ -38,13 +41,13 @@ def copy_rows(desc, pipe, place, turn, PRODUCT: gl.constexpr):
     UNITS: gl.constexpr = PRODUCT[0]
     FEATURES: gl.constexpr = PRODUCT[1]
     ROWS: gl.constexpr = PRODUCT[2]
-    tiles = tiles_of(ring, ROWS)
+    tiles = tiles_of(ring, ROWS, full.shape[0])
     for unit in range(gl.program_id(0), UNITS, gl.num_programs(0)):
         for k in range(0, FEATURES, tiles.shape[2]):
             mbarrier.wait(free.index(place), (turn + 1) % 2)
-            mbarrier.expect(full.index(place), ROWS * tiles.shape[2] * 2)
+            mbarrier.expect(full.index(place), STAGE * 2)
             async_load(desc, [unit * ROWS, k], full.index(place), tiles.index(place))
-            place, turn = next_place(place, turn, ring.shape[0])
+            place, turn = next_place(place, turn, full.shape[0])
     return place, turn
 
 
@@ -55,35 +58,43 @@ def copy_pairs(desc, pipe, place, turn, PRODUCT: gl.constexpr, APART: gl.constex
     UNITS: gl.constexpr = PRODUCT[0]
     FEATURES: gl.constexpr = PRODUCT[1]
     PAIRS: gl.constexpr = PRODUCT[2]
-    tiles = tiles_of(ring, 2 * PAIRS)
+    tiles = tiles_of(ring, 2 * PAIRS, full.shape[0])
     for unit in range(gl.program_id(0), UNITS, gl.num_programs(0)):
         row = unit * PAIRS // APART * (2 * APART) + unit * PAIRS % APART
         for k in range(0, FEATURES, tiles.shape[2]):
             mbarrier.wait(free.index(place), (turn + 1) % 2)
-            mbarrier.expect(full.index(place), 2 * PAIRS * tiles.shape[2] * 2)
+            mbarrier.expect(full.index(place), STAGE * 2)
             tile = tiles.index(place)
             async_load(desc, [row, k], full.index(place), tile.slice(0, PAIRS))
             async_load(desc, [row + APART, k], full.index(place), tile.slice(PAIRS, PAIRS))
-            place, turn = next_place(place, turn, ring.shape[0])
+            place, turn = next_place(place, turn, full.shape[0])
     return place, turn
 
 
 @gluon.jit
 def sum_unit(x, pipe, place, turn, FEATURES: gl.constexpr, HEIGHT: gl.constexpr):
-    """sum over k of weight[row, k] x[k] of the next unit, in the order of `sums_in_order`. All eight columns are the token's."""
+    """sum over k of weight[row, k] x[k] of the next unit, in the order of `sums_in_order`: column 0, rows up to HEIGHT.
+
+    The instruction multiplies 64 rows with 8 columns, and takes a block of 64 features from consecutive rows of 128 bytes.
+    Of fewer weight rows, the others are what lies behind them: the next blocks. Of the one token's features, the other
+    columns are what lies behind the block: the next features. What comes of those nobody looks at.
+    """
     ring, full, free = pipe
-    ROW_WARPS: gl.constexpr = min(4, HEIGHT // 16)
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [ROW_WARPS, 4 // ROW_WARPS], [16, 8])
-    tiles = tiles_of(ring, HEIGHT)
-    STEP: gl.constexpr = tiles.shape[2]
+    STAGES: gl.constexpr = full.shape[0]
+    BLOCKS: gl.constexpr = STAGE // HEIGHT // BLOCK
+    TALL: gl.constexpr = max(64, HEIGHT)
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    parts = x._reinterpret(x.dtype, [x.shape[0] // STEP, STEP], FLAT)
-    acc = gl.zeros([HEIGHT, 8], gl.float32, MMA)
-    for k in range((FEATURES + STEP - 1) // STEP):
+    blocks = ring._reinterpret(ring.dtype, [STAGES * BLOCKS, HEIGHT * BLOCK], FLAT)
+    parts = x._reinterpret(x.dtype, [x.shape[0] * x.shape[1], BLOCK], FLAT)
+    acc = gl.zeros([TALL, 8], gl.float32, ACC)
+    for stage in range((FEATURES + BLOCKS * BLOCK - 1) // (BLOCKS * BLOCK)):
         mbarrier.wait(full.index(place), turn % 2)
-        w = tiles.index(place).load(gl.DotOperandLayout(0, MMA, 2))
-        column = parts.index(k).load(gl.SliceLayout(1, gl.DotOperandLayout(1, MMA, 2)))
+        for block in gl.static_range(BLOCKS):
+            w = blocks.index(place * BLOCKS + block)._reinterpret(ring.dtype, [TALL, BLOCK], ring.layout)
+            part = parts.index(stage * BLOCKS + block)._reinterpret(x.dtype, [8, BLOCK], x.layout)
+            acc = warpgroup_mma(w, part.permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, (acc,))
         mbarrier.arrive(free.index(place), count=1)
-        acc = mma_v2(w, column[:, None].broadcast_to([STEP, 8]), acc, input_precision="ieee")
-        place, turn = next_place(place, turn, ring.shape[0])
+        place, turn = next_place(place, turn, STAGES)
     return acc, place, turn

@@ -1,7 +1,8 @@
 """What the programs of `layer.py` do with one token's vectors: wait for them, fetch them, normalise them.
 
-A vector that is multiplied lies in shared memory from 0 on, in whole chunks; one that is added and normalised lies in
-registers as `normalise_row` has it.
+A vector that is multiplied lies in shared memory from 0 on, in whole chunks, each block of features a row as the tensor
+cores read it; one that is added and normalised lies in registers as `normalise_row` has it. The tensor cores read behind
+the back of whoever wrote, so a fence follows each writing.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -9,13 +10,15 @@ registers as `normalise_row` has it.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from triode.kernels.decode_layer.plan import CHUNK_FEATURES
+from triode.kernels.decode_layer.plan import BLOCK_FEATURES, CHUNK_FEATURES
 
 # Triton 3.7 calls it as given first; before, it had another name.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 CHUNK = gl.constexpr(CHUNK_FEATURES)
-FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+BLOCK = gl.constexpr(BLOCK_FEATURES)
+PART = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 LINE = gl.constexpr(gl.BlockedLayout([8], [32], [4], [0]))
 ROW = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
 
@@ -54,17 +57,23 @@ def wait_for_all(counter_ptr, target):
 @gluon.jit
 def clear(x):
     """Zeros: what lies behind a vector's end is multiplied with zeros, and must not be NaN."""
-    chunks = x._reinterpret(x.dtype, [x.shape[0] // CHUNK, CHUNK], FLAT)
-    for chunk in gl.static_range(x.shape[0] // CHUNK):
-        chunks.index(chunk).store(gl.zeros([CHUNK], x.dtype, LINE))
+    CHUNKS: gl.constexpr = x.shape[0]
+    for chunk in gl.static_range(CHUNKS):
+        x.index(chunk).store(gl.zeros([CHUNK // BLOCK, BLOCK], x.dtype, PART))
+
+
+@gluon.jit
+def as_blocks(x, FIRST: gl.constexpr, SIZE: gl.constexpr):
+    """A part of the vector, each block of features a row."""
+    return x.index(FIRST // CHUNK)._reinterpret(x.dtype, [SIZE // BLOCK, BLOCK], x.layout)
 
 
 @gluon.jit
 def ask_for(x, ptr, FIRST: gl.constexpr, SIZE: gl.constexpr, FEATURES: gl.constexpr):
     """Begin to copy a part of a vector."""
-    at = FIRST + gl.arange(0, SIZE, LINE)
-    part = x._reinterpret(x.dtype, [x.shape[0] // CHUNK, CHUNK], FLAT).index(FIRST // CHUNK)
-    async_copy.async_copy_global_to_shared(part._reinterpret(x.dtype, [SIZE], FLAT), ptr + at, mask=at < FEATURES)
+    block = gl.arange(0, SIZE // BLOCK, gl.SliceLayout(1, PART))
+    at = FIRST + block[:, None] * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, PART))[None, :]
+    async_copy.async_copy_global_to_shared(as_blocks(x, FIRST, SIZE), ptr + at, mask=at < FEATURES)
 
 
 @gluon.jit
@@ -76,6 +85,7 @@ def fetch(x, ptr, FEATURES: gl.constexpr):
             ask_for(x, ptr, CHUNKS // 2 ** (power + 1) * 2 ** (power + 1) * CHUNK, CHUNK * 2**power, FEATURES)
     async_copy.commit_group()
     async_copy.wait_group(0)
+    fence_async_shared()
     barrier()
 
 
@@ -104,13 +114,14 @@ def normalise(x, line, weight, eps, SIZE: gl.constexpr, PADDED: gl.constexpr):
     """Write the norm of a vector to shared memory, with the sums and roundings of `normalise_row`."""
     inverse_rms = gl.rsqrt(gl.sum(line * line, 0) / SIZE + eps)
     normal = (line * inverse_rms).to(x.dtype).to(gl.float32)
-    x._reinterpret(x.dtype, [PADDED], FLAT).store((normal * weight).to(x.dtype))
+    as_blocks(x, 0, PADDED).store((normal * weight).to(x.dtype).reshape([PADDED // BLOCK, BLOCK]))
+    fence_async_shared()
+    barrier()
 
 
 @gluon.jit
-def halves(acc, scratch):
-    """The upper and the lower rows of sums, for the same threads."""
-    HALF: gl.constexpr = acc.shape[0] // 2
-    sums = scratch._reinterpret(gl.float32, [2 * HALF, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+def halves(acc, scratch, HALF: gl.constexpr):
+    """The first rows of sums, and as many behind them, for the same threads."""
+    sums = scratch._reinterpret(gl.float32, [acc.shape[0], 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     sums.store(acc)
     return sums.slice(0, HALF).load(ROW), sums.slice(HALF, HALF).load(ROW)

@@ -16,7 +16,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 QWEN_7B = LayerSizes(hidden=3584, intermediate=18944, num_heads=28, num_kv_heads=4, head_dim=128)
 LLAMA_8B = LayerSizes(hidden=4096, intermediate=14336, num_heads=32, num_kv_heads=8, head_dim=128)
-SERVED = pytest.mark.parametrize("sizes", [QWEN_7B, LLAMA_8B], ids=["qwen2.5-7b", "llama-3.1-8b"])
+SIZES = {
+    "qwen2.5-7b": QWEN_7B,
+    "llama-3.1-8b": LLAMA_8B,
+    "qwen2.5-0.5b": LayerSizes(hidden=896, intermediate=4864, num_heads=14, num_kv_heads=2, head_dim=64),
+    "smollm2-135m": LayerSizes(hidden=576, intermediate=1536, num_heads=9, num_kv_heads=3, head_dim=64),
+}
+SERVED = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 
 
 def plan_of(sizes: LayerSizes, traits: GpuTraits = HOPPER, dtype: torch.dtype = torch.bfloat16) -> LayerPlan:
