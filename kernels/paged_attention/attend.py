@@ -26,23 +26,8 @@ import triton
 import triton.language as tl
 
 from triode.kernels.device_code import wait_for_inputs
-
-ONES = tl.constexpr(8)  # Columns of the product that sums a row's weights, all equal: the fewest that there may be.
-LOWEST = tl.constexpr(-1e30)  # finite, so that the difference of two empty maxima is 0 and not NaN
-
-
-@triton.jit
-def row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS: tl.constexpr):
-    """The row that owns a query tile. Row r's tiles begin at `query_start[r] // QUERY_TOKENS + r`."""
-    low = 0
-    high = num_rows
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(query_start_ptr + middle) // QUERY_TOKENS + middle <= tile:
-            low = middle + 1
-        else:
-            high = middle
-    return low - 1
+from triode.kernels.paged_attention.states import ONES, empty_state, merge, merge_shares, store_outputs, store_state
+from triode.kernels.paged_attention.work import kv_of_tile, locate, pair_offset, share_of_kv
 
 
 @triton.jit
@@ -120,56 +105,6 @@ def add_tile(
 
 
 @triton.jit
-def merge(peak, mass, acc, peak2, mass2, acc2, scale):
-    """Add a segment's softmax state to a row's. Both multiply-adds are explicit: no compiler may choose the rounding."""
-    new = tl.maximum(peak, peak2)
-    a = tl.exp2((peak - new) * scale)
-    b = tl.exp2((peak2 - new) * scale)
-    mass = tl.math.fma(mass, a[:, None], mass2 * b[:, None])
-    return new, mass, tl.math.fma(acc, a[:, None], acc2 * b[:, None])
-
-
-@triton.jit
-def empty_state(PAIRS: tl.constexpr, HEAD_PADDED: tl.constexpr):
-    """The softmax state (maximum, sum, accumulator) of no keys at all."""
-    peak = tl.full([PAIRS], LOWEST, tl.float32)
-    return peak, tl.zeros([PAIRS, ONES], tl.float32), tl.zeros([PAIRS, HEAD_PADDED], tl.float32)
-
-
-@triton.jit
-def store_state(state_ptr, partial_ptr, at, peak, mass, acc, valid, dim, in_head, HEAD: tl.constexpr):
-    """Leave a segment's softmax state for the program that arrives last."""
-    tl.store(state_ptr + at * 2, peak, mask=valid)
-    tl.store(state_ptr + at * 2 + 1, tl.max(mass, 1), mask=valid)
-    tl.store(partial_ptr + at[:, None] * HEAD + dim[None, :], acc, mask=valid[:, None] & in_head[None, :])
-
-
-@triton.jit
-def load_state(state_ptr, partial_ptr, at, valid, dim, in_head, HEAD: tl.constexpr):
-    """What `store_state` left, past L1, which another launch on this multiprocessor may have filled."""
-    peak = tl.load(state_ptr + at * 2, mask=valid, other=LOWEST, cache_modifier=".cg")
-    mass = tl.load(state_ptr + at * 2 + 1, mask=valid, other=0.0, cache_modifier=".cg")
-    mass = tl.broadcast_to(mass[:, None], [at.shape[0], ONES])
-    acc_mask = valid[:, None] & in_head[None, :]
-    acc_at = at[:, None] * HEAD + dim[None, :]
-    acc = tl.load(partial_ptr + acc_at, mask=acc_mask, other=0.0, cache_modifier=".cg")
-    return peak, mass, acc
-
-
-@triton.jit
-def locate(query_start_ptr, tile, num_rows, QUERY_TOKENS: tl.constexpr, LONG_ROWS: tl.constexpr):
-    """Of a query tile: its row, the row's first token among the packed ones, its own first token in the row."""
-    row = tile
-    if LONG_ROWS:
-        row = row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS)
-    row_start = tl.load(query_start_ptr + row)
-    first_token = 0
-    if LONG_ROWS:
-        first_token = (tile - (row_start // QUERY_TOKENS + row)) * QUERY_TOKENS
-    return row, row_start, first_token
-
-
-@triton.jit
 def walk_segment(
     q,
     position,
@@ -210,60 +145,63 @@ def walk_segment(
 
 
 @triton.jit
-def merge_shares(
+def walk_share(
+    q,
+    start_position,
+    token,
+    first_token,
+    key_ptr,
+    value_ptr,
+    table,
+    block,
+    begin,
+    end,
+    kv_head,
+    dim,
+    scale,
     state_ptr,
     partial_ptr,
-    first_state,
-    num_segments,
+    states_of_segment_0,
     num_states,
-    scale,
     valid,
-    dim,
     in_head,
     HEAD: tl.constexpr,
-    MERGE_STAGES: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    KV_MODE: tl.constexpr,
+    DOT: tl.constexpr,
 ):
-    """The row's state from those that all its programs have left, in the order in which one program would merge."""
-    row_peak, row_mass, row_acc = empty_state(valid.shape[0], dim.shape[0])
-    for segment in tl.range(num_segments, num_stages=MERGE_STAGES):
-        at = first_state + segment * num_states
-        peak, mass, acc = load_state(state_ptr, partial_ptr, at, valid, dim, in_head, HEAD)
+    """The sums over this program's KV; with SPLIT it also leaves the state of each segment."""
+    unmasked_end = 0
+    if WINDOW == 0:
+        unmasked_end = start_position + first_token + 1
+    row_peak, row_mass, row_acc = empty_state(q.shape[0], q.shape[1])
+    for segment in range(begin // SEGMENT, tl.cdiv(end, SEGMENT)):
+        peak, mass, acc, block = walk_segment(
+            q, start_position + token, key_ptr, value_ptr, table, block, tl.maximum(begin, segment * SEGMENT),
+            tl.minimum(end, (segment + 1) * SEGMENT), end, kv_head, dim, scale, unmasked_end,
+            HEAD, NUM_KV_HEADS, BLOCK, TILE, WINDOW, KV_MODE, DOT,
+        )  # fmt: skip
+        if SPLIT:
+            at = states_of_segment_0 + segment * num_states
+            store_state(state_ptr, partial_ptr, at, peak, mass, acc, valid, dim, in_head, HEAD)
         row_peak, row_mass, row_acc = merge(row_peak, row_mass, row_acc, peak, mass, acc, scale)
     return row_mass, row_acc
 
 
 @triton.jit
-def kv_of_tile(
-    start_position,
-    first_token,
-    num_tokens,
-    QUERY_TOKENS: tl.constexpr,
-    TILE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    """Where a query tile's KV begins and ends, its first segment and how many there are."""
-    end = start_position + tl.minimum(first_token + QUERY_TOKENS, num_tokens)
-    begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(start_position + first_token - WINDOW + 1, 0) // TILE * TILE
-    first_segment = begin // SEGMENT
-    return begin, end, first_segment, tl.cdiv(end, SEGMENT) - first_segment
-
-
-@triton.jit
-def share_of_kv(begin, end, first_segment, num_segments, SEGMENT: tl.constexpr):
-    """The part of a query tile's KV that is this program's among those of grid axis 2, and how many have one."""
-    share = tl.cdiv(num_segments, tl.num_programs(2))
-    my_segment = first_segment + tl.program_id(2) * share
-    begin = tl.maximum(begin, my_segment * SEGMENT)
-    return begin, tl.minimum(end, (my_segment + share) * SEGMENT), tl.cdiv(num_segments, share)
-
-
-@triton.jit
-def pair_offset(token, head, dim, stride, HEAD: tl.constexpr):
-    """Where the queries or outputs of (query token, head) pairs are."""
-    return token.to(tl.int64)[:, None] * stride + head[:, None] * HEAD + dim[None, :]
+def arrives_last(arrivals, num_workers):
+    """Whether all others that share a row's KV have left their states; then the count is ready for the next launch."""
+    # All threads' stores come before the arrival, and the last arrival sees every store before it.
+    tl.debug_barrier()
+    last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == num_workers - 1
+    if last:
+        tl.store(arrivals, 0)
+    return last
 
 
 @triton.jit(do_not_specialize=["num_rows", "table_stride", "max_segments", "num_states"])
@@ -319,9 +257,12 @@ def attend(
         start_position, first_token, num_tokens, QUERY_TOKENS, TILE, SEGMENT, WINDOW
     )
     if SPLIT:
-        begin, end, num_workers = share_of_kv(begin, end, first_segment, num_segments, SEGMENT)
+        begin, end, num_workers = share_of_kv(
+            begin, end, first_segment, num_segments, tl.program_id(2), tl.num_programs(2), SEGMENT
+        )
         if tl.program_id(2) >= num_workers:
             return
+
     table = table_ptr + row.to(tl.int64) * table_stride
     block = pages_of_tile(table, begin, end, tl.arange(0, TILE), BLOCK)
 
@@ -333,37 +274,21 @@ def attend(
     in_head = dim < HEAD
     in_pairs = valid[:, None] & in_head[None, :]
     q = tl.load(q_ptr + pair_offset(row_start + token, head, dim, q_stride, HEAD), mask=in_pairs, other=0.0).to(DOT)
-    unmasked_end = 0
-    if WINDOW == 0:
-        unmasked_end = start_position + first_token + 1
     work = (tile * NUM_KV_HEADS + kv_head).to(tl.int64)
     work_states = work * max_segments * num_states + pair
-    row_peak, row_mass, row_acc = empty_state(PAIRS, HEAD_PADDED)
-    for segment in range(begin // SEGMENT, tl.cdiv(end, SEGMENT)):
-        peak, mass, acc, block = walk_segment(
-            q, start_position + token, key_ptr, value_ptr, table, block, tl.maximum(begin, segment * SEGMENT),
-            tl.minimum(end, (segment + 1) * SEGMENT), end, kv_head, dim, scale, unmasked_end,
-            HEAD, NUM_KV_HEADS, BLOCK, TILE, WINDOW, KV_MODE, DOT,
-        )  # fmt: skip
-        if SPLIT:
-            at = work_states + (segment - first_segment) * num_states
-            store_state(state_ptr, partial_ptr, at, peak, mass, acc, valid, dim, in_head, HEAD)
-        row_peak, row_mass, row_acc = merge(row_peak, row_mass, row_acc, peak, mass, acc, scale)
+    row_mass, row_acc = walk_share(
+        q, start_position, token, first_token, key_ptr, value_ptr, table, block,
+        begin, end, kv_head, dim, scale, state_ptr, partial_ptr, work_states - first_segment * num_states, num_states,
+        valid, in_head, HEAD, NUM_KV_HEADS, BLOCK, TILE, SEGMENT, WINDOW, SPLIT, KV_MODE, DOT,
+    )  # fmt: skip
 
     if SPLIT:  # noqa: SIM102 - a compile-time condition around a run-time one
         if num_workers > 1:
-            # All threads' stores come before the arrival, and the last arrival sees every store before it.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr + work, 1, sem="acq_rel", scope="gpu")
-            if arrived != num_workers - 1:
+            if not arrives_last(arrivals_ptr + work, num_workers):
                 return
-            tl.store(arrivals_ptr + work, 0)
             row_mass, row_acc = merge_shares(
                 state_ptr, partial_ptr, work_states, num_segments, num_states, scale, valid, dim, in_head,
                 HEAD, MERGE_STAGES,
             )  # fmt: skip
-
-    mass = tl.max(row_mass, 1)
-    out = row_acc / tl.where(mass > 0, mass, 1.0)[:, None]
-    out_at = out_ptr + pair_offset(row_start + token, head, dim, out_stride, HEAD)
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=in_pairs)
+    out_at = pair_offset(row_start + token, head, dim, out_stride, HEAD)
+    store_outputs(out_ptr, out_at, row_mass, row_acc, in_pairs)

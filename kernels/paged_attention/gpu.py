@@ -1,6 +1,7 @@
 """Paged attention on an NVIDIA GPU: `attend.py` has the kernel and the idea, `tiles.py` the sizes.
 
-Rows of many query tokens have a kernel of their own on Hopper, `hopper.py`, with the same bits.
+Rows of many query tokens have a kernel of their own on Hopper, `hopper.py`, with the same bits. Where programs share a row's
+KV, it leaves the states of all segments to another one, which merges them.
 
 T packed query tokens    R rows of the batch    N query heads    K KV heads    H head dim    P blocks    B block size
 C blocks in a table      W programs (query tile, KV head)    S segments      M (query token, head) pairs of a program
@@ -20,9 +21,12 @@ from triode.kernels.device_code import dot_dtype
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.paged_attention.attend import attend
 from triode.kernels.paged_attention.hopper import attend_long_rows
+from triode.kernels.paged_attention.states import merge_long_rows
 from triode.kernels.paged_attention.tiles import (
     HOPPER_PAIRS,
     HOPPER_STAGES,
+    MERGED_AHEAD,
+    MERGED_PAIRS,
     SEGMENT_TOKENS,
     TILE_TOKENS,
     AttentionTile,
@@ -105,8 +109,8 @@ def paged_attention(
     if tile is None:
         small = decode_tile(launch.group, q_TNH.shape[2], key_PBKH.dtype, traits)
         long_rows = max_query_tokens > small.pairs // launch.group
-        if long_rows and num_splits == 1 and hopper_serves(q_TNH, key_PBKH, traits):
-            launch.attend_long_rows()
+        if long_rows and hopper_serves(q_TNH, key_PBKH, traits):
+            launch.attend_long_rows(num_splits, workspace)
             return
         tile = prefill_tile(launch.group, q_TNH.shape[2], q_TNH.dtype, traits) if long_rows else small
     launch.attend(tile, max_query_tokens, num_splits, workspace)
@@ -158,7 +162,6 @@ class _Launch:
         programs = num_tiles * self.num_kv_heads
         if num_splits > 1 and (workspace is None or not _holds(workspace, programs, num_states, head_dim)):
             raise ValueError("workspace must hold every program's segments when num_splits > 1")
-        dtype = dot_dtype(self.q_TNH.dtype, self.traits)
         attend[(num_tiles, self.num_kv_heads, num_splits)](
             self.q_TNH,
             self.key_PBKH,
@@ -178,51 +181,85 @@ class _Launch:
             LONG_ROWS=long_rows,
             SPLIT=num_splits > 1,
             MERGE_STAGES=merge_stages(tile.pairs, head_dim, self.traits),
+            BLOCK=self.key_PBKH.shape[1],
+            DOT=dot_dtype(self.q_TNH.dtype, self.traits),
             KV_MODE=KV_AS_STORED,
             PDL=self.traits.dependent_launch,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            **self._constants(query_tokens, dtype),
+            **self._constants(query_tokens),
         )
 
-    def attend_long_rows(self) -> None:
-        """The kernel of Hopper GPUs: as many programs as multiprocessors."""
-        head_dim, block_size, query_tokens = self.q_TNH.shape[2], self.key_PBKH.shape[1], HOPPER_PAIRS // self.group
+    def attend_long_rows(self, num_splits: int, workspace: AttentionWorkspace | None) -> None:
+        """The kernel of Hopper GPUs: as many programs as multiprocessors, or as there is work for."""
+        head_dim, query_tokens = self.q_TNH.shape[2], HOPPER_PAIRS // self.group
         num_tiles = self.num_tiles(query_tokens)
+        programs = num_tiles * self.num_kv_heads
+        if num_splits > 1 and (workspace is None or not _holds(workspace, programs, HOPPER_PAIRS, head_dim)):
+            raise ValueError("workspace must hold every program's segments when num_splits > 1")
+        shared = workspace if num_splits > 1 else None
+        states = shared and (shared.state_WSM2, shared.partial_WSMH, *shared.state_WSM2.shape[1:3])
         dtype = dot_dtype(self.q_TNH.dtype, self.traits)
-        # One copy takes what a tile has of a block, of one KV head.
-        box = [min(block_size, TILE_TOKENS), head_dim]
-        width = self.num_kv_heads * head_dim
-        size, stride = [self.key_PBKH.shape[0] * block_size, width], [width, 1]
-        layout = _layout(*box, dtype)
-        key, value = (TensorDescriptor(pool, size, stride, box, layout) for pool in (self.key_PBKH, self.value_PBKH))
-        attend_long_rows[(min(num_tiles * self.num_kv_heads, self.traits.num_sms),)](
+        scale, q_stride, out_stride = self.scalars
+        attend_long_rows[(min(programs * num_splits, self.traits.num_sms),)](
             self.q_TNH,
-            key,
-            value,
+            *self._descriptors(dtype),
             *self.rows,
             self.out_TNH,
+            *(states or (None, None, 0, 0)),
             self.num_rows,
             num_tiles,
+            num_splits,
             self.rows[0].stride(0),
-            *self.scalars,
+            scale,
+            q_stride,
+            out_stride,
+            BLOCK=self.key_PBKH.shape[1],
+            DOT=dtype,
+            SPLIT=num_splits > 1,
             STAGES=HOPPER_STAGES,
             num_warps=4,
-            **self._constants(query_tokens, dtype),
+            **self._constants(query_tokens),
+        )
+        if states:
+            merge_long_rows[(num_tiles, self.num_kv_heads, triton.cdiv(query_tokens * self.group, MERGED_PAIRS))](
+                *self.rows[1:],
+                self.out_TNH,
+                *states,
+                self.num_rows,
+                scale,
+                out_stride,
+                PAIRS=MERGED_PAIRS,
+                AHEAD=MERGED_AHEAD,
+                PDL=self.traits.dependent_launch,
+                # Otherwise the assembler saves registers and fetches one state after the other.
+                maxnreg=128,
+                **self._constants(query_tokens),
+            )
+
+    def _descriptors(self, dtype: tl.dtype) -> tuple[TensorDescriptor, TensorDescriptor]:
+        """Keys and values, to be copied tile by tile."""
+        num_blocks, block_size, num_kv_heads, head_dim = self.key_PBKH.shape
+        # One copy takes what a tile has of a block, of one KV head.
+        box = [min(block_size, TILE_TOKENS), head_dim]
+        width = num_kv_heads * head_dim
+        size, stride = [num_blocks * block_size, width], [width, 1]
+        layout = _layout(*box, dtype)
+        return (
+            TensorDescriptor(self.key_PBKH, size, stride, box, layout),
+            TensorDescriptor(self.value_PBKH, size, stride, box, layout),
         )
 
-    def _constants(self, query_tokens: int, dtype: tl.dtype) -> dict[str, object]:
-        """What both kernels are compiled for, and how."""
+    def _constants(self, query_tokens: int) -> dict[str, object]:
+        """What all kernels are compiled for, and how."""
         return {
             "GROUP": self.group,
             "HEAD": self.q_TNH.shape[2],
             "NUM_KV_HEADS": self.num_kv_heads,
-            "BLOCK": self.key_PBKH.shape[1],
             "QUERY_TOKENS": query_tokens,
             "TILE": TILE_TOKENS,
             "SEGMENT": SEGMENT_TOKENS,
             "WINDOW": self.window_tokens,
-            "DOT": dtype,
             **self.traits.launch_options,
         }
 

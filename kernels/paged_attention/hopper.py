@@ -10,6 +10,9 @@ The order of every sum is that of `attend.py`: tiles in order, segments from pos
 product with ones. Programs are as many as multiprocessors and walk the query tiles, the longest first, so that the
 copying warp fetches a query tile's first keys while the last one is being finished.
 
+Where there are fewer query tiles than multiprocessors, programs may share a query tile's KV (SPLIT): each leaves the
+states of its segments in memory, and `states.merge_long_rows` merges them in their order.
+
 T packed query tokens    R rows of the batch    N query heads    K KV heads    H head dim    B block size
 """
 
@@ -20,40 +23,71 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from triode.kernels.paged_attention import attend
-from triode.kernels.paged_attention.hopper_walk import GROUP_PAIRS, ONES, barrier, empty_state, merge, walk_segment
+from triode.kernels.paged_attention import work
+from triode.kernels.paged_attention.hopper_walk import (
+    GROUP_PAIRS,
+    ONES,
+    barrier,
+    empty_state,
+    merge,
+    store_state,
+    walk_segment,
+)
 
-row_of_tile = gluon.jit(attend.row_of_tile.fn)
+row_of_tile = gluon.jit(work.row_of_tile.fn)
+kv_of_tile = gluon.jit(work.kv_of_tile.fn)
+share_of_kv = gluon.jit(work.share_of_kv.fn)
 # Triton 3.9 calls it as given first; before, it had another name.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def query_tile_of(turn, rows, QUERY_TOKENS: gl.constexpr, WINDOW: gl.constexpr, TILE: gl.constexpr):
-    """What this program computes in its `turn`: row, KV head, query tokens, begin and end of KV. All partitions ask.
+def work_of(
+    turn,
+    rows,
+    QUERY_TOKENS: gl.constexpr,
+    WINDOW: gl.constexpr,
+    TILE: gl.constexpr,
+    SEGMENT: gl.constexpr,
+    SPLIT: gl.constexpr,
+):
+    """What this program computes in its `turn`: row, KV head, query tokens, states, begin and end of KV.
 
+    All partitions ask. States are told by the number of the query tile and KV head, and by their first segment.
     Work comes longest first, and every other turn hands it out backwards, so that programs get equal shares. Where
     there is no work, the KV begins and ends at 0.
     """
-    query_start_ptr, start_ptr, num_rows, num_tiles, num_kv_heads = rows
+    query_start_ptr, start_ptr, num_rows, num_tiles, num_kv_heads, num_shares = rows
     place = gl.program_id(0)
     if turn % 2 == 1:
         place = gl.num_programs(0) - 1 - place
-    work = turn * gl.num_programs(0) + place
-    tile = gl.maximum(num_tiles - 1 - work // num_kv_heads, 0)
+    item = turn * gl.num_programs(0) + place
+    kv_head = item % num_kv_heads
+    tile = gl.maximum(num_tiles - 1 - item // num_kv_heads, 0)
+    if SPLIT:
+        tile = gl.maximum(num_tiles - 1 - item // (num_kv_heads * num_shares), 0)
     row = row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS)
     row_start = gl.load(query_start_ptr + row)
     first_token = (tile - (row_start // QUERY_TOKENS + row)) * QUERY_TOKENS
     num_tokens = gl.load(query_start_ptr + row + 1) - row_start
     start_position = gl.load(start_ptr + row)
-    begin = gl.to_tensor(0)
-    if WINDOW > 0:
-        begin = gl.maximum(start_position + first_token - WINDOW + 1, 0) // TILE * TILE
-    end = start_position + gl.minimum(first_token + QUERY_TOKENS, num_tokens)
-    if (work >= num_tiles * num_kv_heads) | (first_token >= num_tokens):
+    begin, end, first_segment, num_segments = kv_of_tile(
+        start_position, first_token, num_tokens, QUERY_TOKENS, TILE, SEGMENT, WINDOW
+    )
+    if SPLIT:
+        which = item // num_kv_heads % num_shares
+        begin, end, _ = share_of_kv(begin, end, first_segment, num_segments, which, num_shares, SEGMENT)
+    if (item >= num_tiles * num_kv_heads * num_shares) | (first_token >= num_tokens) | (begin >= end):
         begin = gl.to_tensor(0)
         end = begin
-    return row, work % num_kv_heads, (row_start, first_token, num_tokens, start_position), begin, end
+    tokens = (row_start, first_token, num_tokens, start_position)
+    return row, kv_head, tokens, (tile * num_kv_heads + kv_head, first_segment), begin, end
+
+
+@gluon.jit
+def num_turns(rows):
+    """How often a program asks for work."""
+    return gl.cdiv(rows[3] * rows[4] * rows[5], gl.num_programs(0))
 
 
 @gluon.jit
@@ -69,13 +103,15 @@ def copy_tiles(
     QUERY_TOKENS: gl.constexpr,
     WINDOW: gl.constexpr,
     TILE: gl.constexpr,
+    SEGMENT: gl.constexpr,
     STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):
     """The copying warp: the tiles of keys and values of every turn, each as soon as its place is free."""
     k_tiles, v_tiles, k_full, v_full, k_free, v_free, _ones = pipes
     step = 0
-    for turn in range(gl.cdiv(rows[3] * rows[4], gl.num_programs(0))):
-        row, kv_head, _tokens, begin, end = query_tile_of(turn, rows, QUERY_TOKENS, WINDOW, TILE)
+    for turn in range(num_turns(rows)):
+        row, kv_head, _tokens, _left, begin, end = work_of(turn, rows, QUERY_TOKENS, WINDOW, TILE, SEGMENT, SPLIT)
         table = table_ptr + row.to(gl.int64) * table_stride
         for first in range(begin, end, TILE):
             stage = step % STAGES
@@ -100,12 +136,34 @@ def copy_tile(desc, table, first, end, kv_head, tile, full, HEAD: gl.constexpr, 
 
 
 @gluon.jit
+def place_of_pairs(
+    tokens,
+    kv_head,
+    stride,
+    WHICH: gl.constexpr,
+    GROUP: gl.constexpr,
+    QUERY_TOKENS: gl.constexpr,
+    HEAD: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Where a warp group's queries or outputs are, and which of them there are."""
+    row_start, first_token, num_tokens, _start_position = tokens
+    pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, gl.SliceLayout(1, LAYOUT))
+    token = first_token + pair // GROUP
+    column = (kv_head * GROUP + pair % GROUP) * HEAD
+    dim = gl.arange(0, HEAD, gl.SliceLayout(0, LAYOUT))
+    at = ((row_start + token).to(gl.int64) * stride + column)[:, None] + dim[None, :]
+    return at, ((pair < QUERY_TOKENS * GROUP) & (token < num_tokens))[:, None]
+
+
+@gluon.jit
 def compute(
     q_ptr,
     out_ptr,
     q_stride,
     out_stride,
     rows,
+    states,
     q_tiles,
     pipes,
     scale,
@@ -116,6 +174,7 @@ def compute(
     SEGMENT: gl.constexpr,
     STAGES: gl.constexpr,
     DOT: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):
     """A computing warp group: its half of the pairs of every turn."""
     TILE: gl.constexpr = pipes[0].shape[1]
@@ -123,44 +182,61 @@ def compute(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
     q_tile = q_tiles.index(WHICH)
-    pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, gl.SliceLayout(1, LAYOUT))
     score_pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, gl.SliceLayout(1, SCORES))
-    dim = gl.arange(0, HEAD, gl.SliceLayout(0, LAYOUT))
     step = gl.to_tensor(0)
-    for turn in range(gl.cdiv(rows[3] * rows[4], gl.num_programs(0))):
-        _row, kv_head, tokens, begin, kv_end = query_tile_of(turn, rows, QUERY_TOKENS, WINDOW, TILE)
-        row_start, first_token, num_tokens, start_position = tokens
-        token = first_token + pair // GROUP
-        column = (kv_head * GROUP + pair % GROUP) * HEAD
-        valid = (pair < QUERY_TOKENS * GROUP) & (token < num_tokens) & (begin < kv_end)
-        token = (row_start + token).to(gl.int64)
-        q_at = (token * q_stride + column)[:, None] + dim[None, :]
-        q_tile.store(gl.load(q_ptr + q_at, mask=valid[:, None], other=0.0))
-        fence_async_shared()
-        barrier()
+    for turn in range(num_turns(rows)):
+        _row, kv_head, tokens, left, begin, kv_end = work_of(turn, rows, QUERY_TOKENS, WINDOW, TILE, SEGMENT, SPLIT)
+        if begin < kv_end:
+            q_at, valid = place_of_pairs(tokens, kv_head, q_stride, WHICH, GROUP, QUERY_TOKENS, HEAD, LAYOUT)
+            q_tile.store(gl.load(q_ptr + q_at, mask=valid, other=0.0))
+            fence_async_shared()
+            barrier()
 
-        position = start_position + first_token + score_pair // GROUP
-        unmasked_end = start_position + first_token + 1
-        if WINDOW > 0:
-            unmasked_end = gl.to_tensor(0)
-        row_peak, row_mass, row_acc = empty_state(TILE, HEAD)
-        for segment in range(begin // SEGMENT, gl.cdiv(kv_end, SEGMENT)):
-            first = gl.maximum(begin, segment * SEGMENT)
-            end = gl.minimum(kv_end, (segment + 1) * SEGMENT)
-            peak, mass, acc, step = walk_segment(
-                q_tile, pipes, step, first, end, position, scale, unmasked_end, LAYOUT, WINDOW, STAGES, DOT
-            )
-            row_peak, row_mass, row_acc = merge(row_peak, row_mass, row_acc, peak, mass, acc, scale)
-        mass = gl.max(row_mass, 1)
-        mass = gl.convert_layout(
-            gl.where(mass > 0, mass, gl.full_like(mass, 1.0)), gl.SliceLayout(1, row_acc.type.layout)
-        )
-        out = gl.convert_layout((row_acc / mass[:, None]).to(DOT), LAYOUT)
-        out_at = (token * out_stride + column)[:, None] + dim[None, :]
-        gl.store(out_ptr + out_at, out, mask=valid[:, None])
+            first_position = tokens[3] + tokens[1]
+            position = first_position + score_pair // GROUP
+            unmasked_end = first_position + 1
+            if WINDOW > 0:
+                unmasked_end = gl.to_tensor(0)
+            row_peak, row_mass, row_acc = empty_state(TILE, HEAD)
+            for segment in range(begin // SEGMENT, gl.cdiv(kv_end, SEGMENT)):
+                first = gl.maximum(begin, segment * SEGMENT)
+                end = gl.minimum(kv_end, (segment + 1) * SEGMENT)
+                peak, mass, acc, step = walk_segment(
+                    q_tile, pipes, step, first, end, position, scale, unmasked_end, LAYOUT, WINDOW, STAGES, DOT
+                )
+                if SPLIT:
+                    num_pairs = gl.minimum(QUERY_TOKENS, tokens[2] - tokens[1]) * GROUP
+                    store_state(states, left[0], segment - left[1], peak, mass, acc, num_pairs, WHICH)
+                else:
+                    row_peak, row_mass, row_acc = merge(row_peak, row_mass, row_acc, peak, mass, acc, scale)
+            if not SPLIT:
+                mass = gl.convert_layout(gl.max(row_mass, 1), gl.SliceLayout(1, row_acc.type.layout))
+                out = gl.convert_layout((row_acc / mass[:, None]).to(DOT), LAYOUT)
+                out_at, valid = place_of_pairs(tokens, kv_head, out_stride, WHICH, GROUP, QUERY_TOKENS, HEAD, LAYOUT)
+                gl.store(out_ptr + out_at, out, mask=valid)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "num_tiles", "table_stride"])
+@gluon.jit
+def make_pipes(desc, TILE: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr, DOT: gl.constexpr):
+    """Places for tiles of keys and of values; whether they are there, and whether their places are free; the ones."""
+    ones = gl.allocate_shared_memory(DOT, [ONES, TILE], gl.NVMMASharedLayout.get_default_for([ONES, TILE], DOT))
+    ones.store(gl.full([ONES, TILE], 1.0, DOT, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
+    k_tiles = gl.allocate_shared_memory(DOT, [STAGES, TILE, HEAD], desc.layout)
+    v_tiles = gl.allocate_shared_memory(DOT, [STAGES, TILE, HEAD], desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        # Two warp groups free a place.
+        mbarrier.init(k_free.index(stage), count=2)
+        mbarrier.init(v_free.index(stage), count=2)
+    return k_tiles, v_tiles, k_full, v_full, k_free, v_free, ones.permute((1, 0))
+
+
+@gluon.jit(do_not_specialize=["max_segments", "num_states", "num_rows", "num_tiles", "num_shares", "table_stride"])
 def attend_long_rows(
     q_ptr,
     key_desc,
@@ -169,8 +245,13 @@ def attend_long_rows(
     query_start_ptr,
     start_ptr,
     out_ptr,
+    state_ptr,
+    partial_ptr,
+    max_segments,
+    num_states,
     num_rows,
     num_tiles,
+    num_shares,
     table_stride,
     scale,
     q_stride,
@@ -183,45 +264,37 @@ def attend_long_rows(
     TILE: gl.constexpr,
     SEGMENT: gl.constexpr,
     WINDOW: gl.constexpr,
+    SPLIT: gl.constexpr,
     STAGES: gl.constexpr,
     DOT: gl.constexpr,
 ):
-    """Rows of many query tokens. `scale` includes log2(e); a descriptor's box is the rows of a tile in one block."""
-    gdc_launch_dependents()
-    gdc_wait()
-    rows = (query_start_ptr, start_ptr, num_rows, num_tiles, gl.to_tensor(NUM_KV_HEADS))
-    BARRIERS: gl.constexpr = mbarrier.MBarrierLayout()
+    """Rows of many query tokens. `scale` includes log2(e); a descriptor's box is the rows of a tile in one block.
+
+    With SPLIT `num_shares` programs share a query tile's KV, and leave the states of its segments to `merge_long_rows`.
+    """
+    if not SPLIT:
+        num_shares = gl.to_tensor(1)
+    rows = (query_start_ptr, start_ptr, num_rows, num_tiles, gl.to_tensor(NUM_KV_HEADS), num_shares)
+    states = (state_ptr, partial_ptr, max_segments, num_states)
     q_tiles = gl.allocate_shared_memory(DOT, [2, GROUP_PAIRS, HEAD], key_desc.layout)
-    ones = gl.allocate_shared_memory(DOT, [ONES, TILE], gl.NVMMASharedLayout.get_default_for([ONES, TILE], DOT))
-    ones.store(gl.full([ONES, TILE], 1.0, DOT, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
-    pipes = (
-        gl.allocate_shared_memory(DOT, [STAGES, TILE, HEAD], key_desc.layout),
-        gl.allocate_shared_memory(DOT, [STAGES, TILE, HEAD], key_desc.layout),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS),
-        ones.permute((1, 0)),
-    )
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(pipes[2].index(stage), count=1)
-        mbarrier.init(pipes[3].index(stage), count=1)
-        mbarrier.init(pipes[4].index(stage), count=2)
-        mbarrier.init(pipes[5].index(stage), count=2)
+    pipes = make_pipes(key_desc, TILE, HEAD, STAGES, DOT)
     fence_async_shared()
+    gdc_wait()
+    # Whoever starts now knows that all before this kernel has finished.
+    gdc_launch_dependents()
     gl.warp_specialize(
         [
             (compute, (
-                q_ptr, out_ptr, q_stride, out_stride, rows, q_tiles, pipes, scale, gl.constexpr(0),
-                GROUP, QUERY_TOKENS, WINDOW, SEGMENT, STAGES, DOT,
+                q_ptr, out_ptr, q_stride, out_stride, rows, states, q_tiles, pipes, scale, gl.constexpr(0),
+                GROUP, QUERY_TOKENS, WINDOW, SEGMENT, STAGES, DOT, SPLIT,
             )),
             (compute, (
-                q_ptr, out_ptr, q_stride, out_stride, rows, q_tiles, pipes, scale, gl.constexpr(1),
-                GROUP, QUERY_TOKENS, WINDOW, SEGMENT, STAGES, DOT,
+                q_ptr, out_ptr, q_stride, out_stride, rows, states, q_tiles, pipes, scale, gl.constexpr(1),
+                GROUP, QUERY_TOKENS, WINDOW, SEGMENT, STAGES, DOT, SPLIT,
             )),
             (copy_tiles, (
                 key_desc, value_desc, table_ptr, table_stride, rows, pipes,
-                HEAD, BLOCK, QUERY_TOKENS, WINDOW, TILE, STAGES,
+                HEAD, BLOCK, QUERY_TOKENS, WINDOW, TILE, SEGMENT, STAGES, SPLIT,
             )),
         ],
         # Warps and registers of those after the first, which has four warps and the registers that are left.

@@ -15,10 +15,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from triode.kernels.paged_attention import attend
+from triode.kernels.paged_attention import states
 
-LOWEST = gl.constexpr(attend.LOWEST.value)
-ONES = gl.constexpr(attend.ONES.value)
+LOWEST = gl.constexpr(states.LOWEST.value)
+ONES = gl.constexpr(states.ONES.value)
 # Pairs of one warp group: the rows of its instruction.
 GROUP_PAIRS = gl.constexpr(64)
 # Triton 3.7 calls it as given first; before, it had another name.
@@ -144,15 +144,32 @@ def walk_segment(
 
 @gluon.jit
 def scaled_sum(x, a, x2, b):
-    """x times a plus x2 times b, for rows: the multiply-adds of `attend.merge`."""
+    """x times a plus x2 times b, for rows: the multiply-adds of `states.merge`."""
     a = gl.convert_layout(a, gl.SliceLayout(1, x.type.layout))
     return gl.fma(x, a[:, None] + gl.full_like(x, 0.0), times(x2, b))
 
 
 @gluon.jit
 def merge(row_peak, row_mass, row_acc, peak, mass, acc, scale):
-    """A row's softmax state (maximum, sum, accumulator) with a segment's, as `attend.merge` has it."""
+    """A row's softmax state (maximum, sum, accumulator) with a segment's, as `states.merge` has it."""
     new = gl.maximum(row_peak, peak)
     a = gl.exp2((row_peak - new) * scale)
     b = gl.exp2((peak - new) * scale)
     return new, scaled_sum(row_mass, a, mass, b), scaled_sum(row_acc, a, acc, b)
+
+
+@gluon.jit
+def store_state(states, work, segment, peak, mass, acc, num_pairs, WHICH: gl.constexpr):
+    """Leave a segment's softmax state as `states.store_state` does, from the registers where it is."""
+    state_ptr, partial_ptr, max_segments, num_states = states
+    HEAD: gl.constexpr = acc.shape[1]
+    first = (work.to(gl.int64) * max_segments + segment) * num_states
+    total = gl.max(mass, 1)
+    pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, peak.type.layout)
+    gl.store(state_ptr + (first + pair) * 2, peak, mask=pair < num_pairs)
+    pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, total.type.layout)
+    gl.store(state_ptr + (first + pair) * 2 + 1, total, mask=pair < num_pairs)
+    pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, gl.SliceLayout(1, acc.type.layout))
+    dim = gl.arange(0, HEAD, gl.SliceLayout(0, acc.type.layout))
+    at = pair[:, None] * HEAD + dim[None, :]
+    gl.store(partial_ptr + first * HEAD + at, acc, mask=(pair < num_pairs)[:, None])

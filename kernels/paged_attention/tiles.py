@@ -21,6 +21,12 @@ HOPPER_STAGES = 4
 """Tiles that its copying warp may be ahead. A power of two: each step divides by it."""
 
 
+MERGED_PAIRS = 4
+"""Pairs whose segments' states a program merges when programs of `hopper.py` have shared their KV."""
+MERGED_AHEAD = 8
+"""States that it fetches at once."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionTile:
     """How many (query token, head) pairs a program takes, and how it is compiled. No choice here changes a bit."""
@@ -30,6 +36,8 @@ class AttentionTile:
     num_stages: int
 
 
+_STATES_IN_A_WALK = 150
+_MERGE_IN_WALKS = 0.8
 # The best first.
 _DECODE_STAGES = (3, 2, 1)
 _DECODE_STAGES_OF_LARGE_HEADS = (2, 1)
@@ -92,6 +100,23 @@ def splits_for(num_rows: int, num_kv_heads: int, max_segments: int, traits: GpuT
     Depends on nothing that lives on the device, so that it can be fixed when a CUDA graph is captured.
     """
     return max(1, min(max_segments, math.ceil(2 * traits.num_sms / (num_rows * num_kv_heads))))
+
+
+def splits_of_long_rows(num_programs: int, num_segments: int, max_segments: int, traits: GpuTraits) -> int:
+    """How many programs of `hopper.py` should share a query tile's KV; 1 where one for each is done sooner.
+
+    Args:
+        num_programs: query tiles times KV heads.
+        num_segments: of the longest row. It decides between 1 and a number that does not depend on it, so that few CUDA
+            graphs are captured.
+    """
+    splits = min(max_segments, traits.num_sms // num_programs)
+    if splits < 2:
+        return 1
+    longest_share = math.ceil(num_segments / splits)
+    # In walks of a segment: how long the states take through memory, and what half a segment and the merge do.
+    overhead = num_programs * num_segments / _STATES_IN_A_WALK + _MERGE_IN_WALKS
+    return splits if longest_share + overhead < num_segments else 1
 
 
 def merge_stages(pairs: int, head_dim: int, traits: GpuTraits) -> int:

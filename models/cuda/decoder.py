@@ -15,7 +15,14 @@ import torch
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.linear.tiles import QKV_FUSED_TOKENS, qkv_tile
 from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
-from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS, decode_tile, prefill_tile, splits_for
+from triode.kernels.paged_attention.tiles import (
+    HOPPER_PAIRS,
+    SEGMENT_TOKENS,
+    decode_tile,
+    prefill_tile,
+    splits_for,
+    splits_of_long_rows,
+)
 from triode.kernels.qkv_epilogue.fused import qkv_fused
 from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
 from triode.kernels.rms_norm.gpu import add_rms_norm, rms_norm
@@ -27,10 +34,6 @@ from triode.models.weights import DecoderWeights, LayerWeights
 
 # States of programs that share a long context between the tiles of a short chunk.
 _WORKSPACE_BYTES = 256 << 20
-
-
-# How much longer a program takes for a segment that shares a row than one of Hopper's own kernel: 30 and 8 µs were measured.
-_SHARED_WALK = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,21 +309,24 @@ class CudaDecoder:
         1 where the workspace cannot hold the states, and where a program that shares nothing is done sooner.
 
         Args:
-            walks_fast: Hopper's own kernel serves programs that share nothing.
+            walks_fast: Hopper's own kernel serves such rows.
         """
         config, traits = self.config, self.traits
         group = config.num_heads // config.num_kv_heads
-        tile = prefill_tile(group, config.head_dim, self.dtype, traits)
         if num_tokens <= decode_tile(group, config.head_dim, self.dtype, traits).pairs // group:
             # Such rows take the decode tile: one program a row.
             return 1
-        num_tiles = num_tokens // (tile.pairs // group) + num_rows
-        if num_tiles * config.num_kv_heads > len(self.prefill_workspace.arrivals_W):
+        pairs = HOPPER_PAIRS if walks_fast else prefill_tile(group, config.head_dim, self.dtype, traits).pairs
+        num_tiles = num_tokens // (pairs // group) + num_rows
+        num_programs = num_tiles * config.num_kv_heads
+        if num_programs > len(self.prefill_workspace.arrivals_W):
             return 1
-        splits, segments = self.splits(num_tiles, self.max_segments), -(-longest // SEGMENT_TOKENS)
-        waves = -(-num_tiles * config.num_kv_heads * min(splits, segments) // traits.num_sms)
-        slowness = _SHARED_WALK if walks_fast else 1
-        return splits if waves * -(-segments // splits) * slowness < segments else 1
+        segments = -(-longest // SEGMENT_TOKENS)
+        if walks_fast:
+            return splits_of_long_rows(num_programs, segments, self.max_segments, traits)
+        splits = self.splits(num_tiles, self.max_segments)
+        waves = -(-num_programs * min(splits, segments) // traits.num_sms)
+        return splits if waves * -(-segments // splits) < segments else 1
 
     def _allocate_workspace(self) -> AttentionWorkspace:
         # More than one program shares a row only while that leaves the GPU unfilled.

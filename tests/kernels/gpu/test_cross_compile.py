@@ -113,6 +113,13 @@ def test_long_rows_have_a_kernel_of_their_own_on_hopper_alone(block_size: int) -
         assert fits(compiled, traits)
 
 
+def test_programs_that_share_long_rows_on_hopper_leave_states_to_a_kernel_that_merges() -> None:
+    with launches_compiled_for(HOPPER) as compiled:
+        attend(64, HOPPER, query_tokens=200, num_splits=4)
+    assert [each.metadata.name for each in compiled] == ["attend_long_rows", "merge_long_rows"]
+    assert fits(compiled, HOPPER)
+
+
 @pytest.mark.slow
 @GPUS
 def test_products_compile_for_every_tile_of_the_table(traits: GpuTraits) -> None:

@@ -1,22 +1,32 @@
+import math
+
 import pytest
 import torch
 
 from paged_sequences import PagedSequences, attention_oracle, paged_sequences, relative_error
 from triode.kernels.gpu_traits import INTERPRETER
 from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
-from triode.kernels.paged_attention.tiles import AttentionTile
+from triode.kernels.paged_attention.states import merge_long_rows
+from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS, TILE_TOKENS, AttentionTile
 
 PREFILL = AttentionTile(pairs=32, num_warps=4, num_stages=2)
 
 
-def attend(
-    rows: PagedSequences, *, window_tokens: int = 0, num_splits: int = 1, tile: AttentionTile | None = None
-) -> torch.Tensor:
+def workspace_of(rows: PagedSequences) -> AttentionWorkspace:
     num_tokens, _, head_dim = rows.q_TNH.shape
-    num_kv_heads = rows.key_PBKH.shape[2]
-    workspace = AttentionWorkspace.allocate(
-        (num_tokens + len(rows.start_R)) * num_kv_heads, 4, 32, head_dim, torch.device("cpu")
-    )
+    num_programs = (num_tokens + len(rows.start_R)) * rows.key_PBKH.shape[2]
+    return AttentionWorkspace.allocate(num_programs, 4, 32, head_dim, torch.device("cpu"))
+
+
+def attend(
+    rows: PagedSequences,
+    *,
+    window_tokens: int = 0,
+    num_splits: int = 1,
+    tile: AttentionTile | None = None,
+    workspace: AttentionWorkspace | None = None,
+) -> torch.Tensor:
+    workspace = workspace or workspace_of(rows)
     out = torch.full_like(rows.q_TNH, torch.nan)
     paged_attention(
         rows.q_TNH,
@@ -60,6 +70,40 @@ def test_programs_that_share_a_row_give_what_one_program_gives(num_splits: int) 
     rows = paged_sequences([1100, 70, 511, 512], [1, 1, 1, 1])
     assert torch.equal(attend(rows, num_splits=num_splits), attend(rows))
     assert relative_error(attend(rows, num_splits=num_splits), attention_oracle(rows)) < 1e-5
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 8])
+@pytest.mark.parametrize("window_tokens", [0, 600])
+def test_states_in_memory_merge_to_what_one_program_gives(window_tokens: int, ahead: int) -> None:
+    rows = paged_sequences([1100, 70, 500], [19, 40, 20], head_dim=64)
+    (num_tokens, num_heads, head_dim), num_kv_heads = rows.q_TNH.shape, rows.key_PBKH.shape[2]
+    group = num_heads // num_kv_heads
+    query_tokens, pairs, workspace = PREFILL.pairs // group, 8, workspace_of(rows)
+    out = attend(rows, window_tokens=window_tokens, num_splits=3, tile=PREFILL, workspace=workspace)
+    merged = torch.full_like(out, torch.nan)
+    merge_long_rows[(num_tokens // query_tokens + len(rows.start_R), num_kv_heads, PREFILL.pairs // pairs)](
+        rows.query_start_R1,
+        rows.start_R,
+        merged,
+        workspace.state_WSM2,
+        workspace.partial_WSMH,
+        *workspace.state_WSM2.shape[1:3],
+        len(rows.start_R),
+        rows.scale * math.log2(math.e),
+        merged.stride(0),
+        GROUP=group,
+        HEAD=head_dim,
+        NUM_KV_HEADS=num_kv_heads,
+        QUERY_TOKENS=query_tokens,
+        TILE=TILE_TOKENS,
+        SEGMENT=SEGMENT_TOKENS,
+        WINDOW=window_tokens,
+        PAIRS=pairs,
+        AHEAD=ahead,
+        PDL=False,
+    )
+    assert torch.equal(merged, out)
+    assert torch.equal(out, attend(rows, window_tokens=window_tokens, tile=PREFILL))
 
 
 @pytest.mark.parametrize("window_tokens", [1, 40, 600])

@@ -1,0 +1,73 @@
+"""Which query tile, KV head and part of the KV a program of attention has: what all kernels of it agree on.
+
+T packed query tokens    R rows of the batch
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS: tl.constexpr):
+    """The row that owns a query tile. Row r's tiles begin at `query_start[r] // QUERY_TOKENS + r`."""
+    low = 0
+    high = num_rows
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start_ptr + middle) // QUERY_TOKENS + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def locate(query_start_ptr, tile, num_rows, QUERY_TOKENS: tl.constexpr, LONG_ROWS: tl.constexpr):
+    """Of a query tile: its row, the row's first token among the packed ones, its own first token in the row."""
+    row = tile
+    if LONG_ROWS:
+        row = row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS)
+    row_start = tl.load(query_start_ptr + row)
+    first_token = 0
+    if LONG_ROWS:
+        first_token = (tile - (row_start // QUERY_TOKENS + row)) * QUERY_TOKENS
+    return row, row_start, first_token
+
+
+@triton.jit
+def kv_of_tile(
+    start_position,
+    first_token,
+    num_tokens,
+    QUERY_TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Where a query tile's KV begins and ends, its first segment and how many there are."""
+    end = start_position + tl.minimum(first_token + QUERY_TOKENS, num_tokens)
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(start_position + first_token - WINDOW + 1, 0) // TILE * TILE
+    first_segment = begin // SEGMENT
+    return begin, end, first_segment, (end + SEGMENT - 1) // SEGMENT - first_segment
+
+
+@triton.jit
+def share_of_kv(begin, end, first_segment, num_segments, which, num_shares, SEGMENT: tl.constexpr):
+    """The part of a query tile's KV that is the share `which` of so many, and how many have one.
+
+    The others are empty: they end before they begin.
+    """
+    share = (num_segments + num_shares - 1) // num_shares
+    my_segment = first_segment + which * share
+    begin = tl.maximum(begin, my_segment * SEGMENT)
+    return begin, tl.minimum(end, (my_segment + share) * SEGMENT), (num_segments + share - 1) // share
+
+
+@triton.jit
+def pair_offset(token, head, dim, stride, HEAD: tl.constexpr):
+    """Where the queries or outputs of (query token, head) pairs are."""
+    return token.to(tl.int64)[:, None] * stride + head[:, None] * HEAD + dim[None, :]
