@@ -6,7 +6,7 @@ Every inbox is unbounded on purpose, so that sending never waits, cannot fail fo
     tokenizer      one Submit and one Cancel per unfinished request           <= 2 * max_queued
     scheduler      one answer per Submit, a Cancel per request, one StepResult
                    per launched step, one cache reply, a Stopped per sample   <= ~(3 + n) * max_queued
-    cache          one question and one Release at a time, pins               <= 2 + pins in flight
+    cache          one question, one Launched, one Release at a time, pins     <= 3 + pins in flight
     executor       the steps planned ahead, a ReleaseGuide per request        <= max_in_flight + max_queued
     detokenizer    per step one Sampled, one StatusChanged, prompt scores     <= 3 * steps not yet read + max_queued
 
