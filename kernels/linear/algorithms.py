@@ -27,12 +27,12 @@ class Algorithm:
     @property
     def tile_id(self) -> int:
         """`cublasLtMatmulTile_t`."""
-        return _TILE_IDS[self.features, self.tokens]
+        return TILE_IDS[self.features, self.tokens]
 
     @property
     def cluster_id(self) -> int:
         """`cublasLtClusterShape_t`."""
-        return _CLUSTER_IDS[self.cluster]
+        return CLUSTER_IDS[self.cluster]
 
 
 MEASURED: dict[tuple[int, int], dict[int, Algorithm | None]] = {
@@ -234,8 +234,8 @@ def measured_tokens(out_features: int, in_features: int) -> tuple[int, ...]:
     return tuple(most for most, algorithm in by_tokens.items() if algorithm is not None)
 
 
-# The rest of cublasLt.h's enumerations is in no table above.
-_CLUSTER_IDS = {
+# Of the enumerations of cublasLt.h what the tables name.
+CLUSTER_IDS = {
     (1, 1): 2,
     (1, 2): 5,
     (2, 1): 3,
@@ -243,7 +243,7 @@ _CLUSTER_IDS = {
     (4, 1): 4,
     (4, 2): 7,
 }
-_TILE_IDS = {
+TILE_IDS = {
     (64, 32): 13,
     (64, 40): 314,
     (64, 48): 315,

@@ -100,13 +100,22 @@ class CublasLt:
         return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
     def multiply(
-        self, x_MK: torch.Tensor, weight_NK: torch.Tensor, out_MN: torch.Tensor, bias_N: torch.Tensor | None = None
+        self,
+        x_MK: torch.Tensor,
+        weight_NK: torch.Tensor,
+        out_MN: torch.Tensor,
+        bias_N: torch.Tensor | None = None,
+        *,
+        algorithm: Algorithm | None = None,
     ) -> None:
         """Write `x @ weight.T (+ bias)` into `out_MN`, on torch's current stream. The bias is added before rounding.
 
+        Args:
+            algorithm: takes the place of the one that is named for this shape.
+
         Raises:
             ValueError: a tensor's features are not side by side.
-            CublasLtError: no kernel computes this without splitting K.
+            CublasLtError: no kernel computes this without splitting K, or not the one that was asked for.
         """
         if not x_MK.stride(1) == weight_NK.stride(1) == out_MN.stride(1) == 1:
             raise ValueError("x, weight and out must be contiguous along their last axis")
@@ -116,6 +125,7 @@ class CublasLt:
             (x_MK.dtype, out_MN.dtype),
             _alignment_bytes(x_MK, weight_NK, out_MN),
             None if bias_N is None else bias_N.data_ptr(),
+            algorithm,
         )
         workspace = None
         if plan.workspace_bytes:
@@ -149,8 +159,9 @@ class CublasLt:
         dtypes: tuple[torch.dtype, torch.dtype],
         alignment_bytes: int,
         bias_address: int | None,
+        algorithm: Algorithm | None,
     ) -> "_Plan":
-        return _Plan(self, shape, strides, dtypes, alignment_bytes, bias_address)
+        return _Plan(self, shape, strides, dtypes, alignment_bytes, bias_address, algorithm)
 
     def _call(self, name: str, *arguments: object) -> None:
         if status := getattr(self._library, name)(*arguments):
@@ -171,6 +182,7 @@ class _Plan:
         dtypes: tuple[torch.dtype, torch.dtype],
         alignment_bytes: int,
         bias_address: int | None,
+        asked: Algorithm | None,
     ) -> None:
         self._lt, self._shape, self._dtypes, self._alignment_bytes = lt, shape, dtypes, alignment_bytes
         num_tokens, out_features, in_features = shape
@@ -179,8 +191,12 @@ class _Plan:
         self.weight = self._layout(x_type, in_features, out_features, strides[1])
         self.x = self._layout(x_type, in_features, num_tokens, strides[0])
         self.out = self._layout(out_type, out_features, num_tokens, strides[2])
-        named = measured_algorithm(out_features, in_features, num_tokens)
-        chosen = (named and alignment_bytes >= _NAMED_ALIGNMENT and self._offered(named)) or self._proposed()
+        named = asked or measured_algorithm(out_features, in_features, num_tokens)
+        chosen = self._offered(named) if named and alignment_bytes >= _NAMED_ALIGNMENT else None
+        if chosen is None:
+            if asked:
+                raise CublasLtError(f"{asked} is not offered for {self}")
+            chosen = self._proposed()
         self.algorithm, self.workspace_bytes = chosen.algorithm, chosen.workspace_bytes
 
     def __str__(self) -> str:
