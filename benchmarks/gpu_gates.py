@@ -16,7 +16,7 @@ from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.proof import prove
 from triode.kernels.linear.tiles import linear_tile, qkv_tile, swiglu_tile
 from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
-from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS, AttentionTile, decode_tile
+from triode.kernels.paged_attention.tiles import HOPPER_PAIRS, SEGMENT_TOKENS, AttentionTile, decode_tile
 from triode.kernels.qkv_epilogue.fused import qkv_fused
 from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
 from triode.kernels.rms_norm.gpu import add_rms_norm
@@ -106,7 +106,8 @@ class AttentionRun:
         workspace = None
         if num_splits > 1:
             group = case.num_heads // case.num_kv_heads
-            pairs = (tile or decode_tile(group, case.head_dim, self.key_PBKH.dtype, self.traits)).pairs
+            small = decode_tile(group, case.head_dim, self.key_PBKH.dtype, self.traits)
+            pairs = tile.pairs if tile else HOPPER_PAIRS if most > 1 else small.pairs
             programs = (len(q_TNH) + len(start)) * case.num_kv_heads
             segments = math.ceil(case.length / SEGMENT_TOKENS)
             workspace = AttentionWorkspace.allocate(programs, segments, pairs, case.head_dim, DEVICE)
@@ -182,6 +183,9 @@ def gate_attention(gate: Gate, traits: GpuTraits) -> None:
         gate.check(f"attention tile {tile}", torch.equal(run.prefill(3000, tile=tile), whole))
     split = run.prefill(2000, 1000, tile=AttentionTile(64, 4, 2), num_splits=4)
     gate.check("attention: prefill split over KV", torch.equal(split, whole))
+    for num_splits in (2, 4, 8):
+        split = run.prefill(2000, 40, 960, num_splits=num_splits)
+        gate.check(f"attention: prefill split over KV, {num_splits} programs a row", torch.equal(split, whole))
 
 
 def gate_linear(gate: Gate, traits: GpuTraits) -> None:
