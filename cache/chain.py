@@ -9,7 +9,7 @@ _DIGEST_BYTES = 16
 
 
 class TokenChain:
-    """Block `i` is named by the BLAKE2b digest of the namespace and all tokens from the first to the last one of block `i`.
+    """Block `i` is named by the BLAKE2b digest of the namespace and all tokens up to the last one of block `i`.
 
     So equal names mean equal tokens from the start on, but for a collision of 128 bits. Names are computed when first
     asked for and kept, by one hash that runs on from block to block, so that a sequence is never hashed twice.
@@ -26,7 +26,7 @@ class TokenChain:
         self._names: list[bytes] = []
 
     def extend(self, packed: bytes) -> None:
-        """Learn the tokens of the sequence (`pack_tokens`), from the first on. Fewer than are known already change nothing.
+        """Learn the tokens of the sequence (`pack_tokens`), from the first on. Fewer than are known change nothing.
 
         Raises ValueError when they contradict the known ones.
         """

@@ -3,9 +3,10 @@
 Blocks are written by a single owner: a row that would write into a block with more references gets a copy first,
 whoever the others are. So what the prefix tree remembers is never written again, nor is what another table reads.
 
-A sequence's prompt blocks enter the tree when Launched says that the step that computes them is on its way, its other blocks
-at its Release: whoever finds them reads them in a later step. Nobody waits for either message, and what they leave to do
-takes a long prompt half a millisecond: it is done when somebody asks for something, or nobody has anything else to do.
+A sequence's prompt blocks enter the tree when Launched says that the step that computes them is on its way, its other
+blocks at its Release: whoever finds them reads them in a later step. Nobody waits for either message, and what they
+leave to do takes half a millisecond for a long prompt: it is done when somebody asks for something, or when nobody has
+anything else to do.
 
 When room runs out, a row may take it from the matches held for rows behind it and then from the victims it was allowed.
 What that would yield is worked out beforehand: nobody loses blocks for a row that is refused all the same.

@@ -72,8 +72,8 @@ class PrefixTree:
     def longest(self, chain: TokenChain, max_blocks: int) -> list[Node]:
         """The nodes of the chain's remembered prefix, first block first.
 
-        A long prompt has hundreds of blocks, and its first step waits for this. So a block is named, which takes longer than
-        all else, only where several continue the chain, and the one that was remembered last is another.
+        A long prompt has hundreds of blocks, and its first step waits for this. So a block is named, which takes longer
+        than all else, only where some block continues the chain, and the one that was remembered last is another.
         """
         nodes: list[Node] = []
         node: Node | None = None

@@ -1,7 +1,7 @@
 """Consumes Match, Reserve, Launched, Release, Pin, Unpin, Clear. Produces Matched, Reserved, and Pinned for the caller.
 
-Nobody waits for a Launched or a Release alone. What they leave to do takes half a millisecond for a long prompt, so the plan or
-the tokens that came with them go first.
+Nobody waits for a Launched or a Release alone. What they leave to do takes half a millisecond for a long prompt, so
+the plan or the tokens that came with them go first.
 """
 
 from typing import NoReturn, assert_never

@@ -1,9 +1,10 @@
 """Consumes Tokenized, Rejected, Cancel, SetPriority, Matched, Reserved, StepResult, Stopped.
 
-Produces Match, Reserve, Launched, Release for the cache, StepPlan and ReleaseGuide for the executor, and what the detokenizer must know.
+Produces Match, Reserve, Launched, Release for the cache, StepPlan and ReleaseGuide for the executor, and what the
+detokenizer must know.
 
-What callers are told, a step's tokens above all, is passed on when the next step is on its way: text is made, and its readers
-run, while the device computes, not before it may begin.
+What callers are told, a step's tokens above all, is passed on when the next step is on its way: text is made, and its
+readers run, while the device computes, not before it may begin.
 """
 
 import math

@@ -90,7 +90,7 @@ def encode(prompt: str | tuple[TokenId, ...] | Conversation, tokenizer: Tokenize
 
 
 def _pack(token_ids: tuple[TokenId, ...], vocab_size: int) -> bytes:
-    """Packed, they are looked at together: one by one would take a long prompt's first step ten times as long to wait for."""
+    """Packed, they are looked at together: one by one would take ten times as long, and a prompt's first step waits."""
     try:
         packed = pack_tokens(token_ids)
     except OverflowError:

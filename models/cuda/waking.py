@@ -4,7 +4,8 @@ Between two requests a processor sleeps, and forgets what was in its caches. Pyt
 more than a millisecond on a slow host, in which the device waits. So a runner that hears of a request goes the way of
 its launch beforehand, over a batch of its own: nothing that it does changes the batch on the device, and no kernel runs.
 
-The plan of a short prompt may come before that is done. What is left would then be done twice, so it is left to the launch.
+The plan of a short prompt may come before that is done. What is left would then be done twice, so it is left to the
+launch.
 """
 
 from collections.abc import Callable
