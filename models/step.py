@@ -57,8 +57,8 @@ class Admission(msgspec.Struct, frozen=True):
     slot: SlotId
     epoch: int
     packed_ids: bytes
-    """All known tokens (`triode.ids.pack_tokens`): the prompt, then what was generated before a preemption. A step waits for them
-    to be sent and read, and 4,000 integers take a worker 50 times as long as their bytes."""
+    """All known tokens (`triode.ids.pack_tokens`): the prompt, then what was generated before a preemption. A step waits
+    for them to be sent and read, and 4,000 integers take a worker 50 times as long as their bytes."""
     num_prompt_tokens: int
     params: SamplingParams
     seed: int
