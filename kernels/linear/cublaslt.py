@@ -13,7 +13,6 @@ M tokens    K in features    N out features
 
 import ctypes
 import functools
-import re
 from ctypes import byref, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import TypeAlias
@@ -62,8 +61,9 @@ _ONE, _ZERO = c_float(1), c_float(0)
 def loaded_library() -> str | None:
     """The path of the libcublasLt that torch has loaded with its CUDA libraries."""
     maps = Path("/proc/self/maps")
-    found = re.search(r"/\S*libcublasLt\.so\S*", maps.read_text()) if maps.exists() else None
-    return found[0] if found else None
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    # A path, in which there may be blanks, is a line's sixth field.
+    return next((line.split(maxsplit=5)[-1] for line in lines if "/libcublasLt.so" in line), None)
 
 
 def _alignment_bytes(*tensors: torch.Tensor) -> int:

@@ -213,7 +213,7 @@ class CudaLayer:
 class CudaDecoder:
     """A model bound to its weights, kernels and buffers.
 
-    Belongs in `Gpu.active()`, and cuBLASLt's split-K must be refused wherever it runs.
+    Belongs in `Gpu.active()` and in `kernels.linear.blas.in_order`.
     """
 
     def __init__(

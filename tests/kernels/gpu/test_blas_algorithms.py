@@ -1,8 +1,11 @@
 """What is named of cuBLASLt's kernels, and who computes products where cuBLASLt cannot be called."""
 
 import itertools
+import mmap
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch
 from triode.kernels.linear import blas
 from triode.kernels.linear.algorithms import MEASURED, Algorithm, measured_algorithm, measured_tokens
 from triode.kernels.linear.blas import blas_of, describe_blas, in_order, linear_blas
+from triode.kernels.linear.cublaslt import loaded_library
 from triode.kernels.linear.tiles import triton_tokens
 
 CPU = torch.device("cpu")
@@ -73,6 +77,17 @@ def test_without_the_library_torch_computes_and_split_k_is_refused_by_its_switch
         torch.testing.assert_close(out, x @ weight.T + bias)
     assert refused == [True, False]
     assert describe_blas(CPU).endswith("(no libcublasLt is loaded)")
+
+
+@pytest.mark.skipif(loaded_library() is not None, reason="torch has loaded the real one")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_the_library_is_found_where_it_is_loaded_from(tmp_path: Path) -> None:
+    path = tmp_path / "with a blank" / "libcublasLt.so.13"
+    path.parent.mkdir()
+    path.write_bytes(bytes(mmap.PAGESIZE))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        assert loaded_library() == str(path)
+    assert loaded_library() is None
 
 
 @pytest.mark.usefixtures("_afresh")
