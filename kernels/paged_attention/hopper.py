@@ -66,7 +66,7 @@ def work_of(
     tile = gl.maximum(num_tiles - 1 - item // num_kv_heads, 0)
     if SPLIT:
         tile = gl.maximum(num_tiles - 1 - item // (num_kv_heads * num_shares), 0)
-    row = row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS)
+    row = row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS, "")
     row_start = gl.load(query_start_ptr + row)
     first_token = (tile - (row_start // QUERY_TOKENS + row)) * QUERY_TOKENS
     num_tokens = gl.load(query_start_ptr + row + 1) - row_start

@@ -142,14 +142,14 @@ def merge_long_rows(
     let_next_start(PDL)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    # That kernel lets this one start when all before itself has finished, rows among it.
-    row, row_start, first_token = locate(query_start_ptr, tile, num_rows, QUERY_TOKENS, True)
-    num_tokens = tl.load(query_start_ptr + row + 1) - row_start
+    # That kernel lets this one start when all before itself has finished: rows are in L2 by then, whatever L1 holds.
+    row, row_start, first_token = locate(query_start_ptr, tile, num_rows, QUERY_TOKENS, True, ".cg")
+    num_tokens = tl.load(query_start_ptr + row + 1, cache_modifier=".cg") - row_start
     pair = tl.program_id(2) * PAIRS + tl.arange(0, PAIRS)
     if first_token + tl.program_id(2) * PAIRS // GROUP >= num_tokens:
         return
     _begin, _end, _first, num_segments = kv_of_tile(
-        tl.load(start_ptr + row), first_token, num_tokens, QUERY_TOKENS, TILE, SEGMENT, WINDOW
+        tl.load(start_ptr + row, cache_modifier=".cg"), first_token, num_tokens, QUERY_TOKENS, TILE, SEGMENT, WINDOW
     )
     token = first_token + pair // GROUP
     valid = (pair < QUERY_TOKENS * GROUP) & (token < num_tokens)

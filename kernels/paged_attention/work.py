@@ -10,13 +10,14 @@ import triton.language as tl
 
 
 @triton.jit
-def row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS: tl.constexpr):
+def row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS: tl.constexpr, CACHE: tl.constexpr):
     """The row that owns a query tile. Row r's tiles begin at `query_start[r] // QUERY_TOKENS + r`."""
     low = 0
     high = num_rows
     while low < high:
         middle = (low + high) // 2
-        if tl.load(query_start_ptr + middle) // QUERY_TOKENS + middle <= tile:
+        row_start = tl.load(query_start_ptr + middle, cache_modifier=CACHE)
+        if row_start // QUERY_TOKENS + middle <= tile:
             low = middle + 1
         else:
             high = middle
@@ -24,12 +25,19 @@ def row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS: tl.constexpr):
 
 
 @triton.jit
-def locate(query_start_ptr, tile, num_rows, QUERY_TOKENS: tl.constexpr, LONG_ROWS: tl.constexpr):
+def locate(
+    query_start_ptr,
+    tile,
+    num_rows,
+    QUERY_TOKENS: tl.constexpr,
+    LONG_ROWS: tl.constexpr,
+    CACHE: tl.constexpr,
+):
     """Of a query tile: its row, the row's first token among the packed ones, its own first token in the row."""
     row = tile
     if LONG_ROWS:
-        row = row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS)
-    row_start = tl.load(query_start_ptr + row)
+        row = row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS, CACHE)
+    row_start = tl.load(query_start_ptr + row, cache_modifier=CACHE)
     first_token = 0
     if LONG_ROWS:
         first_token = (tile - (row_start // QUERY_TOKENS + row)) * QUERY_TOKENS
