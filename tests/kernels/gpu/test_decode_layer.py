@@ -1,6 +1,7 @@
 """A layer of one token in one kernel: compiled for a GPU that is not there; and on one, the bits of the kernels of many tokens."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ SIZES = {
 SERVED = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 
 
+def variants(plan: LayerPlan) -> list[LayerPlan]:
+    """By the table; and with words, fewer registers and a shorter ring."""
+    tile = dataclasses.replace(plan.tile, marked=True, registers=128)
+    return [plan, dataclasses.replace(plan, tile=tile, stages=min(6, plan.stages))]
+
+
 def plan_of(sizes: LayerSizes, traits: GpuTraits = HOPPER, dtype: torch.dtype = torch.bfloat16) -> LayerPlan:
     plan = layer_plan(sizes, dtype, traits)
     assert plan is not None
@@ -46,17 +53,21 @@ def test_other_gpus_types_and_sizes_have_no_plan() -> None:
     assert layer_plan(dataclasses.replace(QWEN_7B, head_dim=96), torch.bfloat16, HOPPER) is None
 
 
-@SERVED
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [*((sizes, torch.bfloat16) for sizes in SIZES.values()), (SIZES["smollm2-135m"], torch.float16)],
+    ids=[*SIZES, "smollm2-135m-float16"],
+)
 def test_it_compiles_for_hopper_and_fits(sizes: LayerSizes, dtype: torch.dtype) -> None:
     with torch.device("meta"):
         layer = OneTokenLayer.random(sizes, "meta", dtype=dtype, bias=sizes is QWEN_7B)
-    with launches_compiled_for(HOPPER) as compiled:
-        layer.finish(plan_of(sizes, dtype=dtype), HOPPER)
-        layer.finish(plan_of(sizes, dtype=dtype), HOPPER, last=True)
-    assert fits(compiled, HOPPER)
-    # The last layer takes the same kernel.
-    assert compiled[0] is compiled[1]
+    for plan in variants(plan_of(sizes, dtype=dtype)):
+        with launches_compiled_for(HOPPER) as compiled:
+            layer.finish(plan, HOPPER)
+            layer.finish(plan, HOPPER, last=True)
+        assert fits(compiled, HOPPER)
+        # The last layer takes the same kernel.
+        assert compiled[0] is compiled[1]
 
 
 @pytest.mark.gpu
@@ -71,6 +82,6 @@ def test_it_has_the_bits_of_the_kernels_of_many_tokens(sizes: LayerSizes, dtype:
     torch.manual_seed(0)
     layer = OneTokenLayer.random(sizes, "cuda", dtype=dtype, bias=sizes is QWEN_7B)
     expected = layer.finish_with_many_kernels(traits, last=last)
-    for times in (1, 3):
-        for ours, theirs in zip(layer.finish(plan, traits, last=last, times=times), expected, strict=True):
+    for variant, times in itertools.product(variants(plan), (1, 3)):
+        for ours, theirs in zip(layer.finish(variant, traits, last=last, times=times), expected, strict=True):
             assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
