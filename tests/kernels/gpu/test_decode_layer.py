@@ -85,3 +85,24 @@ def test_it_has_the_bits_of_the_kernels_of_many_tokens(sizes: LayerSizes, dtype:
     for variant, times in itertools.product(variants(plan), (1, 3)):
         for ours, theirs in zip(layer.finish(variant, traits, last=last, times=times), expected, strict=True):
             assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
+
+
+@pytest.mark.gpu
+def test_launches_of_two_streams_at_once_wait_for_none_that_has_no_place() -> None:
+    """As of two engines in a process."""
+    traits = GpuTraits.of(torch.device("cuda"))
+    plan = layer_plan(SIZES["smollm2-135m"], torch.bfloat16, traits)
+    if plan is None:
+        pytest.skip("no Hopper GPU")
+    layers = [OneTokenLayer.random(plan.sizes, "cuda") for _ in range(2)]
+    expected = [layer.finish_with_many_kernels(traits) for layer in layers]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in layers]
+    for _ in range(20):
+        results = []
+        for layer, stream in zip(layers, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(layer.finish(plan, traits, times=50))
+    torch.cuda.synchronize()
+    for ours, theirs in zip(results, expected, strict=True):
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(ours, theirs, strict=True))
