@@ -195,7 +195,7 @@ MEASURED: dict[tuple[int, int], dict[int, Algorithm | None]] = {
         96: Algorithm(64, 48, (1, 2), 3),
         112: Algorithm(64, 56, (1, 2), 1),
         128: Algorithm(64, 64, (1, 2), 3),
-        160: Algorithm(64, 80, (1, 2), 3),
+        160: None,
         192: Algorithm(64, 96, (1, 2), 1),
         224: Algorithm(128, 56, (1, 1), 1),
         256: Algorithm(128, 64, (1, 1), 1),
