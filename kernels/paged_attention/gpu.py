@@ -10,6 +10,7 @@ C blocks in a table      W programs (query tile, KV head)    S segments      M (
 import dataclasses
 import functools
 import math
+from typing import TypeAlias
 
 import torch
 import triton
@@ -116,6 +117,10 @@ def paged_attention(
     launch.attend(tile, max_query_tokens, num_splits, workspace)
 
 
+_States: TypeAlias = tuple[torch.Tensor, torch.Tensor, int, int]
+"""Of a workspace: states, partial sums, and how many segments and pairs it has of each."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Launch:
     """What every kernel of attention is told. `rows` are block tables, query starts and starts."""
@@ -192,15 +197,16 @@ class _Launch:
 
     def attend_long_rows(self, num_splits: int, workspace: AttentionWorkspace | None) -> None:
         """The kernel of Hopper GPUs: as many programs as multiprocessors, or as there is work for."""
-        head_dim, query_tokens = self.q_TNH.shape[2], HOPPER_PAIRS // self.group
+        query_tokens = HOPPER_PAIRS // self.group
         num_tiles = self.num_tiles(query_tokens)
         programs = num_tiles * self.num_kv_heads
-        if num_splits > 1 and (workspace is None or not _holds(workspace, programs, HOPPER_PAIRS, head_dim)):
-            raise ValueError("workspace must hold every program's segments when num_splits > 1")
-        shared = workspace if num_splits > 1 else None
-        states = shared and (shared.state_WSM2, shared.partial_WSMH, *shared.state_WSM2.shape[1:3])
+        states: _States | None = None
+        if num_splits > 1:
+            if workspace is None or not _holds(workspace, programs, HOPPER_PAIRS, self.q_TNH.shape[2]):
+                raise ValueError("workspace must hold every program's segments when num_splits > 1")
+            max_segments, num_states = workspace.state_WSM2.shape[1:3]
+            states = workspace.state_WSM2, workspace.partial_WSMH, max_segments, num_states
         dtype = dot_dtype(self.q_TNH.dtype, self.traits)
-        scale, q_stride, out_stride = self.scalars
         attend_long_rows[(min(programs * num_splits, self.traits.num_sms),)](
             self.q_TNH,
             *self._descriptors(dtype),
@@ -211,31 +217,35 @@ class _Launch:
             num_tiles,
             num_splits,
             self.rows[0].stride(0),
-            scale,
-            q_stride,
-            out_stride,
+            *self.scalars,
             BLOCK=self.key_PBKH.shape[1],
             DOT=dtype,
-            SPLIT=num_splits > 1,
+            SPLIT=states is not None,
             STAGES=HOPPER_STAGES,
             num_warps=4,
             **self._constants(query_tokens),
         )
-        if states:
-            merge_long_rows[(num_tiles, self.num_kv_heads, triton.cdiv(query_tokens * self.group, MERGED_PAIRS))](
-                *self.rows[1:],
-                self.out_TNH,
-                *states,
-                self.num_rows,
-                scale,
-                out_stride,
-                PAIRS=MERGED_PAIRS,
-                AHEAD=MERGED_AHEAD,
-                PDL=self.traits.dependent_launch,
-                # Otherwise the assembler saves registers and fetches one state after the other.
-                maxnreg=128,
-                **self._constants(query_tokens),
-            )
+        if states is not None:
+            self._merge_long_rows(states, query_tokens)
+
+    def _merge_long_rows(self, states: _States, query_tokens: int) -> None:
+        """Outputs from the states that programs which share a row's KV have left."""
+        scale, _, out_stride = self.scalars
+        num_chunks = triton.cdiv(query_tokens * self.group, MERGED_PAIRS)
+        merge_long_rows[(self.num_tiles(query_tokens), self.num_kv_heads, num_chunks)](
+            *self.rows[1:],
+            self.out_TNH,
+            *states,
+            self.num_rows,
+            scale,
+            out_stride,
+            PAIRS=MERGED_PAIRS,
+            AHEAD=MERGED_AHEAD,
+            PDL=self.traits.dependent_launch,
+            # Otherwise the assembler saves registers and fetches one state after the other.
+            maxnreg=128,
+            **self._constants(query_tokens),
+        )
 
     def _descriptors(self, dtype: tl.dtype) -> tuple[TensorDescriptor, TensorDescriptor]:
         """Keys and values, to be copied tile by tile."""
