@@ -2,24 +2,21 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triode.kernels.gpu_traits import GpuTraits
+from cross_compile import HOPPER
 from triode.kernels.paged_attention.tiles import splits_of_long_rows
 
-H100 = GpuTraits(
-    num_sms=132, shared_memory_bytes=227 * 1024, dependent_launch=True, has_fp8=True, warp_group_products=True
-)
 MAX_SEGMENTS = 16
 
 
 def splits(num_programs: int, num_segments: int) -> int:
-    return splits_of_long_rows(num_programs, num_segments, MAX_SEGMENTS, H100)
+    return splits_of_long_rows(num_programs, num_segments, MAX_SEGMENTS, HOPPER)
 
 
 def test_programs_that_share_a_row_all_run_at_once() -> None:
     for num_programs in range(1, 300):
         for num_segments in range(1, MAX_SEGMENTS + 1):
             num_splits = splits(num_programs, num_segments)
-            assert num_splits == 1 or num_programs * num_splits <= H100.num_sms
+            assert num_splits == 1 or num_programs * num_splits <= HOPPER.num_sms
 
 
 def test_context_decides_whether_a_row_is_shared_and_not_among_how_many() -> None:
