@@ -12,14 +12,12 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triode.kernels.decode_layer.layer import decode_layer
-from triode.kernels.decode_layer.plan import MOST_HIDDEN, STAGE_NUMBERS, LayerPlan
+from triode.kernels.decode_layer.plan import STAGE_NUMBERS, LayerPlan
 from triode.kernels.device_code import TRITON_DTYPES
 from triode.kernels.gpu_traits import GpuTraits
 
 COUNTERS = 96
 """int32 numbers, zero at first, through which the programs of a launch wait for one another."""
-WORDS = 2 * MOST_HIDDEN
-"""int64 numbers, zero at first, through which they tell each other what is added to the residual."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,12 +34,12 @@ class LayerMatrices:
         cls, o_DA: torch.Tensor, gate_up_FD: torch.Tensor, down_DF: torch.Tensor, qkv_ED: torch.Tensor, plan: LayerPlan
     ) -> "LayerMatrices":
         """All contiguous, of the activations' type."""
-        tile = plan.tile
+        heights = plan.heights
         return cls(
-            o=_descriptor(o_DA, tile.o, tile.o),
-            gate_up=_descriptor(gate_up_FD, tile.gate_up, tile.gate_up // 2),
-            down=_descriptor(down_DF, tile.down, tile.down),
-            qkv=_descriptor(qkv_ED, tile.qkv, tile.qkv // 2),
+            o=_descriptor(o_DA, heights.o, heights.o),
+            gate_up=_descriptor(gate_up_FD, heights.gate_up, heights.gate_up // 2),
+            down=_descriptor(down_DF, heights.down, heights.down),
+            qkv=_descriptor(qkv_ED, heights.qkv, heights.qkv // 2),
         )
 
 
@@ -59,7 +57,6 @@ class LayerVectors:
     post_norm_D: torch.Tensor
     next_norm_D: torch.Tensor
     counters: torch.Tensor
-    words: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,7 +87,7 @@ def finish_layer(
 
     Of the last layer `down_D` has yet to be added to `next_residual_D`.
     """
-    sizes, tile = plan.sizes, plan.tile
+    sizes, heights = plan.sizes, plan.heights
     half = sizes.head_dim // 2
     decode_layer[(traits.num_sms,)](
         matrices.o,
@@ -114,13 +111,12 @@ def finish_layer(
         projection.key_PBKH,
         projection.value_PBKH,
         vectors.counters,
-        vectors.words,
         eps,
         int(last),
-        OUT=(sizes.hidden // tile.o, sizes.attended, tile.o),
-        GATE_UP=(2 * sizes.intermediate // tile.gate_up, sizes.hidden, tile.gate_up // 2),
-        DOWN=(sizes.hidden // tile.down, sizes.intermediate, tile.down),
-        QKV=(sizes.qkv // tile.qkv, sizes.hidden, tile.qkv // 2),
+        OUT=(sizes.hidden // heights.o, sizes.attended, heights.o),
+        GATE_UP=(2 * sizes.intermediate // heights.gate_up, sizes.hidden, heights.gate_up // 2),
+        DOWN=(sizes.hidden // heights.down, sizes.intermediate, heights.down),
+        QKV=(sizes.qkv // heights.qkv, sizes.hidden, heights.qkv // 2),
         NUM_HEADS=sizes.num_heads,
         NUM_KV_HEADS=sizes.num_kv_heads,
         HALF=half,
@@ -129,10 +125,8 @@ def finish_layer(
         HIDDEN_PADDED=plan.hidden_padded,
         WIDEST=plan.widest,
         STAGES=plan.stages,
-        MARKED=tile.marked,
         DOT=TRITON_DTYPES[vectors.attended_A.dtype],
         num_warps=4,
-        maxnreg=tile.registers,
         # Programs wait for one another, so none may wait for a multiprocessor.
         launch_cooperative_grid=True,
         **traits.launch_options,

@@ -7,10 +7,6 @@ down and next QKV weights, in this order, into a ring of places in shared memory
 product needs all of the one before it, they wait for all programs, through a counter in memory; the ring fills meanwhile.
 Additions and norms every program does for itself.
 
-A counter takes three trips to memory: what was written must be there before the count, the count before the vector is
-asked for. Where the hidden size is small, products that go to the residual are told by marked words instead: a number
-and the launch it is of in one word, which whoever needs it asks for until it is of this launch.
-
 Every sum is taken in the order of the kernels of many tokens, and rounded where they round: the bits are theirs.
 
 A program that waits must not keep those it waits for from running: the launch is a cooperative one, which begins when all
@@ -36,12 +32,10 @@ from triode.kernels.decode_layer.vectors import (
     arrive,
     clear,
     fetch,
-    give,
     halves,
     load_line,
     normalise,
     store_line,
-    take_line,
     wait_for_all,
 )
 from triode.kernels.qkv_epilogue import gpu as qkv_epilogue
@@ -54,8 +48,8 @@ LINE_WORDS = gl.constexpr(32)
 
 
 @gluon.jit
-def multiply(x, out_ptr, word_ptr, launch, pipe, place, turn, PRODUCT: gl.constexpr, MARKED: gl.constexpr):
-    """A plain product's units of this program; MARKED, they go to the words, too."""
+def multiply(x, out_ptr, pipe, place, turn, PRODUCT: gl.constexpr):
+    """A plain product's units of this program."""
     UNITS: gl.constexpr = PRODUCT[0]
     ROWS: gl.constexpr = PRODUCT[2]
     for unit in range(gl.program_id(0), UNITS, gl.num_programs(0)):
@@ -63,10 +57,7 @@ def multiply(x, out_ptr, word_ptr, launch, pipe, place, turn, PRODUCT: gl.conste
         row = gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))[:, None]
         column = gl.arange(0, 8, gl.SliceLayout(0, acc.type.layout))[None, :]
         at = unit * ROWS + row + column
-        mask = (row < ROWS) & (column == 0)
-        if MARKED:
-            give(word_ptr + at, acc, launch, out_ptr.dtype.element_ty, mask)
-        gl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        gl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(row < ROWS) & (column == 0))
     return place, turn
 
 
@@ -144,7 +135,6 @@ def compute(
     vectors,
     projection,
     counter_ptr,
-    words_ptr,
     eps,
     last,
     x,
@@ -160,7 +150,6 @@ def compute(
     BIAS: gl.constexpr,
     HIDDEN: gl.constexpr,
     PADDED: gl.constexpr,
-    MARKED: gl.constexpr,
 ):
     """The computing warps: what they do not wait for, they ask for before they wait."""
     attended_ptr, residual_ptr, next_residual_ptr, o_ptr, gated_ptr, down_ptr, post_norm_ptr, next_norm_ptr = vectors
@@ -172,39 +161,26 @@ def compute(
     # The last one that programs pass: when one arrives there, all have read it.
     target = gl.load(counter_ptr + 2 * LINE_WORDS, volatile=True) + gl.num_programs(0)
     fetch(x, attended_ptr, OUT[1])
-    o_words = words_ptr
-    down_words = words_ptr + PADDED
-    place, turn = multiply(x, o_ptr, o_words, target, pipe, place, turn, OUT, MARKED)
-    if not MARKED:
-        arrive(counter_ptr)
+    place, turn = multiply(x, o_ptr, pipe, place, turn, OUT)
+    arrive(counter_ptr)
     residual = load_line(residual_ptr, HIDDEN, PADDED)
-    if MARKED:
-        o_line = take_line(o_words, target, x.dtype, HIDDEN, PADDED)
-    else:
-        wait_for_all(counter_ptr, target)
-        o_line = load_line(o_ptr, HIDDEN, PADDED)
-    residual = add(o_line, residual, x.dtype)
+    wait_for_all(counter_ptr, target)
+    residual = add(load_line(o_ptr, HIDDEN, PADDED), residual, x.dtype)
     normalise(x, residual, post_norm, eps, HIDDEN, PADDED)
 
     place, turn = gate(x, gated_ptr, pipe, place, turn, scratch, GATE_UP)
     arrive(counter_ptr + LINE_WORDS)
     wait_for_all(counter_ptr + LINE_WORDS, target)
     fetch(x, gated_ptr, DOWN[1])
-    place, turn = multiply(x, down_ptr, down_words, target, pipe, place, turn, DOWN, MARKED)
-    # Of marked words nobody waits for this, but the next launch counts on it.
+    place, turn = multiply(x, down_ptr, pipe, place, turn, DOWN)
     arrive(counter_ptr + 2 * LINE_WORDS)
 
     next_norm = load_line(next_norm_ptr, HIDDEN, PADDED)
-    if not MARKED:
-        # Once more: registers are too few to keep it.
-        residual = add(load_line(o_ptr, HIDDEN, PADDED), load_line(residual_ptr, HIDDEN, PADDED), x.dtype)
+    # Once more: registers are too few to keep it.
+    residual = add(load_line(o_ptr, HIDDEN, PADDED), load_line(residual_ptr, HIDDEN, PADDED), x.dtype)
     if last == 0:
-        if MARKED:
-            down_line = take_line(down_words, target, x.dtype, HIDDEN, PADDED)
-        else:
-            wait_for_all(counter_ptr + 2 * LINE_WORDS, target)
-            down_line = load_line(down_ptr, HIDDEN, PADDED)
-        residual = add(down_line, residual, x.dtype)
+        wait_for_all(counter_ptr + 2 * LINE_WORDS, target)
+        residual = add(load_line(down_ptr, HIDDEN, PADDED), residual, x.dtype)
         normalise(x, residual, next_norm, eps, HIDDEN, PADDED)
         project(x, projection, pipe, place, turn, scratch, QKV, NUM_HEADS, NUM_KV_HEADS, HALF, BIAS)
     if gl.program_id(0) == gl.num_programs(0) - 1:
@@ -258,7 +234,6 @@ def decode_layer(
     key_ptr,
     value_ptr,
     counter_ptr,
-    words_ptr,
     eps,
     last,
     OUT: gl.constexpr,
@@ -273,7 +248,6 @@ def decode_layer(
     HIDDEN_PADDED: gl.constexpr,
     WIDEST: gl.constexpr,
     STAGES: gl.constexpr,
-    MARKED: gl.constexpr,
     DOT: gl.constexpr,
 ):
     """A product is (units, features, rows of a unit), of GATE_UP and QKV pairs of rows. The last layer projects nothing."""
@@ -297,8 +271,8 @@ def decode_layer(
     gl.warp_specialize(
         [
             (compute, (
-                vectors, projection, counter_ptr, words_ptr, eps, last, x, scratch, pipe,
-                OUT, GATE_UP, DOWN, QKV, NUM_HEADS, NUM_KV_HEADS, HALF, BIAS, HIDDEN, HIDDEN_PADDED, MARKED,
+                vectors, projection, counter_ptr, eps, last, x, scratch, pipe,
+                OUT, GATE_UP, DOWN, QKV, NUM_HEADS, NUM_KV_HEADS, HALF, BIAS, HIDDEN, HIDDEN_PADDED,
             )),
             (copy, (o, gate_up, down, qkv, last, pipe, OUT, GATE_UP, DOWN, QKV, HALF)),
         ],

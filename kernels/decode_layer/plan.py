@@ -19,35 +19,29 @@ CHUNK_FEATURES = 1024
 """What is multiplied with weights lies in shared memory in chunks of so many features."""
 _OTHER_BYTES = 16 * 1024
 """Of shared memory: sums that rows exchange, what lies behind ring and vector, barriers, and what the compiler adds."""
-MOST_HIDDEN = 4096
+_MOST_HIDDEN = 4096
 _LEAST_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerTile:
-    """Weight rows of a stage, of each product, and how the kernel is compiled. Rows are gates and ups, or rotate in pairs."""
+class Heights:
+    """Weight rows of a stage, of each product; as many halves of gates and ups, and of pairs that rotate."""
 
     o: int
     gate_up: int
     down: int
     qkv: int
-    most_stages: int = 32
-    """Places of the ring, where shared memory holds as many: fewer leave room for attention's programs beside."""
-    registers: int | None = None
-    """Of a thread, at most; likewise."""
-    marked: bool = False
-    """Whether the products that are added to the residual are told by marked words, not by counting programs."""
 
 
-MEASURED: dict[tuple[int, int], LayerTile] = {
+MEASURED: dict[tuple[int, int], Heights] = {
     # Qwen2.5-7B, Llama-3.1-8B.
-    (3584, 18944): LayerTile(o=32, gate_up=32, down=32, qkv=64),
-    (4096, 14336): LayerTile(o=32, gate_up=32, down=32, qkv=64),
+    (3584, 18944): Heights(o=32, gate_up=32, down=32, qkv=64),
+    (4096, 14336): Heights(o=32, gate_up=32, down=32, qkv=64),
     # Qwen2.5-0.5B, SmolLM2-135M.
-    (896, 4864): LayerTile(o=32, gate_up=64, down=32, qkv=32),
-    (576, 1536): LayerTile(o=16, gate_up=32, down=16, qkv=32),
+    (896, 4864): Heights(o=32, gate_up=64, down=32, qkv=32),
+    (576, 1536): Heights(o=16, gate_up=32, down=16, qkv=32),
 }
-"""(hidden, intermediate) → tile, where this kernel is faster than one for each product."""
+"""(hidden, intermediate) → heights, where this kernel is faster than one for each product."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +70,7 @@ class LayerPlan:
     """What the kernel is compiled for."""
 
     sizes: LayerSizes
-    tile: LayerTile
+    heights: Heights
     widest: int
     """Features of the longest vector, in whole chunks."""
     stages: int
@@ -89,26 +83,26 @@ class LayerPlan:
 
 def layer_plan(sizes: LayerSizes, dtype: torch.dtype, traits: GpuTraits) -> LayerPlan | None:
     """How the kernel serves layers of this size; None where it does not, or was not measured to be the faster way."""
-    tile = MEASURED.get((sizes.hidden, sizes.intermediate))
-    if tile is None or not traits.warp_group_products or dtype not in (torch.bfloat16, torch.float16):
+    heights = MEASURED.get((sizes.hidden, sizes.intermediate))
+    if heights is None or not traits.warp_group_products or dtype not in (torch.bfloat16, torch.float16):
         return None
     widest = max(_padded(sizes.hidden), sizes.attended, sizes.intermediate)
     widest = -(-widest // CHUNK_FEATURES) * CHUNK_FEATURES
     stages = (traits.shared_memory_bytes - _OTHER_BYTES - widest * dtype.itemsize) // (STAGE_NUMBERS * dtype.itemsize)
-    if stages < 2 or not _divides(sizes, tile):
+    if stages < 2 or not _divides(sizes, heights):
         return None
-    return LayerPlan(sizes, tile, widest, min(stages, tile.most_stages))
+    return LayerPlan(sizes, heights, widest, stages)
 
 
-def _divides(sizes: LayerSizes, tile: LayerTile) -> bool:
+def _divides(sizes: LayerSizes, heights: Heights) -> bool:
     """Whether every product falls into whole units, and the norm is one that four warps take in `normalise_row`, too."""
     return (
-        CHUNK_FEATURES <= _padded(sizes.hidden) <= MOST_HIDDEN
+        CHUNK_FEATURES <= _padded(sizes.hidden) <= _MOST_HIDDEN
         and sizes.attended % _LEAST_MULTIPLE == 0
-        and sizes.hidden % tile.o == 0
-        and sizes.hidden % tile.down == 0
-        and 2 * sizes.intermediate % tile.gate_up == 0
-        and sizes.head_dim % tile.qkv == 0
+        and sizes.hidden % heights.o == 0
+        and sizes.hidden % heights.down == 0
+        and 2 * sizes.intermediate % heights.gate_up == 0
+        and sizes.head_dim % heights.qkv == 0
     )
 
 

@@ -29,32 +29,6 @@ setp.eq.s32 first, thread, 0;
 @first red.release.gpu.global.add.u32 [$1], 1;
 mov.b32 $0, thread;
 }""")
-# Eight words, of which each thread has as many in a row: the lower half is a number's bits, the upper half tells the launch.
-TAKE = gl.constexpr("""{
-.reg .pred old; .reg .b32 of0, of1, of2, of3, of4, of5, of6, of7;
-ASK_${:uid}:
-ld.volatile.global.v4.b32 {$0, of0, $1, of1}, [$8];
-ld.volatile.global.v4.b32 {$2, of2, $3, of3}, [$8+16];
-ld.volatile.global.v4.b32 {$4, of4, $5, of5}, [$8+32];
-ld.volatile.global.v4.b32 {$6, of6, $7, of7}, [$8+48];
-setp.ne.b32 old, of0, $16;
-@old bra ASK_${:uid};
-setp.ne.b32 old, of1, $16;
-@old bra ASK_${:uid};
-setp.ne.b32 old, of2, $16;
-@old bra ASK_${:uid};
-setp.ne.b32 old, of3, $16;
-@old bra ASK_${:uid};
-setp.ne.b32 old, of4, $16;
-@old bra ASK_${:uid};
-setp.ne.b32 old, of5, $16;
-@old bra ASK_${:uid};
-setp.ne.b32 old, of6, $16;
-@old bra ASK_${:uid};
-setp.ne.b32 old, of7, $16;
-@old bra ASK_${:uid};
-}""")
-TAKE_REGISTERS = gl.constexpr(",".join(["=&r"] * 8 + ["l"] * 8 + ["r"] * 8))
 # Counters only ever grow, and wrap: what is compared is the difference.
 WAIT = gl.constexpr("""{
 .reg .pred short; .reg .b32 count, missing;
@@ -120,23 +94,6 @@ def load_line(ptr, SIZE: gl.constexpr, PADDED: gl.constexpr):
     """A vector of the hidden size; another program may have just written it."""
     at = gl.arange(0, PADDED, LINE)
     return gl.load(ptr + at, mask=at < SIZE, other=0.0, cache_modifier=".cg").to(gl.float32)
-
-
-@gluon.jit
-def give(word_ptr, numbers, launch, DTYPE: gl.constexpr, mask):
-    """Write numbers of DTYPE as words that say of which launch they are."""
-    bits = numbers.to(DTYPE).to(gl.int16, bitcast=True).to(gl.int64) & 0xFFFF
-    gl.store(word_ptr, (launch.to(gl.int64) << 32) | bits, mask=mask)
-
-
-@gluon.jit
-def take_line(word_ptr, launch, DTYPE: gl.constexpr, SIZE: gl.constexpr, PADDED: gl.constexpr):
-    """A vector of the hidden size, as soon as all of its words are of this launch."""
-    at = gl.arange(0, PADDED, LINE)
-    inside = at < SIZE
-    word = word_ptr + gl.where(inside, at, at % 8)
-    bits = gl.inline_asm_elementwise(TAKE, TAKE_REGISTERS, [word, launch], dtype=gl.int32, is_pure=False, pack=8)
-    return gl.where(inside, bits.to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32), 0.0)
 
 
 @gluon.jit

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from triode.kernels.decode_layer.gpu import COUNTERS, WORDS, LayerMatrices, LayerVectors, Projection, finish_layer
+from triode.kernels.decode_layer.gpu import COUNTERS, LayerMatrices, LayerVectors, Projection, finish_layer
 from triode.kernels.decode_layer.plan import LayerPlan, LayerSizes, layer_plan
 from triode.models.config import ModelConfig
 from triode.models.weights import DecoderWeights, LayerWeights
@@ -31,7 +31,6 @@ class OneTokenLayers:
         self._rope = decoder.rope
         self._other_residual_D = torch.empty(config.hidden_size, dtype=decoder.dtype, device=decoder.device)
         self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device=decoder.device)
-        self._words = torch.zeros(WORDS, dtype=torch.int64, device=decoder.device)
         self._matrices = [
             LayerMatrices.bind(layer.o_DE, layer.gate_up_FD, layer.down_DF, self._after(index).qkv_ED, plan)
             for index, layer in enumerate(weights.layers)
@@ -72,7 +71,6 @@ class OneTokenLayers:
                 post_norm_D=self._layers[index].post_norm_D,
                 next_norm_D=self._layers[after].input_norm_D,
                 counters=self._counters,
-                words=self._words,
             ),
             Projection(
                 bias_E=self._layers[after].qkv_bias_E,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from triode.kernels.decode_layer.gpu import COUNTERS, WORDS, LayerMatrices, LayerVectors, Projection, finish_layer
+from triode.kernels.decode_layer.gpu import COUNTERS, LayerMatrices, LayerVectors, Projection, finish_layer
 from triode.kernels.decode_layer.plan import LayerPlan, LayerSizes
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.linear.gpu import linear_sequential
@@ -85,7 +85,6 @@ class OneTokenLayer:
             post_norm_D=self.post_norm,
             next_norm_D=self.next_norm,
             counters=torch.zeros(COUNTERS, dtype=torch.int32, device=residual.device),
-            words=torch.zeros(WORDS, dtype=torch.int64, device=residual.device),
         )
         position, slot = self.place[:1], self.place[1:]
         cos, sin = self.angle.cos(), self.angle.sin()

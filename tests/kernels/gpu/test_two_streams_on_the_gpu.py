@@ -1,0 +1,34 @@
+"""Programs of a layer of one token wait for one another: two launches at once must not keep each other from running."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from one_token_layers import OneTokenLayer
+from triode.kernels.decode_layer.plan import LayerSizes, layer_plan
+from triode.kernels.gpu_traits import GpuTraits
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+
+SMOLLM2 = LayerSizes(hidden=576, intermediate=1536, num_heads=9, num_kv_heads=3, head_dim=64)
+
+
+def test_launches_in_two_streams_finish_with_the_bits_of_each_alone() -> None:
+    """As of two engines in a process."""
+    traits = GpuTraits.of(torch.device("cuda"))
+    plan = layer_plan(SMOLLM2, torch.bfloat16, traits)
+    if plan is None:
+        pytest.skip("no Hopper GPU")
+    layers = [OneTokenLayer.random(plan.sizes, "cuda") for _ in range(2)]
+    expected = [layer.finish_with_many_kernels(traits) for layer in layers]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in layers]
+    for _ in range(20):
+        results = []
+        for layer, stream in zip(layers, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(layer.finish(plan, traits, times=50))
+    torch.cuda.synchronize()
+    for ours, theirs in zip(results, expected, strict=True):
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(ours, theirs, strict=True))
