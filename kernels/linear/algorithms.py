@@ -1,9 +1,9 @@
 """Which of cuBLASLt's kernels computes a product: a table of what was measured; elsewhere its heuristic's first serves.
 
-Kernels that do not split K all give the same bits, so an entry is only ever a matter of speed. Measured on an H100 80GB HBM3
-with cuBLAS 13.1, in bfloat16, among the tiles, clusters and options that cuBLASLt offers. Gate-up and down products of 1,024
+Hopper's own kernels all give the same bits unless they split K, so an entry is only ever a matter of speed; `proof.py` checks
+it. The table is for compute capability 9.0 alone. Measured on an H100 80GB HBM3 with cuBLAS 13.1, in bfloat16, among the tiles, clusters and options that cuBLASLt offers. Gate-up and down products of 1,024
 tokens and more were measured at the GPU's power limit, too, where the fastest kernel of a moment may not be the fastest one.
-Where a cuBLASLt or a GPU does not offer an entry, the heuristic's first serves as well.
+Where a cuBLASLt does not offer an entry, the heuristic's first serves as well, and the start-up line counts such entries.
 
 M tokens    K in features    N out features
 """
@@ -34,6 +34,9 @@ class Algorithm:
         """`cublasLtClusterShape_t`."""
         return CLUSTER_IDS[self.cluster]
 
+
+MEASURED_WITH = "13.1."
+"""How the version of the cuBLAS begins that offers all of them."""
 
 MEASURED: dict[tuple[int, int], dict[int, Algorithm | None]] = {
     # Qwen2.5-7B: qkv, o, gate_up, down, head.
@@ -229,9 +232,8 @@ def measured_algorithm(out_features: int, in_features: int, num_tokens: int) -> 
 
 
 def measured_tokens(out_features: int, in_features: int) -> tuple[int, ...]:
-    """The most tokens of each algorithm that is named for a product."""
-    by_tokens = MEASURED.get((out_features, in_features), {})
-    return tuple(most for most, algorithm in by_tokens.items() if algorithm is not None)
+    """The most tokens of each entry of a product, also of those that are left to the heuristic."""
+    return tuple(MEASURED.get((out_features, in_features), {}))
 
 
 # Of the enumerations of cublasLt.h what the tables name.

@@ -8,7 +8,6 @@ puts back what the first one found.
 """
 
 import contextlib
-import functools
 import threading
 from collections.abc import Iterator
 
@@ -17,6 +16,7 @@ import torch
 from triode.kernels.linear.cublaslt import CublasLt, CublasLtError, loaded_library
 
 _LOCK = threading.Lock()
+_LOADED: dict[torch.device, CublasLt] = {}
 _SWITCHED = contextlib.ExitStack()
 _num_inside = 0
 
@@ -29,23 +29,29 @@ def in_order(device: torch.device) -> Iterator[None]:
 
 
 def describe_blas(device: torch.device) -> str:
-    """Who computes products in order, and what it takes."""
+    """Who computes products in order, what it takes, and how many named kernels were asked for and are not there."""
     found = blas_of(device)
     if isinstance(found, CublasLt):
-        return f"cuBLASLt {found.version} in order"
+        missing = f" ({len(found.not_offered)} named kernels are not offered)" if found.not_offered else ""
+        return f"cuBLASLt {found.version} in order{missing}"
     return f"cuBLASLt in order, by torch's switches of the whole process ({found})"
 
 
-@functools.cache
 def blas_of(device: torch.device) -> CublasLt | str:
-    """The library for a device, or why torch must be asked instead."""
-    path = loaded_library()
-    if path is None:
-        return "no libcublasLt is loaded"
-    try:
-        return CublasLt(path, device)
-    except (OSError, AttributeError, CublasLtError) as error:
-        return f"{path}: {error}"
+    """The library for a device, or why torch must be asked instead. What failed may succeed when it is asked again."""
+    if str(device) == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    with _LOCK:
+        if device in _LOADED:
+            return _LOADED[device]
+        path = loaded_library()
+        if path is None:
+            return "no libcublasLt is loaded"
+        try:
+            _LOADED[device] = CublasLt(path, device)
+        except (OSError, AttributeError, CublasLtError) as error:
+            return f"{path}: {error}"
+        return _LOADED[device]
 
 
 @contextlib.contextmanager
@@ -96,8 +102,9 @@ def linear_blas(
     if out_MN.is_meta:
         # Nothing is compiled here, and torch would import a great deal to tell the shape of a product.
         return
-    blas = blas_of(out_MN.device)
-    if not isinstance(blas, CublasLt):
+    # What `in_order` has found: nothing is searched for, and no handle created, between two products or in a capture.
+    blas = _LOADED.get(out_MN.device)
+    if blas is None:
         linear_torch(x_MK, weight_NK, out_MN, bias_N)
     elif bias_N is None or bias_N.dtype == out_MN.dtype:
         blas.multiply(x_MK, weight_NK, out_MN, bias_N)

@@ -2,8 +2,9 @@
 
 The idea. torch takes the one algorithm that cuBLASLt's heuristic proposes, and refuses split-K through switches of the whole
 process. Called directly, cuBLASLt takes any of its kernels (a tile, a cluster of multiprocessors, an option that says who
-takes which tile), and no other product of the process is touched. All kernels that do not split K add in the same order,
-so an algorithm is only ever a matter of speed: `algorithms.py` names the measured ones.
+takes which tile), and no other product of the process is touched. Hopper's own kernels, as long as they do not split K, add
+in the same order, so which of them serves is only ever a matter of speed: `algorithms.py` names the measured ones. Kernels
+of older families may add in another order, so on Hopper they serve only where the heuristic proposes none of its own.
 
 cuBLASLt thinks in columns: row-major `out = x Wᵀ` is its `out = Wᵀ x`, where W has K rows and N columns, x K and M, out N
 and M. Names and numbers are those of `cublasLt.h`.
@@ -13,6 +14,7 @@ M tokens    K in features    N out features
 
 import ctypes
 import functools
+import os
 from ctypes import byref, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import TypeAlias
@@ -30,8 +32,9 @@ _BEST_ALIGNMENT, _NAMED_ALIGNMENT = 256, 16
 # As torch offers by itself: with 32 MiB the heuristic proposes, for few tokens and many in features, kernels that take 400
 # instead of 55 µs.
 _WORKSPACE_BYTES = 1 << 20
-_HOPPER_KERNELS = 66
-_TILE, _CLUSTER, _OPTION, _STAGES, _SPLITS, _REDUCTION = 1, 8, 5, 6, 2, 3
+_HOPPER, _HOPPER_KERNELS = (9, 0), 66
+_MOST_PROPOSALS = 8
+_KERNELS, _TILE, _CLUSTER, _OPTION, _STAGES, _SPLITS, _REDUCTION = 0, 1, 8, 5, 6, 2, 3
 _STAGES_OF_64 = 35
 _REMEMBERED = 4096
 
@@ -61,8 +64,8 @@ _ONE, _ZERO = c_float(1), c_float(0)
 def loaded_library() -> str | None:
     """The path of the libcublasLt that torch has loaded with its CUDA libraries."""
     maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    # A path, in which there may be blanks, is a line's sixth field.
+    lines = os.fsdecode(maps.read_bytes()).split("\n") if maps.exists() else []
+    # A path, in which there may be blanks and what is not text, is a line's sixth field.
     return next((line.split(maxsplit=5)[-1] for line in lines if "/libcublasLt.so" in line), None)
 
 
@@ -88,6 +91,9 @@ class CublasLt:
         self._matmul = self._library.cublasLtMatmul
         self._matmul.argtypes = [c_void_p] * 14 + [c_size_t, c_void_p]
         self._device = device
+        self._on_hopper = torch.cuda.get_device_capability(device) == _HOPPER
+        self.not_offered: set[tuple[int, int, Algorithm]] = set()
+        """Out features, in features and name of what a table names for this GPU, and this library does not have."""
         self._handle = c_void_p()
         with torch.cuda.device(device):
             self._call("cublasLtCreate", byref(self._handle))
@@ -114,15 +120,15 @@ class CublasLt:
             algorithm: takes the place of the one that is named for this shape.
 
         Raises:
-            ValueError: a tensor's features are not side by side.
+            ValueError: a tensor's features are not side by side, or sizes or types do not go together.
             CublasLtError: no kernel computes this without splitting K, or not the one that was asked for.
         """
         if not x_MK.stride(1) == weight_NK.stride(1) == out_MN.stride(1) == 1:
             raise ValueError("x, weight and out must be contiguous along their last axis")
         plan = self._plan(
-            (len(x_MK), *weight_NK.shape),
+            (*x_MK.shape, *weight_NK.shape, *out_MN.shape),
             (x_MK.stride(0), weight_NK.stride(0), out_MN.stride(0)),
-            (x_MK.dtype, out_MN.dtype),
+            (x_MK.dtype, weight_NK.dtype, out_MN.dtype),
             _alignment_bytes(x_MK, weight_NK, out_MN),
             None if bias_N is None else bias_N.data_ptr(),
             algorithm,
@@ -154,14 +160,16 @@ class CublasLt:
 
     def _new_plan(
         self,
-        shape: tuple[int, int, int],
+        shapes: tuple[int, ...],
         strides: tuple[int, int, int],
-        dtypes: tuple[torch.dtype, torch.dtype],
+        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
         alignment_bytes: int,
         bias_address: int | None,
         algorithm: Algorithm | None,
     ) -> "_Plan":
-        return _Plan(self, shape, strides, dtypes, alignment_bytes, bias_address, algorithm)
+        # Here, so that a product that was made before is not checked again.
+        shape = _checked_shape(shapes, dtypes)
+        return _Plan(self, shape, strides, (dtypes[0], dtypes[2]), alignment_bytes, bias_address, algorithm)
 
     def _call(self, name: str, *arguments: object) -> None:
         if status := getattr(self._library, name)(*arguments):
@@ -169,6 +177,24 @@ class CublasLt:
 
     def _name(self, status: int) -> str:
         return str(self._library.cublasLtGetStatusName(status).decode())
+
+
+def _checked_shape(
+    shapes: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+) -> tuple[int, int, int]:
+    """M, N and K of x, weight and out, of which each has two sizes and a type."""
+    num_tokens, x_features, out_features, in_features, *out_sizes = shapes
+    x_dtype, weight_dtype, out_dtype = dtypes
+    if x_features != in_features:
+        raise ValueError(f"x must have the weight's {in_features} in features, got {x_features}")
+    if out_sizes != [num_tokens, out_features]:
+        raise ValueError(f"out must have the sizes ({num_tokens}, {out_features}), got {tuple(out_sizes)}")
+    if weight_dtype != x_dtype:
+        raise ValueError(f"the weight's type must be that of x, {x_dtype}, got {weight_dtype}")
+    for name, dtype in (("x", x_dtype), ("out", out_dtype)):
+        if dtype not in _DATA_TYPES:
+            raise ValueError(f"{name} must be of {', '.join(map(str, _DATA_TYPES))}, got {dtype}")
+    return num_tokens, out_features, in_features
 
 
 class _Plan:
@@ -191,11 +217,14 @@ class _Plan:
         self.weight = self._layout(x_type, in_features, out_features, strides[1])
         self.x = self._layout(x_type, in_features, num_tokens, strides[0])
         self.out = self._layout(out_type, out_features, num_tokens, strides[2])
-        named = asked or measured_algorithm(out_features, in_features, num_tokens)
-        chosen = self._offered(named) if named and alignment_bytes >= _NAMED_ALIGNMENT else None
+        measured = measured_algorithm(out_features, in_features, num_tokens) if lt._on_hopper else None
+        named = (asked or measured) if alignment_bytes >= _NAMED_ALIGNMENT else None
+        chosen = self._offered(named) if named else None
         if chosen is None:
             if asked:
                 raise CublasLtError(f"{asked} is not offered for {self}")
+            if named:
+                lt.not_offered.add((out_features, in_features, named))
             chosen = self._proposed()
         self.algorithm, self.workspace_bytes = chosen.algorithm, chosen.workspace_bytes
 
@@ -240,7 +269,20 @@ class _Plan:
         return None if status or proposal.workspace_bytes > _WORKSPACE_BYTES else proposal
 
     def _proposed(self) -> _Proposal:
-        """The heuristic's first that does not split K."""
+        """The heuristic's first that does not split K; on Hopper its own kernels come before others."""
+        preference = self._preference()
+        usable: list[_Proposal] = []
+        # Its first is all that most products ask for.
+        for num_asked in (1, _MOST_PROPOSALS):
+            usable += [each for each in self._proposals(preference, num_asked) if not self._splits(each)]
+            for each in usable:
+                if not self._lt._on_hopper or self._setting(each, _KERNELS) == _HOPPER_KERNELS:
+                    return each
+        if not usable:
+            raise CublasLtError(f"no kernel keeps K in order for {self}")
+        return usable[0]
+
+    def _preference(self) -> _Small:
         preference = (c_uint64 * 8)()
         self._call("cublasLtMatmulPreferenceInit_internal", preference, c_size_t(64))
         attributes: list[tuple[int, c_uint64 | c_uint32]] = [
@@ -251,24 +293,25 @@ class _Plan:
         for attribute, value in attributes:
             size = c_size_t(ctypes.sizeof(value))
             self._call("cublasLtMatmulPreferenceSetAttribute", preference, attribute, byref(value), size)
-        proposal, num_proposals = _Proposal(), c_int()
+        return preference
+
+    def _proposals(self, preference: _Small, num_asked: int) -> list[_Proposal]:
+        proposals, num_proposals = (_Proposal * num_asked)(), c_int()
         layouts = (self.weight, self.x, self.out, self.out)
         self._call(
             "cublasLtMatmulAlgoGetHeuristic", self._lt._handle, self.product, *layouts, preference,
-            1, byref(proposal), byref(num_proposals),
+            num_asked, byref(proposals), byref(num_proposals),
         )  # fmt: skip
-        if not num_proposals.value or proposal.status or self._splits(proposal):
-            raise CublasLtError(f"no kernel keeps K in order for {self}")
-        return proposal
+        return [proposal for proposal in proposals[: num_proposals.value] if not proposal.status]
 
     def _splits(self, proposal: _Proposal) -> bool:
-        found = {}
-        for attribute in (_SPLITS, _REDUCTION):
-            value, size = c_int(), c_size_t()
-            arguments = (proposal.algorithm, attribute, byref(value), c_size_t(4), byref(size))
-            self._call("cublasLtMatmulAlgoConfigGetAttribute", *arguments)
-            found[attribute] = value.value
-        return found[_SPLITS] > 1 or found[_REDUCTION] != 0
+        return self._setting(proposal, _SPLITS) > 1 or self._setting(proposal, _REDUCTION) != 0
+
+    def _setting(self, proposal: _Proposal, attribute: int) -> int:
+        value, size = c_int(), c_size_t()
+        arguments = (proposal.algorithm, attribute, byref(value), c_size_t(4), byref(size))
+        self._call("cublasLtMatmulAlgoConfigGetAttribute", *arguments)
+        return value.value
 
     def _call(self, name: str, *arguments: object) -> None:
         self._lt._call(name, *arguments)

@@ -1,6 +1,7 @@
 """Right, and the same bits for every batch, on a real GPU. `benchmarks/gpu_kernels.py` checks more before it times."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from paged_sequences import PagedSequences, attention_oracle, paged_sequences, r
 pytest.importorskip("triton")
 
 from triode.kernels.gpu_traits import GpuTraits
-from triode.kernels.linear.algorithms import MEASURED
-from triode.kernels.linear.blas import blas_of, describe_blas, in_order, linear_blas, linear_torch, split_k_refused
-from triode.kernels.linear.cublaslt import CublasLt
+from triode.kernels.linear.algorithms import MEASURED, MEASURED_WITH
+from triode.kernels.linear.blas import blas_of, in_order, linear_blas, linear_torch, split_k_refused
+from triode.kernels.linear.cublaslt import CublasLt, CublasLtError, loaded_library
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.proof import prove
 from triode.kernels.linear.tiles import QKV_FUSED_TOKENS, linear_tile, qkv_tile, swiglu_tile
@@ -67,6 +68,14 @@ def attend(
         tile=tile,
     )
     return out
+
+
+def called_directly() -> CublasLt:
+    """cuBLASLt; the test is skipped where it cannot be called."""
+    blas = blas_of(torch.device("cuda"))
+    if not isinstance(blas, CublasLt):
+        pytest.skip(blas)
+    return blas
 
 
 def int32(*values: int) -> torch.Tensor:
@@ -184,6 +193,31 @@ def test_every_named_algorithm_keeps_the_bits(shape: tuple[int, int], traits: Gp
     assert not proof.differing_tokens, str(proof)
 
 
+@pytest.mark.parametrize("shape", MEASURED)
+def test_what_is_named_is_offered_by_the_library_it_was_measured_with(shape: tuple[int, int]) -> None:
+    """And keeps the bits: not because the heuristic took its place."""
+    lt, capability = called_directly(), torch.cuda.get_device_capability()
+    if capability != (9, 0) or not lt.version.startswith(MEASURED_WITH):
+        pytest.skip(f"cuBLASLt {lt.version} on compute capability {capability}")
+    named = {most: algorithm for most, algorithm in MEASURED[shape].items() if algorithm is not None}
+    # Heads write float32.
+    out_dtype = torch.float32 if shape[0] > 100_000 else torch.bfloat16
+    weight = torch.randn(shape, device="cuda").bfloat16() * 0.02
+    x = torch.randn(max(named), shape[1], device="cuda").bfloat16()
+    expected, out = (torch.full((size, shape[0]), torch.nan, device="cuda", dtype=out_dtype) for size in (16, len(x)))
+    linear_sequential(x[:16], weight, expected, linear_tile(*shape, 16), GpuTraits.of(x.device))
+    num_offered = 0
+    for most, algorithm in named.items():
+        out.fill_(torch.nan)
+        try:
+            lt.multiply(x[:most], weight, out[:most], algorithm=algorithm)
+        except CublasLtError:
+            continue
+        num_offered += 1
+        assert torch.equal(out[:16], expected), f"{algorithm} of {most} tokens"
+    assert num_offered > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_cublaslt_adds_a_bias_before_it_rounds_and_writes_float32(dtype: torch.dtype) -> None:
     x, weight, bias = (torch.randn(size, device="cuda").to(dtype) for size in ((100, 1024), (2048, 1024), (2048,)))
@@ -210,15 +244,26 @@ def test_cublaslt_takes_rows_and_addresses_that_are_apart(first: int, traits: Gp
 
 
 def test_a_captured_product_gives_its_bits_again_whatever_was_allocated_since(traits: GpuTraits) -> None:
-    # Many tokens: their kernels ask for a workspace.
+    called_directly()
+    path = loaded_library()
+    assert path is not None
+    lt = CublasLt(path, torch.device("cuda"))
+    new_plan = lt._plan
+
+    def plan_with_workspace(*product: Any) -> Any:
+        plan = new_plan(*product)
+        # More than a kernel needs is harmless; many need 4 bytes, and some none.
+        plan.workspace_bytes = max(plan.workspace_bytes, 4096)
+        return plan
+
+    lt._plan = plan_with_workspace  # type: ignore[assignment]
     x, weight = torch.randn(4096, 3584, device="cuda").bfloat16(), torch.randn(4608, 3584, device="cuda").bfloat16()
     out = torch.full((4096, 4608), torch.nan, device="cuda").bfloat16()
-    with in_order(x.device):
-        linear_blas(x, weight, out)
-        expected = out.clone()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            linear_blas(x, weight, out)
+    lt.multiply(x, weight, out)
+    expected = out.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lt.multiply(x, weight, out)
     others = [torch.randn(1024, device="cuda") for _ in range(8)]
     for _ in range(3):
         out.fill_(torch.nan)
@@ -228,9 +273,8 @@ def test_a_captured_product_gives_its_bits_again_whatever_was_allocated_since(tr
 
 
 def test_cublaslt_called_directly_leaves_the_process_as_it_is() -> None:
+    called_directly()
     device = torch.device("cuda")
-    if not isinstance(blas_of(device), CublasLt):
-        pytest.skip(describe_blas(device))
     before = torch.backends.cuda.preferred_blas_library()
     with in_order(device):
         assert torch.backends.cuda.preferred_blas_library() == before
@@ -238,6 +282,8 @@ def test_cublaslt_called_directly_leaves_the_process_as_it_is() -> None:
 
 
 def test_the_proof_can_fail(traits: GpuTraits) -> None:
+    # Elsewhere the switches that torch's products need would keep these, too, in order.
+    called_directly()
     weight = torch.randn(1024, 16384, device="cuda").bfloat16() * 0.02
     assert prove(weight, traits, product=linear_torch).differing_tokens
 
