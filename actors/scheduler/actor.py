@@ -55,6 +55,8 @@ async def run_scheduler(
         for message in messages:
             has_planned |= _handle(message, core, cache, executor, now_s)
         if launched := core.outbox.take_launched():
+            # The executor hands on its plan before the cache wakes.
+            await trio.lowlevel.checkpoint()
             cache(launched)
         if released := core.outbox.take_releases(now_s):
             cache(released)

@@ -59,6 +59,8 @@ class Waking:
         self._sent_at = self._gpu.end_step()
 
     def _applied(self) -> StepPlan:
+        # Of a wake that was cut short.
+        self._changes.take()
         plan = self._plan()
         with self._host.lock:
             self._host.apply(plan, self._changes)

@@ -83,6 +83,18 @@ def test_a_wake_that_a_plan_cuts_short_sends_nothing_and_the_next_one_does(num_p
     assert play(world, wakes=True).output == play(CudaWorld(), wakes=False).output
 
 
+def test_wakes_that_are_cut_short_leave_nothing_for_the_next_one() -> None:
+    world = CudaWorld()
+    assert isinstance(world.runner, CudaRunner)
+    waking = world.runner._waking
+    assert waking is not None
+    kept = []
+    for _ in range(3):
+        wake(world, lambda: True)
+        kept.append(len(waking._changes._indices))
+    assert kept[0] == kept[1] == kept[2]
+
+
 def test_a_wake_whose_transfer_is_still_under_way_is_not_repeated() -> None:
     world, marks = CudaWorld(), [SlowMark(), SlowMark()]
     world.gpu.end_step = lambda: marks[len(world.gpu.uploads) - 1]  # type: ignore[method-assign]
