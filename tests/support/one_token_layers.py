@@ -68,8 +68,13 @@ class OneTokenLayer:
         shape = 4, BLOCK, self.sizes.num_kv_heads, self.sizes.head_dim
         return self.empty(*shape), self.empty(*shape)
 
-    def finish(self, plan: LayerPlan, traits: GpuTraits, *, last: bool = False, times: int = 1) -> list[torch.Tensor]:
-        """The new residual, the down product, queries, and the pools of keys and values."""
+    def finish(
+        self, plan: LayerPlan, traits: GpuTraits, *, last: bool = False, times: int = 1, count: int = 0
+    ) -> list[torch.Tensor]:
+        """The new residual, the down product, queries, and the pools of keys and values, of the last of several launches.
+
+        What one has written, the next one does not find. Counters begin at `count`.
+        """
         sizes = self.sizes
         key, value = self.pool()
         qkv = self.empty(1, sizes.qkv)
@@ -84,12 +89,15 @@ class OneTokenLayer:
             down_D=down,
             post_norm_D=self.post_norm,
             next_norm_D=self.next_norm,
-            counters=torch.zeros(COUNTERS, dtype=torch.int32, device=residual.device),
+            counters=torch.full((COUNTERS,), count, dtype=torch.int32, device=residual.device),
         )
         position, slot = self.place[:1], self.place[1:]
         cos, sin = self.angle.cos(), self.angle.sin()
         projection = Projection(self.bias, cos, sin, position, slot, qkv, key, value)
+        written = (vectors.o_D, vectors.gated_F, down, residual, qkv, key, value)
         for _ in range(times):
+            for tensor in written:
+                tensor.fill_(torch.nan)
             finish_layer(matrices, vectors, projection, EPS, plan, traits, last=last)
         return [residual, down, qkv[0, : sizes.attended], key, value]
 
