@@ -2,8 +2,12 @@
 
 Programmatic dependent launch (SM90): a kernel that calls `gdc_launch_dependents` lets its successor start as soon as
 all its programs run, and `gdc_wait` holds the successor until everything before it has finished and is visible. Since
-every kernel releases its successor at once, whole chains start early; before its `gdc_wait` a kernel may therefore read
+kernels release their successor at once, whole chains start early; before its `gdc_wait` a kernel may therefore read
 weights and nothing else. On an H100 the gap between kernels falls from 0.91 to 0.65 µs.
+
+One pair of kernels of paged attention is the exception. `attend_long_rows` releases its successor behind its own wait, so
+what was launched before it has finished by then; `merge_long_rows`, which is launched right behind it and nowhere else,
+therefore reads where rows begin, too, before it waits.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

@@ -21,6 +21,9 @@ _OTHER_BYTES = 16 * 1024
 """Of shared memory: sums that rows exchange, what lies behind ring and vector, barriers, and what the compiler adds."""
 _MOST_HIDDEN = 4096
 _LEAST_MULTIPLE = 16
+"""Of a matrix's features: the copy engine's strides, and a tensor core's sums."""
+_MOST_CHUNKS = 63
+"""Of the longest vector: `vectors.fetch` takes a sum of six powers of two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +92,7 @@ def layer_plan(sizes: LayerSizes, dtype: torch.dtype, traits: GpuTraits) -> Laye
     widest = max(_padded(sizes.hidden), sizes.attended, sizes.intermediate)
     widest = -(-widest // CHUNK_FEATURES) * CHUNK_FEATURES
     stages = (traits.shared_memory_bytes - _OTHER_BYTES - widest * dtype.itemsize) // (STAGE_NUMBERS * dtype.itemsize)
-    if stages < 2 or not _divides(sizes, heights):
+    if stages < 2 or widest > _MOST_CHUNKS * CHUNK_FEATURES or not _divides(sizes, heights):
         return None
     return LayerPlan(sizes, heights, widest, stages)
 
@@ -98,7 +101,7 @@ def _divides(sizes: LayerSizes, heights: Heights) -> bool:
     """Whether every product falls into whole units, and the norm is one that four warps take in `normalise_row`, too."""
     return (
         CHUNK_FEATURES <= _padded(sizes.hidden) <= _MOST_HIDDEN
-        and sizes.attended % _LEAST_MULTIPLE == 0
+        and all(size % _LEAST_MULTIPLE == 0 for size in (sizes.hidden, sizes.attended, sizes.intermediate))
         and sizes.hidden % heights.o == 0
         and sizes.hidden % heights.down == 0
         and 2 * sizes.intermediate % heights.gate_up == 0

@@ -229,7 +229,11 @@ class _Launch:
             self._merge_long_rows(states, query_tokens)
 
     def _merge_long_rows(self, states: _States, query_tokens: int) -> None:
-        """Outputs from the states that programs which share a row's KV have left."""
+        """Outputs from the states that programs which share a row's KV have left.
+
+        Nothing may be launched between them and this: before it waits it reads query starts and starts, which have been
+        written because `attend_long_rows` lets its successor start only when all before itself has finished.
+        """
         scale, _, out_stride = self.scalars
         num_chunks = triton.cdiv(query_tokens * self.group, MERGED_PAIRS)
         merge_long_rows[(self.num_tiles(query_tokens), self.num_kv_heads, num_chunks)](

@@ -20,7 +20,6 @@ HOPPER_PAIRS = 128
 HOPPER_STAGES = 4
 """Tiles that its copying warp may be ahead. A power of two: each step divides by it."""
 
-
 MERGED_PAIRS = 4
 """Pairs whose segments' states a program merges when programs of `hopper.py` have shared their KV."""
 MERGED_AHEAD = 8
@@ -37,7 +36,9 @@ class AttentionTile:
 
 
 _STATES_IN_A_WALK = 150
+"""States, one for each query tile, KV head and segment, that go through memory while a segment is walked."""
 _MERGE_IN_WALKS = 0.8
+"""What the merge and half a segment take, in walks of a segment."""
 # The best first.
 _DECODE_STAGES = (3, 2, 1)
 _DECODE_STAGES_OF_LARGE_HEADS = (2, 1)

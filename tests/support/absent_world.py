@@ -22,6 +22,7 @@ from triode.models.weights import allocate
 META = torch.device("meta")
 MAX_RUNNING = 256
 LONG_TOKENS = 4096
+SHORT_TOKENS = 64
 NUM_BLOCKS = 2048
 # Whether a kernel is launched depends on neither of these, nor does how it is compiled.
 MAX_LAYERS = 2
@@ -62,10 +63,16 @@ class AbsentWorld(RunnerWorld):
             running.num_computed += num_tokens
 
     def play(self) -> None:
-        """Every kind of step: prompts long and short, a token alone, chunks beside decoding rows, batches of every size."""
+        """Every kind of step: prompts long and short, a short chunk behind a long context, a token alone, chunks beside
+        decoding rows, batches of every size.
+        """
         rows = [self.admit(0, [1] * LONG_TOKENS)]
         self.launch((rows[0], LONG_TOKENS))
         self.launch((rows[0], 1))
+        rows.append(self.admit(1, [1] * (LONG_TOKENS + SHORT_TOKENS)))
+        # All but the chunk is in the cache.
+        rows[1].num_computed = LONG_TOKENS
+        self.launch((rows[1], SHORT_TOKENS))
         for length in (1000, 600, 200, 2):
             rows.append(self.admit(len(rows), [1] * length))
             self.launch((rows[-1], length), *[(row, 1) for row in rows[:-1]])

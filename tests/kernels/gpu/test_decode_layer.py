@@ -9,7 +9,9 @@ pytest.importorskip("triton")
 
 from cross_compile import ADA, AMPERE, HOPPER, fits, launches_compiled_for
 from one_token_layers import OneTokenLayer
-from triode.kernels.decode_layer.plan import LayerPlan, LayerSizes, layer_plan
+from triode.kernels.decode_layer.gpu import COUNTERS
+from triode.kernels.decode_layer.layer import LINE_WORDS
+from triode.kernels.decode_layer.plan import CHUNK_FEATURES, MEASURED, Heights, LayerPlan, LayerSizes, layer_plan
 from triode.kernels.gpu_traits import GpuTraits
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -22,6 +24,9 @@ SIZES = {
     "qwen2.5-0.5b": LayerSizes(hidden=896, intermediate=4864, num_heads=14, num_kv_heads=2, head_dim=64),
     "smollm2-135m": LayerSizes(hidden=576, intermediate=1536, num_heads=9, num_kv_heads=3, head_dim=64),
 }
+SMALL = SIZES["smollm2-135m"]
+# Whatever is refused on it, shared memory is not the reason.
+ROOMY = dataclasses.replace(HOPPER, shared_memory_bytes=2**20)
 SERVED = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 
 
@@ -44,6 +49,29 @@ def test_other_gpus_types_and_sizes_have_no_plan() -> None:
     assert layer_plan(QWEN_7B, torch.float32, HOPPER) is None
     assert layer_plan(dataclasses.replace(QWEN_7B, intermediate=18960), torch.bfloat16, HOPPER) is None
     assert layer_plan(dataclasses.replace(QWEN_7B, head_dim=96), torch.bfloat16, HOPPER) is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heights", "is_served"),
+    [
+        (dataclasses.replace(SMALL, hidden=640), Heights(16, 32, 16, 32), True),
+        (dataclasses.replace(SMALL, hidden=648), Heights(8, 32, 8, 32), False),
+        (dataclasses.replace(SMALL, intermediate=1544), Heights(16, 16, 16, 32), False),
+        (dataclasses.replace(SMALL, num_heads=5, head_dim=24), Heights(16, 32, 16, 24), False),
+        (dataclasses.replace(SMALL, intermediate=63 * CHUNK_FEATURES), Heights(16, 32, 16, 32), True),
+        (dataclasses.replace(SMALL, intermediate=63 * CHUNK_FEATURES + 16), Heights(16, 32, 16, 32), False),
+    ],
+)
+def test_a_plan_is_refused_where_the_kernel_would_miss_features(
+    sizes: LayerSizes, heights: Heights, is_served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MEASURED, (sizes.hidden, sizes.intermediate), heights)
+    assert (layer_plan(sizes, torch.bfloat16, ROOMY) is not None) == is_served
+
+
+def test_each_product_that_programs_wait_for_has_a_counter_in_a_line_of_its_own() -> None:
+    """After o, gate-up and down: what `layer.py` counts in."""
+    assert 3 * LINE_WORDS.value == COUNTERS
 
 
 @pytest.mark.parametrize(
