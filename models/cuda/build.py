@@ -13,7 +13,7 @@ import torch
 
 from triode.cache.config import CacheConfig
 from triode.cache.pool import KVPool, bytes_per_block, free_memory_bytes, num_blocks_for
-from triode.errors import InsufficientMemory
+from triode.errors import EngineFault, InsufficientMemory
 from triode.kernels.linear.blas import describe_blas, in_order
 from triode.models.config import ModelConfig
 from triode.models.cuda.arena import layout_for
@@ -23,10 +23,13 @@ from triode.models.cuda.programs import BUCKETS, PREFILL_TOKENS, bucket_for
 from triode.models.cuda.rehearsal import Rehearsal, compile_ahead
 from triode.models.cuda.runner import CudaRunner
 from triode.models.grammar import GuideCompiler
+from triode.models.step import StepPlan
 from triode.models.weights import DecoderWeights
 
 # Prompt logprobs take the head over tiles of so many positions.
 _LEAST_ROWS = 32
+# As the driver words CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE, of which Triton hands on the words alone.
+_NO_PLACE = "too many blocks in cooperative launch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,11 @@ def build_cuda(
 
     Raises:
         InsufficientMemory: buffers or cache do not fit beside the weights.
+        EngineFault: the process may not use as much of the GPU as a kernel needs at once.
     """
     device = weights.embed_VD.device
     max_rows = max(bucket_for(max_running), _LEAST_ROWS)
-    with ExitStack() as resources, _explained(max_step_tokens, max_running):
+    with ExitStack() as resources, explained(max_step_tokens, max_running):
         resources.enter_context(in_order(device))
         gpu = CudaGpu(device)
         # Also where opening fails.
@@ -89,10 +93,8 @@ def _rehearse(
     """Run the largest steps; returns how many bytes the graphs of one size of batch take."""
     runner = CudaRunner(decoder, _pool(2, decoder, cache_config), gpu, max_running=max_running)
     rehearsal = Rehearsal(cache_config.block_size_tokens, decoder.config.max_context_tokens)
-    longest = rehearsal.longest(max_step_tokens)
     free_bytes = []
-    # The second decode step is captured.
-    for plan in (rehearsal.read(0, longest), rehearsal.decode(max_running), rehearsal.decode(max_running)):
+    for plan in steps_to_rehearse(rehearsal, max_running, max_step_tokens):
         runner.launch(plan)
         runner.collect()
         free_bytes.append(_free_bytes(decoder.device))
@@ -102,6 +104,16 @@ def _rehearse(
     gpu.forget_captured()
     torch.cuda.empty_cache()
     return max(0, free_bytes[-2] - free_bytes[-1])
+
+
+def steps_to_rehearse(rehearsal: Rehearsal, max_running: int, max_step_tokens: int) -> Iterator[StepPlan]:
+    """The largest steps. The last one repeats the one before it, and is the first that is captured."""
+    yield rehearsal.read(0, rehearsal.longest(max_step_tokens))
+    if max_running > 1:
+        # One token has a kernel of its own, which a GPU that is shared may refuse: now rather than while it serves.
+        yield rehearsal.decode(1)
+    yield rehearsal.decode(max_running)
+    yield rehearsal.decode(max_running)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -141,11 +153,24 @@ def _describe(decoder: CudaDecoder) -> str:
 
 
 @contextmanager
-def _explained(max_step_tokens: int, max_running: int) -> Iterator[None]:
+def explained(max_step_tokens: int, max_running: int) -> Iterator[None]:
+    """Inside, what the GPU refuses rises as an error that says what to do.
+
+    Raises:
+        InsufficientMemory: it is out of memory.
+        EngineFault: programs that wait for one another cannot all have a place.
+    """
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise InsufficientMemory(
             f"the buffers of a step do not fit beside the weights: lower max_step_tokens ({max_step_tokens}) or "
             f"max_running ({max_running}), or close what else holds the GPU's memory"
+        ) from error
+    except RuntimeError as error:
+        if _NO_PLACE not in str(error):
+            raise
+        raise EngineFault(
+            "a kernel needs all of the GPU's multiprocessors at once, and this process may not use them all: unset "
+            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE, or whatever else limits its share of the GPU"
         ) from error
