@@ -147,6 +147,10 @@ def test_importing_triode_loads_no_dependency() -> None:
     assert run_python("import sys, triode\n" + LOADED).split() == []
 
 
+def test_importing_the_engine_loads_no_numpy() -> None:
+    assert run_python("import sys, triode.engine.engine; print('numpy' in sys.modules)").split() == ["False"]
+
+
 def test_help_loads_no_torch() -> None:
     code = """
 import sys

@@ -4,7 +4,6 @@ from itertools import chain
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 
 from triode.actors.messages import Rejected, Submit, Tokenized
 from triode.ids import TokenId, pack_tokens
@@ -91,6 +90,9 @@ def encode(prompt: str | tuple[TokenId, ...] | Conversation, tokenizer: Tokenize
 
 def _pack(token_ids: tuple[TokenId, ...], vocab_size: int) -> bytes:
     """Packed, they are looked at together: one by one would take ten times as long, and a prompt's first step waits."""
+    # A tenth of a second on a loaded machine, and whoever opens no engine here never needs it.
+    import numpy as np
+
     try:
         packed = pack_tokens(token_ids)
     except OverflowError:

@@ -1,6 +1,9 @@
 """What is wrong is refused where it is given, alone, with a message that says what to change."""
 
 import math
+from collections import UserList, deque
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 import triode
 from engines import LONG_TEXT, check_nothing_is_left, complete, greedy, open_tiny
 from triode.engine.engine import Engine
+from triode.engine.request import freeze_prompt
 from triode.errors import InsufficientMemory
 
 PROMPT = "The quick brown fox."
@@ -70,6 +74,16 @@ async def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
 )
 async def test_what_is_no_prompt_is_refused(prompt: Any, message: str) -> None:
     await refused(f"^{message}$", prompt=prompt)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, deque, UserList])
+async def test_only_plain_integers_are_token_ids_in_whatever_sequence(
+    kind: Callable[[list[int]], Sequence[int]],
+) -> None:
+    complaint = r"^prompt must hold either token ids \(int\) or chat messages \(dict\), got "
+    await refused(complaint + "HTTPStatus, int$", prompt=kind([1, HTTPStatus.OK]))
+    await refused(complaint + "bool, int$", prompt=kind([1, True]))
+    assert freeze_prompt(kind([1, 2])) == (1, 2)
 
 
 @pytest.mark.parametrize(
