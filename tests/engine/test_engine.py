@@ -105,6 +105,15 @@ async def test_usage_counts_what_the_prefix_cache_saved() -> None:
         assert (again.usage.cached_tokens, ids(again)) == (48, ids(first))
 
 
+async def test_a_prompt_is_shared_from_when_its_step_is_launched() -> None:
+    async with open_gated() as (engine, gate):
+        prompt = list(range(100, 140))
+        async with engine.submit(prompt, greedy(3)), engine.submit(prompt, greedy(1)) as second:
+            await trio.testing.wait_all_tasks_blocked()
+            gate.open()
+            assert (await second.result()).usage.cached_tokens == 32
+
+
 async def test_generated_tokens_are_cached_too() -> None:
     async with open_tiny(executor="inline") as engine:
         prompt = list(range(100, 130))

@@ -197,6 +197,8 @@ class World:
         self.plans: list[StepPlan] = []
         self.aborted: set[RequestId] = set()
         self.stops: deque[Stopped] = deque()
+        self.doomed: list[RequestId] = []
+        """Cancelled while the next grant is on its way."""
         self.now_s = 0.0
         self._arrivals = 0
 
@@ -233,9 +235,12 @@ class World:
         return request_id
 
     def cancel(self, request_id: RequestId) -> None:
-        self.aborted.add(request_id)
-        self.scheduler.abort(Cancel(request_id, self.seen[request_id].tokenized.arrival))
+        self._abort(request_id)
         self.settle()
+
+    def cancel_when_granted(self, request_id: RequestId) -> None:
+        """Cancel it between the next Reserve and its answer, if it is not over by then."""
+        self.doomed.append(request_id)
 
     def set_priority(self, request_id: RequestId, priority: int) -> None:
         self.scheduler.set_priority(SetPriority(request_id, self.seen[request_id].tokenized.arrival, priority))
@@ -284,7 +289,11 @@ class World:
             if reserve is None:
                 return
             question = reserve
-        if plan := self.scheduler.plan(self.cache.reserve(question)):
+        reserved = self.cache.reserve(question)
+        while self.doomed:
+            if not self.seen[request_id := self.doomed.pop()].is_over:
+                self._abort(request_id)
+        if plan := self.scheduler.plan(reserved):
             assert sum(plan.num_query_tokens) <= self.config.max_step_tokens, "the budget is never exceeded"
             planned = {row.sequence.request.request_id for row in self.scheduler._launched[-1].rows}
             assert not planned & self.aborted, "no step after its cancellation includes a request"
@@ -292,6 +301,10 @@ class World:
             self.in_flight.append(self.runner.run(plan))
             if launched := self.scheduler.outbox.take_launched():
                 self.cache.launched(launched)
+
+    def _abort(self, request_id: RequestId) -> None:
+        self.aborted.add(request_id)
+        self.scheduler.abort(Cancel(request_id, self.seen[request_id].tokenized.arrival))
 
     def _tell(self, message: DetokenizerInbox) -> None:
         match message:

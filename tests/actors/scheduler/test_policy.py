@@ -38,13 +38,22 @@ def test_two_steps_are_launched_before_the_first_is_read() -> None:
 
 def test_a_prompt_is_cached_from_when_its_step_is_sent_and_its_output_from_when_it_ends() -> None:
     w = world(max_in_flight=2)
-    w.submit(range(30), params(40))
-    assert [plan.num_query_tokens for plan in w.plans] == [(16,), (14,)]
-    assert w.cache.statistics().num_cached_blocks == 1
-    sharing = w.submit(range(16 + 1), params(1))
+    w.submit(range(32), params(40))
+    assert [plan.num_query_tokens for plan in w.plans] == [(16,), (16,)]
+    assert w.cache.statistics().num_cached_blocks == 2, "each chunk of it"
+    sharing = w.submit(range(32 + 1), params(1))
     w.run_to_the_end()
-    assert w.seen[sharing].num_cached_tokens == 16
-    assert w.cache.statistics().num_cached_blocks == (30 + 40 - 1) // 16
+    assert w.seen[sharing].num_cached_tokens == 32
+    assert w.cache.statistics().num_cached_blocks == (32 + 40 - 1) // 16
+    w.check_at_rest()
+
+
+def test_blocks_that_were_granted_but_never_computed_are_not_cached() -> None:
+    w = world(max_in_flight=1)
+    w.cancel_when_granted(w.submit(range(64), params()))
+    w.run_to_the_end()
+    assert [plan.num_query_tokens for plan in w.plans] == [(16,)], "the second chunk had blocks but no step"
+    assert w.cache.statistics().num_cached_blocks == 1
     w.check_at_rest()
 
 
