@@ -181,9 +181,9 @@ class CudaRunner:
         shape = None if reads_hidden else prefill_shape(num_tokens, len(plan.slots), steps.max_rows)
         with self._host.lock:
             packed = self._host.pack(plan, slot_R, start_R, end_R, shape)
+        steps.copy_blocks(plan.copies)
+        begun = self._gpu.mark()
         if shape is not None:
-            steps.copy_blocks(plan.copies)
-            begun = self._gpu.mark()
             logits_QV = steps.prefill(packed, self._changes)
             return self._finish(
                 steps,
@@ -194,8 +194,6 @@ class CudaRunner:
                 lambda: Ends(end_R[packed.sampled], steps.ends_prefill(packed)),
                 lambda: steps.sample_prefill(packed),
             )
-        steps.copy_blocks(plan.copies)
-        begun = self._gpu.mark()
         arrays = steps.upload(packed, self._changes)
         hidden_TD = steps.compute(packed, arrays)
         # Both read hidden states and wait; the head's buffer is theirs until the sampling rows take it.
