@@ -31,10 +31,11 @@ def read_step(launch: Launch, result: StepResult, outbox: Outbox) -> Reading:
     tokens: list[_NewToken] = []
     logprobs: list[TokenLogprobs | None] = []
     first = 0
-    rows = zip(launch.rows, launch.epochs, result.num_accepted, strict=True)
-    for index, (row, epoch, num_accepted) in enumerate(rows):
+    rows = zip(launch.rows, result.slots, launch.epochs, result.num_accepted, strict=True)
+    for index, (row, slot, epoch, num_accepted) in enumerate(rows):
         row.sequence.num_in_flight -= 1
-        if row.sequence.slot is not None and row.sequence.epoch == epoch:
+        # Epochs count within a slot: another slot may have the same.
+        if row.sequence.slot == slot and row.sequence.epoch == epoch:
             _score_prompt(row, index, result, outbox)
             if row.output is Output.HIDDEN:
                 _read_embedding(row, index, result, outbox, reading.ended)

@@ -99,6 +99,22 @@ def test_what_a_lost_slot_returns_is_dropped_even_if_the_sequence_has_another() 
     w.check_at_rest()
 
 
+def test_what_a_lost_slot_returns_is_dropped_even_if_the_next_one_has_the_same_epoch() -> None:
+    w = world(max_running=5, max_step_tokens=14, num_blocks=6, max_in_flight=4)
+    w.submit(range(34), params(8, guide=Regex("a")))
+    w.retire()
+    loser = w.submit(range(1000, 1027), params(9, guide=Regex("a")), stop_token_ids=(3, 7, 11))
+    w.retire()
+    w.retire()
+    w.submit(range(2000, 2010), params(7, guide=Regex("a")), priority=-2)
+    w.submit(range(3000, 3009), params(9, guide=Regex("a")))
+    w.run_to_the_end()
+    admissions = [admission for plan in w.plans for admission in plan.admissions if len(admission.token_ids) >= 27]
+    assert [(a.slot, a.epoch) for a in admissions][1:] == [(1, 1), (2, 1)], "preempted, and admitted elsewhere"
+    assert w.seen[loser].is_over
+    w.check_at_rest()
+
+
 def test_a_stop_token_ends_the_output_and_drops_what_was_launched_beyond() -> None:
     w = world()
     request = w.submit(range(5), params(50), stop_token_ids=tuple(range(0, 50, 3)))
