@@ -74,6 +74,8 @@ class Scheduler:
         # No candidate found memory; and no row at all did. Both end with the next event that may free some.
         self._is_blocked = False
         self._is_stalled = False
+        # Such an event has come since the cache manager was asked: its refusals are out of date.
+        self._is_outdated = False
         self._launched: deque[Launch] = deque()
         self._next_step = 0
         self._num_preemptions = 0
@@ -174,17 +176,18 @@ class Scheduler:
     def plan(self, reserved: Reserved) -> StepPlan | None:
         """The step that the granted rows make; None when nothing is left to compute."""
         self._is_asking = False
+        is_outdated = self._is_outdated
         for sequence_id in reserved.preempted:
             self._preempt(sequence_id)
         granted = [want for want, is_granted in zip(self._wants, reserved.granted, strict=True) if is_granted]
         refused = [want for want, is_granted in zip(self._wants, reserved.granted, strict=True) if not is_granted]
-        if any(want.sequence.slot is None for want in refused):
+        if not is_outdated and any(want.sequence.slot is None for want in refused):
             self._is_blocked = True
         # A sequence may have ended since the question was asked.
         rows = [want for want in granted if want.sequence.is_active]
         if rows:
             return self._launch(rows, reserved)
-        if refused and not granted:
+        if refused and not granted and not is_outdated:
             self._stall(refused)
         return None
 
@@ -193,6 +196,7 @@ class Scheduler:
         launch = self._launched.popleft()
         assert launch.step_id == result.step_id, f"step {launch.step_id} retires, but the result is of {result.step_id}"
         self._is_stalled = False
+        self._is_outdated = True
         reading = read_step(launch, result, self.outbox)
         for sequence in reading.ended:
             self._leave(sequence, RequestStatus.FINISHED)
@@ -227,6 +231,7 @@ class Scheduler:
         if not self._wants:
             return None
         self._is_asking = True
+        self._is_outdated = False
         return build_reserve(StepId(self._next_step), self._wants, running, now_s)
 
     def _launch(self, rows: list[Want], reserved: Reserved) -> StepPlan:
@@ -314,3 +319,4 @@ class Scheduler:
     def _unblock(self) -> None:
         self._is_blocked = False
         self._is_stalled = False
+        self._is_outdated = True

@@ -328,6 +328,17 @@ def test_a_cancelled_request_returns_its_blocks_when_its_last_step_retires() -> 
     w.check_at_rest()
 
 
+def test_who_was_refused_while_another_was_cancelled_asks_again() -> None:
+    w = world(max_step_tokens=64, num_blocks=6, max_in_flight=1)
+    first, second = w.submit(range(40), params(20)), w.submit(range(100, 150), params(20))
+    w.cancel_when_granted(first)
+    w.retire()
+    assert w.seen[first].ended is not None
+    assert not w.seen[second].is_over
+    w.run_to_the_end()
+    w.check_at_rest()
+
+
 def test_cancelling_twice_or_after_the_end_changes_nothing() -> None:
     w = world()
     request = w.submit([1], params(2))

@@ -96,6 +96,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not self.world.seen[request].is_over:
             self.world.cancel(request)
 
+    @rule(request=consumes(requests))
+    def cancel_when_granted(self, request: RequestId) -> None:
+        self.world.cancel_when_granted(request)
+
     @rule(request=requests, priority=st.integers(-2, 2))
     def set_priority(self, request: RequestId, priority: int) -> None:
         self.world.set_priority(request, priority)
