@@ -114,6 +114,16 @@ class Actors:
                         self.log.append(("opened", 0))
 
 
+async def play_alone(actors: Actors, max_tokens: int) -> None:
+    """One request, from its coming to its end."""
+    async with trio.open_nursery() as nursery:
+        for task in actors.tasks:
+            nursery.start_soon(task)
+        actors.submit(0, max_tokens=max_tokens)
+        await actors.run_to_the_end()
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("max_in_flight", [1, 2])
 async def test_the_executor_has_its_plan_before_the_cache_takes_the_prompt_in(max_in_flight: int) -> None:
     for _ in range(20):
@@ -148,12 +158,7 @@ async def test_a_steps_tokens_are_passed_on_when_its_successor_has_been_launched
 
 async def test_tokens_wait_for_one_plan_only_however_fast_the_device_is() -> None:
     actors = Actors(2, is_instant=True)
-    async with trio.open_nursery() as nursery:
-        for task in actors.tasks:
-            nursery.start_soon(task)
-        actors.submit(0, max_tokens=40)
-        await actors.run_to_the_end()
-        nursery.cancel_scope.cancel()
+    await play_alone(actors, max_tokens=40)
     num_steps = sum(what == "launched" for what, _ in actors.log)
     assert num_steps == 40
     for step in range(num_steps - 4):
@@ -162,23 +167,13 @@ async def test_tokens_wait_for_one_plan_only_however_fast_the_device_is() -> Non
 
 async def test_a_request_is_opened_before_its_first_step_ends() -> None:
     actors = Actors(2)
-    async with trio.open_nursery() as nursery:
-        for task in actors.tasks:
-            nursery.start_soon(task)
-        actors.submit(0, max_tokens=3)
-        await actors.run_to_the_end()
-        nursery.cancel_scope.cancel()
+    await play_alone(actors, max_tokens=3)
     assert actors.log.index(("opened", 0)) < actors.log.index(("read", 0))
 
 
 async def test_a_first_plan_is_on_its_way_before_anybody_hears_of_its_request() -> None:
     actors = Actors(2)
-    async with trio.open_nursery() as nursery:
-        for task in actors.tasks:
-            nursery.start_soon(task)
-        actors.submit(0, max_tokens=1)
-        await actors.run_to_the_end()
-        nursery.cancel_scope.cancel()
+    await play_alone(actors, max_tokens=1)
     told = [entry for entry in actors.log if entry[0] != "settled"]
     assert told == [("launched", 0), ("opened", 0), ("read", 0)]
 
