@@ -7,8 +7,9 @@ from paged_sequences import PagedSequences, attention_oracle, paged_sequences, r
 
 pytest.importorskip("triton")
 
+from attended_rows import attended_rows
 from triode.kernels.gpu_traits import GpuTraits
-from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
+from triode.kernels.paged_attention.gpu import AttentionWorkspace
 from triode.kernels.paged_attention.tiles import AttentionTile
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
@@ -26,25 +27,8 @@ def attend(
     workspace = AttentionWorkspace.allocate(num_programs, 9, 128, head_dim, rows.q_TNH.device)
     workspace.state_WSM2.fill_(torch.nan)
     workspace.partial_WSMH.fill_(torch.nan)
-    out = torch.full_like(rows.q_TNH, torch.nan)
-    paged_attention(
-        rows.q_TNH,
-        rows.key_PBKH,
-        rows.value_PBKH,
-        rows.block_table_RC,
-        rows.query_start_R1,
-        rows.start_R,
-        out,
-        scale=rows.scale,
-        max_query_tokens=rows.max_query_tokens,
-        traits=GpuTraits.of(rows.q_TNH.device),
-        window_tokens=window_tokens,
-        num_splits=num_splits,
-        workspace=workspace,
-        tile=tile,
-    )
-    assert not workspace.arrivals_W.any()
-    return out
+    traits = GpuTraits.of(rows.q_TNH.device)
+    return attended_rows(rows, traits, workspace, window_tokens=window_tokens, num_splits=num_splits, tile=tile)
 
 
 @pytest.mark.parametrize("window_tokens", [0, 1000])

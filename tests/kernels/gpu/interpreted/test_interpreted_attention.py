@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from attended_rows import attended_rows
 from paged_sequences import PagedSequences, attention_oracle, paged_sequences, relative_error
 from triode.kernels.gpu_traits import INTERPRETER
 from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
@@ -26,26 +27,14 @@ def attend(
     tile: AttentionTile | None = None,
     workspace: AttentionWorkspace | None = None,
 ) -> torch.Tensor:
-    workspace = workspace or workspace_of(rows)
-    out = torch.full_like(rows.q_TNH, torch.nan)
-    paged_attention(
-        rows.q_TNH,
-        rows.key_PBKH,
-        rows.value_PBKH,
-        rows.block_table_RC,
-        rows.query_start_R1,
-        rows.start_R,
-        out,
-        scale=rows.scale,
-        max_query_tokens=rows.max_query_tokens,
-        traits=INTERPRETER,
+    return attended_rows(
+        rows,
+        INTERPRETER,
+        workspace or workspace_of(rows),
         window_tokens=window_tokens,
         num_splits=num_splits,
-        workspace=workspace,
         tile=tile,
     )
-    assert not workspace.arrivals_W.any()
-    return out
 
 
 @pytest.mark.parametrize(
