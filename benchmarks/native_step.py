@@ -79,6 +79,7 @@ def batch_of(test: Test, config: ModelConfig, row_multiple: int) -> StepBatch:
         block_size_tokens=BLOCK_SIZE_TOKENS,
         row_multiple=row_multiple,
         device=CPU,
+        num_wanted_R=np.ones(test.rows, np.int64),
     )
 
 
@@ -99,10 +100,8 @@ def pool_for(test: Test, config: ModelConfig, dtype: torch.dtype) -> KVPool:
 
 
 def step_s(decoder: StepProgram, batch: StepBatch, pool: KVPool) -> float:
-    last_R = torch.from_numpy(batch.rows.query_start_R1[1:] - 1)
     start_s = perf_counter()
-    hidden_TD = decoder.forward(batch, pool.keys, pool.values)
-    decoder.logits(hidden_TD[last_R])
+    decoder.logits(decoder.forward(batch, pool.keys, pool.values))
     return perf_counter() - start_s
 
 

@@ -180,17 +180,14 @@ class AheadRunner(EagerRunner):
 
     def _order(self, plan: StepPlan, rows: RowSet, start_s: float) -> _Flight:
         batch = self._pack(plan, rows)
-        last_R = batch.rows.query_start_R1[1:] - 1
-        pending = self._pending(plan, rows, last_R)
+        pending = self._pending(plan, rows, batch.rows.query_start_R1[1:] - 1)
         before = self._unsettled[-1].step if self._unsettled else None
-        sampled_S = last_R[rows.sampled].astype(np.int64)
-        pool = self._pool
-        step, decoding = self._native.order(batch, pool.keys, pool.values, sampled_S, pending, before)
+        step, decoding = self._native.order(batch, self._pool.keys, self._pool.values, pending, before)
         token_of = {rows.states[row]: index for index, row in enumerate(rows.sampled)}
         flight = _Flight(plan, rows, step, time.perf_counter() - start_s, token_of)
         self._unsettled.append(flight)
         if decoding is not None:
-            self._run = _Run(decoding, flight, pool.block_size_tokens)
+            self._run = _Run(decoding, flight, self._pool.block_size_tokens)
         return flight
 
     def _go_on(self, plan: StepPlan, run: _Run, start_s: float) -> _Flight:

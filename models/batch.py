@@ -4,10 +4,14 @@ A step mixes rows that decode one token with rows that prefill a chunk. Their qu
 the other, so that every operation but attention sees one matrix of T tokens and no rows at all.
 
     T packed query tokens, padding included     R rows     C blocks in the longest table     B block size     P = 1
+    W query tokens whose hidden states are wanted
 
 The packed tokens are padded to a multiple that the kernels name (`Kernels.row_multiple`), once a step instead of once
 a matrix product. A padding token is token 0 at position 0; it is written to block 0, which belongs to nobody, and no
 row's attention sees it.
+
+Behind the last layer's keys and values only those tokens are computed whose hidden states somebody reads: the last one of a
+row that samples, all of a row whose prompt is scored or embedded, none of a chunk in the middle of a prompt.
 """
 
 from dataclasses import dataclass
@@ -33,11 +37,19 @@ class StepBatch:
     """int64: `block * B + offset`, where the token's key and value are stored in every layer."""
     rows: AttentionRows
     """Which tokens attend to which blocks."""
+    wanted_start_R1: IntArray
+    """int64: of row r the last `wanted_start_R1[r + 1] - wanted_start_R1[r]` query tokens are wanted, and these are their
+    places among all W."""
 
     @property
     def num_tokens(self) -> int:
         """Query tokens without padding."""
         return self.rows.num_tokens
+
+    @property
+    def num_wanted(self) -> int:
+        """W."""
+        return int(self.wanted_start_R1[-1])
 
 
 def build_batch(
@@ -49,6 +61,7 @@ def build_batch(
     block_size_tokens: int,
     row_multiple: int,
     device: torch.device,
+    num_wanted_R: IntArray | None = None,
 ) -> StepBatch:
     """A batch from host arrays.
 
@@ -60,6 +73,7 @@ def build_batch(
         block_size_tokens: B.
         row_multiple: T becomes a multiple of this.
         device: where the tensors go.
+        num_wanted_R: of how many of each row's last query tokens the hidden states are wanted; None for all.
     """
     num_tokens = len(token_ids_T)
     if num_tokens == 0 or num_tokens != int(num_query_R.sum()):
@@ -88,4 +102,8 @@ def build_batch(
         block_table_RC=np.asarray(block_table_RC, np.int64),
         block_size_tokens=block_size_tokens,
     )
-    return StepBatch(index_3T[0], index_3T[1:2], index_3T[2], rows)
+    wanted_start_R1 = query_start_R1
+    if num_wanted_R is not None and not np.array_equal(num_wanted_R, num_query_R):
+        wanted_start_R1 = np.zeros_like(query_start_R1)
+        np.cumsum(num_wanted_R, out=wanted_start_R1[1:])
+    return StepBatch(index_3T[0], index_3T[1:2], index_3T[2], rows, wanted_start_R1)

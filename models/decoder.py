@@ -1,13 +1,17 @@
 """Decoder: packed tokens in, hidden states out, for every family that `ModelConfig` describes.
 
-T packed tokens     R rows     D hidden     V vocab     P blocks     B block size     K KV heads     H head dim
+T packed tokens     R rows     W wanted tokens     D hidden     V vocab     P blocks     B block size     K KV heads     H head dim
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from triode.kernels.dispatch import Kernels
+from triode.kernels.paged_attention.reference import Attend
+from triode.kernels.paged_attention.rows import AttentionRows
 from triode.kernels.sample.reference import greedy
 from triode.kernels.threads import cpu_threads
 from triode.models.batch import StepBatch
@@ -67,7 +71,7 @@ class Decoder:
             values_PBKH: each layer's values.
 
         Returns:
-            The hidden states after the final norm, [T, D] without the padding.
+            The hidden states after the final norm that the batch wants, [W, D].
         """
         with cpu_threads(self._num_threads(len(batch.token_ids_T))):
             return self._forward(batch, keys_PBKH, values_PBKH)
@@ -84,11 +88,15 @@ class Decoder:
         self, batch: StepBatch, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         context = self._context(batch)
+        contexts = [context] * len(self._layers)
+        if batch.num_wanted < batch.num_tokens:
+            contexts[-1] = self._last_context(batch, context)
         residual_TD = torch.nn.functional.embedding(batch.token_ids_T, self._embed_VD)
-        for layer, key_PBKH, value_PBKH in zip(self._layers, keys_PBKH, values_PBKH, strict=True):
-            residual_TD = layer(residual_TD, key_PBKH, value_PBKH, context)
+        for layer, key_PBKH, value_PBKH, own in zip(self._layers, keys_PBKH, values_PBKH, contexts, strict=True):
+            residual_TD = layer(residual_TD, key_PBKH, value_PBKH, own)
+        # Those that are wanted, by now, and padding.
         hidden_TD = self.kernels.rms_norm(residual_TD, self._final_norm_D, self.config.rms_norm_eps)
-        return hidden_TD[: batch.num_tokens]
+        return hidden_TD[: batch.num_wanted]
 
     def likeliest(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """The token with the largest logit of each row, [R]."""
@@ -96,15 +104,34 @@ class Decoder:
 
     def _context(self, batch: StepBatch) -> StepContext:
         position_T = batch.positions_PT[0]
-        attends = {
-            window: self.kernels.plan_attention(
-                batch.rows,
-                num_heads=self.config.num_heads,
-                num_kv_heads=self.config.num_kv_heads,
-                head_dim=self.config.head_dim,
-                window=window,
-                device=self.device,
-            )
-            for window in self._windows
-        }
+        attends = {window: self._attend(batch.rows, window) for window in self._windows}
         return StepContext(self.rope.cos_XU[position_T], self.rope.sin_XU[position_T], batch.slot_T, attends)
+
+    def _last_context(self, batch: StepBatch, context: StepContext) -> StepContext:
+        """For the last layer, behind whose keys and values only wanted tokens are computed."""
+        num_wanted_R = np.diff(batch.wanted_start_R1)
+        end_R, (row_S,) = batch.rows.query_start_R1[1:], num_wanted_R.nonzero()
+        # Padded as a step is, with whatever the first token has.
+        token_W = np.zeros(-(-batch.num_wanted // self.kernels.row_multiple) * self.kernels.row_multiple, np.int64)
+        token_W[: batch.num_wanted] = np.arange(batch.num_wanted) + np.repeat(
+            end_R - batch.wanted_start_R1[1:], num_wanted_R
+        )
+        rows = AttentionRows(
+            query_start_R1=np.append(0, batch.wanted_start_R1[1:][row_S]),
+            start_R=(batch.rows.start_R + np.diff(batch.rows.query_start_R1) - num_wanted_R)[row_S],
+            block_table_RC=batch.rows.block_table_RC[row_S],
+            block_size_tokens=batch.rows.block_size_tokens,
+        )
+        window = self.config.window_tokens(self.config.num_layers - 1)
+        attends = {window: self._attend(rows, window)}
+        return replace(context, going_on_W=torch.from_numpy(token_W).to(self.device), attends=attends)
+
+    def _attend(self, rows: AttentionRows, window: int | None) -> Attend:
+        return self.kernels.plan_attention(
+            rows,
+            num_heads=self.config.num_heads,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            window=window,
+            device=self.device,
+        )

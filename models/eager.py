@@ -6,7 +6,8 @@ that a step packs token ids, positions and block tables and nothing else.
 
 A plan that contradicts the slots is a bug of ours: AssertionError.
 
-    T packed query tokens        R rows        D hidden        V vocabulary        C blocks in the longest table
+    T packed query tokens    W of them whose hidden states are wanted    R rows    D hidden    V vocabulary
+    C blocks in the longest table
 """
 
 import time
@@ -51,6 +52,10 @@ class RowSet:
         self.scored = [row for row, output in enumerate(plan.outputs) if output in _SCORING]
         self.pooled = [row for row, output in enumerate(plan.outputs) if output is Output.HIDDEN]
         self.sampling = SampledRows([self.states[row] for row in self.sampled], device) if self.sampled else None
+        self.most_wanted_R = np.zeros(len(plan.slots), np.int64)
+        """Of how many of its last query tokens each row needs the hidden states, if it has so many."""
+        self.most_wanted_R[self.sampled] = 1
+        self.most_wanted_R[self.scored + self.pooled] = np.iinfo(np.int64).max
 
 
 def _row_key(plan: StepPlan) -> tuple[tuple[SlotId, ...], tuple[int, ...], tuple[Output, ...]]:
@@ -134,15 +139,15 @@ class EagerRunner:
         if rows.sampling is not None:
             rows.sampling.begin()
         prepared_s = time.perf_counter()
-        hidden_TD = self._decoder.forward(batch, self._pool.keys, self._pool.values)
-        samples, logits_RV = self._head(hidden_TD, batch, rows)
+        hidden_WD = self._decoder.forward(batch, self._pool.keys, self._pool.values)
+        samples, logits_RV = self._head(hidden_WD, batch, rows)
         computed_s = time.perf_counter()
         if logits_RV is not None:
             assert rows.sampling is not None, "logits are computed of rows that sample"
             with cpu_threads(self._sampling_threads):
                 samples = sample(logits_RV, rows.sampling)
-        prompt_logprobs = self._score_prompts(hidden_TD, batch, rows, plan)
-        embeddings = self._pool_hidden(hidden_TD, batch, rows, plan)
+        prompt_logprobs = self._score_prompts(hidden_WD, batch, rows, plan)
+        embeddings = self._pool_hidden(hidden_WD, batch, rows, plan)
         forced = {} if samples is None else append_samples(samples, rows)
         end_s = time.perf_counter()
         self._count(plan, rows, prepared_s - start_s, computed_s - prepared_s, end_s - computed_s)
@@ -196,6 +201,7 @@ class EagerRunner:
             block_size_tokens=self._pool.block_size_tokens,
             row_multiple=self._decoder.kernels.row_multiple,
             device=self._decoder.device,
+            num_wanted_R=np.minimum(num_query_R, rows.most_wanted_R),
         )
 
     def _token_ids(self, slot_R: IntArray, start_R: IntArray, end_R: IntArray) -> IntArray:
@@ -206,20 +212,21 @@ class EagerRunner:
         return np.concatenate([tokens_SC[slot, start:end] for slot, start, end in rows])
 
     def _head(
-        self, hidden_TD: torch.Tensor, batch: StepBatch, rows: RowSet
+        self, hidden_WD: torch.Tensor, batch: StepBatch, rows: RowSet
     ) -> tuple[Samples | None, torch.Tensor | None]:
         """What the rows get that sample, if their likeliest tokens are all they want, and otherwise their logits."""
         if rows.sampling is None:
             return None, None
-        if len(rows.sampled) < len(hidden_TD):
-            last_T = torch.from_numpy(batch.rows.query_start_R1[1:] - 1)
-            hidden_TD = hidden_TD[last_T[rows.sampled].to(hidden_TD.device)]
+        hidden_RD = hidden_WD
+        if len(rows.sampled) < len(hidden_WD):
+            last_R = torch.from_numpy(batch.wanted_start_R1[1:] - 1)
+            hidden_RD = hidden_WD[last_R[rows.sampled].to(hidden_WD.device)]
         if rows.sampling.takes_likeliest:
-            return likeliest(self._decoder.likeliest(hidden_TD).tolist()), None
-        return None, self._decoder.logits(hidden_TD)
+            return likeliest(self._decoder.likeliest(hidden_RD).tolist()), None
+        return None, self._decoder.logits(hidden_RD)
 
     def _score_prompts(
-        self, hidden_TD: torch.Tensor, batch: StepBatch, rows: RowSet, plan: StepPlan
+        self, hidden_WD: torch.Tensor, batch: StepBatch, rows: RowSet, plan: StepPlan
     ) -> tuple[tuple[TokenLogprobs, ...], ...] | None:
         if not rows.scored:
             return None
@@ -227,14 +234,14 @@ class EagerRunner:
         for row in rows.scored:
             start, num_query = plan.start_positions[row], plan.num_query_tokens[row]
             next_ids = rows.states[row].tokens[start + 1 : start + num_query + 1].tolist()
-            first = int(batch.rows.query_start_R1[row])
+            first = int(batch.wanted_start_R1[row])
             num_alternatives = rows.states[row].params.prompt_logprobs
             assert num_alternatives is not None, "a row is scored that asked for no prompt_logprobs"
-            scores[row] = score_positions(hidden_TD[first:], next_ids, num_alternatives, self._decoder.logits)
+            scores[row] = score_positions(hidden_WD[first:], next_ids, num_alternatives, self._decoder.logits)
         return tuple(scores)
 
     def _pool_hidden(
-        self, hidden_TD: torch.Tensor, batch: StepBatch, rows: RowSet, plan: StepPlan
+        self, hidden_WD: torch.Tensor, batch: StepBatch, rows: RowSet, plan: StepPlan
     ) -> tuple[tuple[float, ...], ...] | None:
         if not rows.pooled:
             return None
@@ -242,8 +249,8 @@ class EagerRunner:
         for row in rows.pooled:
             pooled = self._pooled.setdefault(plan.slots[row], PooledHidden(rows.states[row].pooling))
             assert pooled.num_positions == plan.start_positions[row], "pooled positions are consecutive"
-            first = int(batch.rows.query_start_R1[row])
-            pooled.add(hidden_TD[first : first + plan.num_query_tokens[row]])
+            first = int(batch.wanted_start_R1[row])
+            pooled.add(hidden_WD[first : first + plan.num_query_tokens[row]])
             if pooled.num_positions == rows.states[row].num_tokens:
                 embeddings[row] = pooled.result()
         return tuple(embeddings)

@@ -1,7 +1,7 @@
 """One transformer layer, bound to its weights and kernels.
 
 T packed tokens     D hidden     N query heads     K KV heads     H head dim     U = H / 2
-P blocks     B block size     E = (N + 2 K) H     F intermediate
+P blocks     B block size     E = (N + 2 K) H     F intermediate     W tokens that go on behind the cache: T, or fewer
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ class StepContext:
     sin_TU: torch.Tensor
     slot_T: torch.Tensor
     attends: dict[int | None, Attend]
-    """Sliding window, or None, to its attention."""
+    """Sliding window, or None, to the attention of the tokens that go on."""
+    going_on_W: torch.Tensor | None = None
+    """Which tokens have more computed of them than keys and values, padding included; None for all."""
 
 
 class Attention:
@@ -49,7 +51,11 @@ class Attention:
         value_PBKH: torch.Tensor,
         context: StepContext,
     ) -> torch.Tensor:
-        """Store the tokens' keys and values, attend to the cache, and add what comes out to the residual."""
+        """Store the tokens' keys and values. Those that go on attend to the cache, and add what comes out to their residual.
+
+        Returns:
+            Their residual stream, [W, D].
+        """
         kernels, N, K = self._kernels, self._num_heads, self._num_kv_heads
         qkv_TJH = self._qkv(x_TD).unflatten(-1, (N + 2 * K, self._head_dim))
         q_TNH, k_TKH, v_TKH = qkv_TJH.split((N, K, K), dim=1)
@@ -58,8 +64,12 @@ class Attention:
             k_TKH.copy_(kernels.rms_norm(k_TKH, self._k_norm_H, self._eps))
         kernels.rotary(qkv_TJH[:, : N + K], context.cos_TU, context.sin_TU)
         kernels.store_kv(k_TKH, v_TKH, key_PBKH, value_PBKH, context.slot_T)
-        out_TNH = context.attends[self._window](q_TNH, key_PBKH, value_PBKH, self._scale)
-        return self._add_o(out_TNH.flatten(1), residual_TD)
+        if context.going_on_W is not None:
+            q_TNH, residual_TD = q_TNH[context.going_on_W], residual_TD[context.going_on_W]
+        if not len(residual_TD):
+            return residual_TD
+        out_WNH = context.attends[self._window](q_TNH, key_PBKH, value_PBKH, self._scale)
+        return self._add_o(out_WNH.flatten(1), residual_TD)
 
 
 class Mlp:
@@ -88,8 +98,10 @@ class Layer:
     def __call__(
         self, residual_TD: torch.Tensor, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, context: StepContext
     ) -> torch.Tensor:
-        """The residual stream behind this layer; the one given may be overwritten."""
+        """The residual stream behind this layer of the tokens that go on, [W, D]; the one given may be overwritten."""
         x_TD = self._rms_norm(residual_TD, self._input_norm_D, self._eps)
-        residual_TD = self._attention(x_TD, residual_TD, key_PBKH, value_PBKH, context)
-        x_TD = self._rms_norm(residual_TD, self._post_norm_D, self._eps)
-        return self._mlp(x_TD, residual_TD)
+        residual_WD = self._attention(x_TD, residual_TD, key_PBKH, value_PBKH, context)
+        if not len(residual_WD):
+            return residual_WD
+        x_WD = self._rms_norm(residual_WD, self._post_norm_D, self._eps)
+        return self._mlp(x_WD, residual_WD)

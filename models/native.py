@@ -4,7 +4,8 @@ It takes and gives what `Decoder` does. Its numbers differ from the torch kernel
 logits are float32 throughout, sums run in another order), and keep the same promise: a token's result depends on its own
 sequence alone.
 
-    T packed tokens     R rows     D hidden     V vocab     P blocks     B block size     K KV heads     H head dim
+    T packed tokens     R rows     W wanted tokens     D hidden     V vocab     P blocks     B block size     K KV heads
+    H head dim
 """
 
 import ctypes
@@ -20,7 +21,7 @@ from triode.kernels.native.library import BatchStruct, NativeLibrary, OrderStruc
 from triode.kernels.native.team import Team
 from triode.models.batch import StepBatch
 from triode.models.config import ModelConfig
-from triode.models.ordered import DecodingRun, Indices, OrderBook, OrderedStep, PendingTokens, Results
+from triode.models.ordered import DecodingRun, OrderBook, OrderedStep, PendingTokens, Results
 from triode.models.packed import ALIGNMENT_BYTES, PANEL, PackedModel, rounded_up
 from triode.models.quantization import NOT_QUANTIZED, WeightPlan
 from triode.models.weights import DecoderWeights, LayerWeights
@@ -104,19 +105,19 @@ class NativeDecoder:
             values_PBKH: each layer's values.
 
         Returns:
-            The hidden states after the final norm, [T, D].
+            The hidden states after the final norm that the batch wants, [W, D].
 
         Raises:
             ValueError: the batch's arrays contradict each other or name what does not exist; nothing was computed.
         """
         self._wait()
-        batch_struct, hidden_TD, kept = self._batch(batch, keys_PBKH, values_PBKH)
+        batch_struct, hidden_WD, kept = self._batch(batch, keys_PBKH, values_PBKH)
         team = self._current_team()
-        scratch = self._working_memory(len(hidden_TD), team.num_threads)
+        scratch = self._working_memory(batch_struct.num_tokens, team.num_threads)
         self._library.forward(self._model, batch_struct, scratch, team.handle)
         # What the struct points to was needed until here.
         del kept
-        return hidden_TD
+        return hidden_WD
 
     def begin_orders(self) -> None:
         """Start the thread that `order` needs, if it has not been started.
@@ -132,49 +133,44 @@ class NativeDecoder:
         batch: StepBatch,
         keys_PBKH: Sequence[torch.Tensor],
         values_PBKH: Sequence[torch.Tensor],
-        sampled_S: Indices,
         pending: PendingTokens,
         before: OrderedStep | None,
     ) -> tuple[OrderedStep, DecodingRun | None]:
-        """Have a step computed when those before it are done, and the likeliest tokens of some of its queries found.
+        """Have a step computed when those before it are done, and the likeliest tokens behind those that the batch wants.
 
         Args:
             batch: as for `forward`; tokens that are pending may be anything. The library may change its arrays.
             keys_PBKH: as for `forward`.
             values_PBKH: as for `forward`.
-            sampled_S: the indices of the query tokens after which one is wanted, int64.
             pending: those of its tokens that the order before it finds.
             before: that order; None if none is pending.
 
         Returns:
-            What `wait` takes, and, if each row has one query token and wants the next one, what goes on from there.
+            What `wait` takes, and, if each row has one query token, which is wanted, what goes on from there.
         """
         self.begin_orders()
         assert self._orders is not None, "orders have begun"
-        batch_struct, hidden_TD, kept = self._batch(batch, keys_PBKH, values_PBKH)
-        team, num_sampled = self._current_team(), len(sampled_S)
-        hidden_SD, results = torch.empty_like(hidden_TD[:num_sampled]), Results(num_sampled)
+        batch_struct, hidden_WD, kept = self._batch(batch, keys_PBKH, values_PBKH)
+        team, num_tokens, num_wanted = self._current_team(), batch_struct.num_tokens, len(hidden_WD)
+        results = Results(num_wanted)
         struct = OrderStruct(
             model=ctypes.pointer(self._model),
             batch=batch_struct,
-            scratch=self._working_memory(len(hidden_TD), team.num_threads),
+            scratch=self._working_memory(num_tokens, team.num_threads),
             team=team.handle,
             num_pending=len(pending.index_N),
             token_ids=batch_struct.token_ids,
             pending=pending.index_N.ctypes.data,
             sources=pending.source_N.ctypes.data,
             previous_tokens=None if before is None else before.token_S.ctypes.data,
-            num_sampled=num_sampled,
-            sampled=sampled_S.ctypes.data,
-            sampled_hidden=hidden_SD.data_ptr(),
         )
         results.fill(struct)
         previous = None if before is None else before.token_S
         memory = (self._memory, self._scratch, team, keys_PBKH, values_PBKH)
-        everything = (kept, memory, batch, hidden_TD, hidden_SD, sampled_S, pending, previous, results)
+        everything = (kept, memory, batch, hidden_WD, pending, previous, results)
         step = OrderedStep(results.token_S, results.outcome, everything)
         self._orders.submit(step, struct)
-        if not len(batch.rows.start_R) == len(hidden_TD) == num_sampled:
+        if not len(batch.rows.start_R) == num_tokens == num_wanted:
             return step, None
         table_RC = batch.rows.block_table_RC
         assert table_RC.flags.c_contiguous, "the library reads the table to which the run adds blocks, not a copy"
@@ -222,19 +218,23 @@ class NativeDecoder:
     def _batch(
         self, batch: StepBatch, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]
     ) -> tuple[BatchStruct, torch.Tensor, tuple[object, ...]]:
-        """A step's struct, its hidden states [T, D], and what must live as long as the struct."""
+        """A step's struct, the hidden states that it wants [W, D], and what must live as long as the struct."""
         self._bind_pool(keys_PBKH, values_PBKH)
         rows = batch.rows
         num_tokens, num_rows = len(batch.token_ids_T), len(rows.start_R)
-        lengths = (batch.positions_PT.numel(), len(batch.slot_T), len(rows.query_start_R1), len(rows.block_table_RC))
-        if lengths != (num_tokens, num_tokens, num_rows + 1, num_rows):
+        ends = (len(rows.query_start_R1), len(batch.wanted_start_R1))
+        lengths = (batch.positions_PT.numel(), len(batch.slot_T), *ends, len(rows.block_table_RC))
+        if lengths != (num_tokens, num_tokens, num_rows + 1, num_rows + 1, num_rows):
             raise ValueError(
-                "batch must have a position and a slot for each token, and an end and a block table for each row, "
+                "batch must have a position and a slot for each token, and two ends and a block table for each row, "
                 f"got {lengths} of them for {num_tokens} tokens in {num_rows} rows"
             )
-        hidden_TD = torch.empty(num_tokens, self.config.hidden_size, dtype=self.dtype)
-        arrays = [np.ascontiguousarray(a) for a in (rows.query_start_R1, rows.start_R, rows.block_table_RC)]
-        query_start_R1, start_R, block_table_RC = arrays
+        tables = (rows.query_start_R1, rows.start_R, rows.block_table_RC, batch.wanted_start_R1)
+        arrays = [np.ascontiguousarray(table) for table in tables]
+        query_start_R1, start_R, block_table_RC, wanted_start_R1 = arrays
+        # Whatever the table says: the library refuses one that wants more than there is.
+        num_wanted = min(max(batch.num_wanted, 0), num_tokens)
+        hidden_WD = torch.empty(num_wanted, self.config.hidden_size, dtype=self.dtype)
         struct = BatchStruct(
             num_tokens=num_tokens,
             num_rows=num_rows,
@@ -250,9 +250,10 @@ class NativeDecoder:
             block_table=block_table_RC.ctypes.data,
             keys=ctypes.addressof(self._pool_addresses[0]),
             values=ctypes.addressof(self._pool_addresses[1]),
-            hidden=hidden_TD.data_ptr(),
+            wanted_start=wanted_start_R1.ctypes.data,
+            hidden=hidden_WD.data_ptr(),
         )
-        return struct, hidden_TD, (*arrays, self._pool_addresses)
+        return struct, hidden_WD, (*arrays, self._pool_addresses)
 
     def _current_team(self) -> Team:
         """As many threads as torch would use; others are started when their number changes."""

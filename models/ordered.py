@@ -3,7 +3,7 @@
 A thread of the library computes orders one after the other. The tokens that a step finds are the queries of the next one, which
 is ordered with their places left open.
 
-    S sampled rows     N tokens that the order before finds     R rows     C blocks in the longest table
+    S wanted query tokens     N tokens that the order before finds     R rows     C blocks in the longest table
 """
 
 import os
@@ -49,7 +49,7 @@ class OrderedStep:
         """`kept` is all that the order's addresses point to."""
         self.number = 0
         self.token_S = token_S
-        """The likeliest token of each sampled row, -1 where none is possible."""
+        """The likeliest token behind each wanted one, -1 where none is possible."""
         self._outcome = outcome
         self._kept = kept
 
@@ -67,8 +67,8 @@ class OrderedStep:
 class Results:
     """Memory for an order's results, and where it is."""
 
-    def __init__(self, num_sampled: int) -> None:
-        self.token_S = np.zeros(num_sampled, np.int64)
+    def __init__(self, num_wanted: int) -> None:
+        self.token_S = np.zeros(num_wanted, np.int64)
         self.outcome = Outcome()
         self._tokens = self.token_S.ctypes.data
         self._outcome = addressof(self.outcome)
@@ -87,7 +87,7 @@ class DecodingRun:
     """
 
     def __init__(self, order: OrderStruct, results: Results, kept: tuple[object, ...], table_RC: Indices) -> None:
-        """`order` is the first one, in which each row has one query token and samples; its table has room."""
+        """`order` is the first one, in which each row has one query token, which is wanted; its table has room."""
         self._order = order
         self._table_RC = table_RC
         # The library writes to one, Python reads another, and the next one is not to be either of them.

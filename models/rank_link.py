@@ -41,6 +41,7 @@ class Forward(msgspec.Struct, frozen=True, tag=True):
     query_start: bytes
     start: bytes
     block_table: bytes
+    wanted_start: bytes
 
 
 class Logits(msgspec.Struct, frozen=True, tag=True):

@@ -5,7 +5,8 @@ states want logits. Then all of them make the same call. Sums over ranks are add
 that every rank has the same hidden states, to the bit; logits of the other ranks come back by the memory that all share
 (`rank_memory.py`).
 
-    T packed tokens     R rows     D hidden     V vocab     P blocks     B block size     K KV heads     H head dim
+    T packed tokens     R rows     W wanted tokens     D hidden     V vocab     P blocks     B block size     K KV heads
+    H head dim
 """
 
 import time
@@ -87,7 +88,7 @@ class LeadProgram:
     def forward(
         self, batch: StepBatch, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """Compute one step and store its keys and values; the hidden states after the final norm, [T, D]."""
+        """Compute one step and store its keys and values; the hidden states after the final norm that the batch wants, [W, D]."""
         rows = batch.rows
         self.tell(
             Forward(
@@ -97,6 +98,7 @@ class LeadProgram:
                 query_start=rows.query_start_R1.tobytes(),
                 start=rows.start_R.tobytes(),
                 block_table=rows.block_table_RC.tobytes(),
+                wanted_start=batch.wanted_start_R1.tobytes(),
             )
         )
         return self._own.forward(batch, keys_PBKH, values_PBKH)
@@ -214,7 +216,7 @@ class FollowingRank:
         tokens, positions, slots = (
             torch.from_numpy(array(data)) for data in (command.token_ids, command.positions, command.slots)
         )
-        return StepBatch(tokens, positions[None], slots, rows)
+        return StepBatch(tokens, positions[None], slots, rows, array(command.wanted_start))
 
 
 def _ready(device: torch.device) -> Ready:

@@ -74,11 +74,14 @@ inline const char* model_error(const TriodeModel& model) {
 inline bool rows_fit(const TriodeBatch& batch) {
     if (batch.block_size_tokens < UNIT || batch.block_size_tokens % UNIT) return false;
     if (batch.query_start[0] != 0 || batch.query_start[batch.num_rows] != batch.num_tokens) return false;
+    if (batch.wanted_start[0] != 0) return false;
     for (long row = 0; row < batch.num_rows; row++) {
         const int64_t first = batch.query_start[row], end = batch.query_start[row + 1];
         const int64_t room = batch.table_columns * batch.block_size_tokens;
         if (first >= end || end > batch.num_tokens || batch.start[row] < 0 || batch.start[row] > room - (end - first))
             return false;
+        const int64_t wanted = batch.wanted_start[row], wanted_end = batch.wanted_start[row + 1];
+        if (wanted_end < wanted || wanted_end > batch.num_tokens || wanted_end - wanted > end - first) return false;
         const int64_t used = (batch.start[row] + end - first - 1) / batch.block_size_tokens + 1;
         for (int64_t c = 0; c < used; c++) {
             const int64_t block = batch.block_table[row * batch.table_columns + c];

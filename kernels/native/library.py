@@ -103,6 +103,7 @@ class BatchStruct(Structure):
         ("block_table", c_void_p),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("wanted_start", c_void_p),
         ("hidden", c_void_p),
     )
 
@@ -123,9 +124,6 @@ class OrderStruct(Structure):
         ("pending", c_void_p),
         ("sources", c_void_p),
         ("previous_tokens", c_void_p),
-        ("num_sampled", c_int64),
-        ("sampled", c_void_p),
-        ("sampled_hidden", c_void_p),
         ("tokens", c_void_p),
         ("is_computed", c_void_p),
         ("seconds", c_void_p),

@@ -62,7 +62,8 @@ struct TriodeModel {
     const TriodeRanks* ranks;  // null if nobody shares the model, whose heads and inner features are all here then
 };
 
-// T query tokens packed row after row, R rows, C blocks in the longest table.
+// T query tokens packed row after row, R rows, C blocks in the longest table. Hidden states are wanted of W tokens, which are
+// the last ones of their rows.
 struct TriodeBatch {
     int64_t num_tokens;
     int64_t num_rows;
@@ -78,10 +79,11 @@ struct TriodeBatch {
     const int64_t* block_table;  // [R, C]
     void* const* keys;           // each layer's [blocks, block size, kv heads, head bytes]
     void* const* values;
-    void* hidden;                // out: [T, hidden_size]
+    const int64_t* wanted_start; // [R + 1]: where those that are wanted of a row begin among all W
+    void* hidden;                // out: [W, hidden_size]; worked with by an order
 };
 
-// A step to be computed in its turn, down to the likeliest tokens of some of its query tokens.
+// A step to be computed in its turn, down to the likeliest tokens behind those that are wanted.
 struct TriodeOrder {
     const TriodeModel* model;
     TriodeBatch batch;
@@ -95,10 +97,7 @@ struct TriodeOrder {
     const int64_t* pending;        // [num_pending]: which of the batch's tokens
     const int64_t* sources;        // [num_pending]: which of `previous_tokens`
     const int64_t* previous_tokens;
-    int64_t num_sampled;
-    const int64_t* sampled;        // [num_sampled]: which of the batch's tokens
-    void* sampled_hidden;          // [num_sampled, hidden_size], to be worked with
-    int64_t* tokens;               // out: [num_sampled], -1 where no token is possible
+    int64_t* tokens;               // out: [W], -1 where no token is possible
     int64_t* is_computed;          // out: 0 if an index of the batch is out of bounds
     double* seconds;               // out
 };

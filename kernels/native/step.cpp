@@ -81,12 +81,9 @@ void compute(const TriodeOrder& order) {
         // A row without a token has failed, and any token takes its place.
         order.token_ids[order.pending[i]] = std::max<int64_t>(order.previous_tokens[order.sources[i]], 0);
     *order.is_computed = forward(model, order.batch, order.scratch, team);
-    if (!*order.is_computed || !order.num_sampled) return;
-    const long bytes = model.hidden_size * (model.is_bf16 ? 2 : 4);
-    for (long i = 0; i < order.num_sampled; i++)
-        memcpy(static_cast<char*>(order.sampled_hidden) + i * bytes,
-               static_cast<const char*>(order.batch.hidden) + order.sampled[i] * bytes, bytes);
-    likeliest(model, order.sampled_hidden, order.num_sampled, order.tokens, order.scratch, team);
+    const long num_wanted = order.batch.wanted_start[order.batch.num_rows];
+    if (*order.is_computed && num_wanted)
+        likeliest(model, order.batch.hidden, num_wanted, order.tokens, order.scratch, team);
 }
 
 // Reads everything once, and returns what a compiler cannot leave out.

@@ -2,6 +2,9 @@
 //
 // The residual stream and the queries, keys and values before rotation are floats; what enters a product, and the cache,
 // is T. Each phase of a layer is a loop over items that any thread may take; no result depends on who took it.
+//
+// Behind the last layer's keys and values only those query tokens go on whose hidden states are wanted. Each phase gives a
+// row of a product the bits that it has in any company, so the others are not missed.
 #pragma once
 
 #include "buffers.h"
@@ -34,35 +37,53 @@ class Step {
           ranks_(model),
           shape_{model.num_heads / model.num_kv_heads, model.head_dim},
           scale_(1.f / std::sqrt(float(model.head_dim))),
-          is_decode_(batch.num_rows == batch.num_tokens),
           head_bytes_(kv_head_bytes(model.head_dim, batch.kv_is_int8 ? 1 : long(sizeof(T)))) {}
 
     void run(Worker& worker) const {
         const Private<T>& mine = buffers_.threads[worker.index];
         embed(worker);
         for (long i = 0; i < model_.num_layers; i++) {
-            attention(worker, mine, i);
-            feed_forward(worker, mine, i);
+            const Pass pass(batch_, i, i + 1 == model_.num_layers);
+            attention(worker, mine, pass);
+            if (pass.num_tokens) feed_forward(worker, mine, pass);
         }
-        share_tokens(worker, [&](long token) {
+        share_tokens(worker, num_wanted(), [&](long token) {
             T* out = static_cast<T*>(batch_.hidden) + token * model_.hidden_size;
             norm(token, model_.final_norm, out);
         });
     }
 
   private:
+    // A layer, and the query tokens that go on behind its keys and values: the last ones of their rows, if not all.
+    struct Pass {
+        Pass(const TriodeBatch& batch, long layer, bool is_last)
+            : layer(layer),
+              start(is_last ? batch.wanted_start : batch.query_start),
+              num_tokens(start[batch.num_rows]),
+              are_all(num_tokens == batch.num_tokens),
+              is_decode(are_all && num_tokens == batch.num_rows) {}
+
+        const long layer;
+        const int64_t* const start;  // [R + 1]: their places among each other
+        const long num_tokens;
+        const bool are_all;
+        const bool is_decode;  // one of each row
+    };
+
+    long num_wanted() const { return batch_.wanted_start[batch_.num_rows]; }
+
     float* residual(long token) const { return buffers_.residual + token * buffers_.hidden_stride; }
 
     template <class Work>
-    void share_tokens(Worker& worker, Work work) const {
-        const long tokens = batch_.num_tokens, at_once = item_rows(tokens);
+    void share_tokens(Worker& worker, long tokens, Work work) const {
+        const long at_once = item_rows(tokens);
         worker.share((tokens + at_once - 1) / at_once, [&](long item) {
             for (long token = item * at_once; token < std::min((item + 1) * at_once, tokens); token++) work(token);
         });
     }
 
     void embed(Worker& worker) const {
-        share_tokens(worker, [&](long token) {
+        share_tokens(worker, batch_.num_tokens, [&](long token) {
             float* to = residual(token);
             look_up<T>(model_.embedding, batch_.token_ids[token], to);
             std::fill(to + model_.hidden_size, to + buffers_.hidden_stride, 0.f);
@@ -96,36 +117,49 @@ class Step {
         return {*this, weight, mine.normed, buffers_.hidden_stride};
     }
 
-    void attention(Worker& worker, const Private<T>& mine, long index) const {
-        const TriodeLayer& layer = model_.layers[index];
+    void attention(Worker& worker, const Private<T>& mine, const Pass& pass) const {
+        const TriodeLayer& layer = model_.layers[pass.layer];
         auto write_qkv = [&](long token, long output, const float* sums) {
             float* to = buffers_.qkv + token * buffers_.qkv_stride + output;
             for (int i = 0; i < PANEL; i += LANES) store(to + i, with_bias(layer.qkv, output + i, sums + i));
         };
         linear<T>(worker, mine.linear, layer.qkv, layer.o, normed(mine, layer.input_norm), batch_.num_tokens, write_qkv);
         // A row of one query reads no other token's new key: whoever attends for it stores its key as well.
-        const bool is_split = splits(layer);
-        if (!is_decode_ || is_split)
-            share_tokens(worker, [&](long token) {
-                for (long head = 0; head < model_.num_kv_heads; head++) rotate_and_store(index, token, head);
+        const bool is_split = splits(pass);
+        if (!pass.is_decode || is_split)
+            share_tokens(worker, batch_.num_tokens, [&](long token) {
+                for (long head = 0; head < model_.num_kv_heads; head++) rotate_and_store(pass.layer, token, head);
             });
+        if (!pass.num_tokens) return;
+        if (!pass.are_all) worker.share(1, [&](long) { move_up(pass); });
         if (is_split)
-            share_segments(worker, mine, index);
+            share_segments(worker, mine, pass);
         else
-            share_attention(worker, mine, index);
-        add_product(worker, mine, layer.o, layer.gate_up, buffers_.attended, buffers_.attended_stride, Ranks::ATTENTION);
+            share_attention(worker, mine, pass);
+        add_product(worker, mine, pass, layer.o, layer.gate_up, buffers_.attended, buffers_.attended_stride,
+                    Ranks::ATTENTION);
     }
 
-    void feed_forward(Worker& worker, const Private<T>& mine, long index) const {
-        const TriodeLayer& layer = model_.layers[index];
+    // The residual stream of tokens that go on moves to their places among each other, of which none comes before its own.
+    void move_up(const Pass& pass) const {
+        for (long row = 0; row < batch_.num_rows; row++)
+            for (long place = pass.start[row]; place < pass.start[row + 1]; place++) {
+                const long token = batch_.query_start[row + 1] - pass.start[row + 1] + place;
+                if (token > place) std::copy_n(residual(token), buffers_.hidden_stride, residual(place));
+            }
+    }
+
+    void feed_forward(Worker& worker, const Private<T>& mine, const Pass& pass) const {
+        const TriodeLayer& layer = model_.layers[pass.layer];
         auto write_inner = [&](long token, long output, const float* sums) {
             T* to = buffers_.inner + token * buffers_.inner_stride + output / 2;
             for (int i = 0; i < PANEL; i += 32) gate(layer.gate_up, output + i, sums + i, to + i / 2);
         };
-        linear<T>(worker, mine.linear, layer.gate_up, layer.down, normed(mine, layer.post_norm), batch_.num_tokens,
+        linear<T>(worker, mine.linear, layer.gate_up, layer.down, normed(mine, layer.post_norm), pass.num_tokens,
                   write_inner);
-        const TriodeMatrix& following = index + 1 < model_.num_layers ? model_.layers[index + 1].qkv : model_.head;
-        add_product(worker, mine, layer.down, following, buffers_.inner, buffers_.inner_stride, Ranks::FEED_FORWARD);
+        const bool is_last = pass.layer + 1 == model_.num_layers;
+        const TriodeMatrix& following = is_last ? model_.head : model_.layers[pass.layer + 1].qkv;
+        add_product(worker, mine, pass, layer.down, following, buffers_.inner, buffers_.inner_stride, Ranks::FEED_FORWARD);
     }
 
     // 16 outputs silu(gate) * up, from 16 sums of the gate and the 16 of up that follow them.
@@ -139,7 +173,7 @@ class Step {
     }
 
     // residual += x W^T + bias, where x may be one of several ranks' parts of the inputs.
-    void add_product(Worker& worker, const Private<T>& mine, const TriodeMatrix& matrix,
+    void add_product(Worker& worker, const Private<T>& mine, const Pass& pass, const TriodeMatrix& matrix,
                      const TriodeMatrix& following, const T* x, long stride, Ranks::Place place) const {
         auto add = [&](long token, long output, const float* sums) {
             float* to = residual(token) + output;
@@ -151,12 +185,12 @@ class Step {
         };
         const GivenRows<T> inputs{x, stride};
         if (!ranks_.are_many()) {
-            linear<T>(worker, mine.linear, matrix, following, inputs, batch_.num_tokens, add);
+            linear<T>(worker, mine.linear, matrix, following, inputs, pass.num_tokens, add);
             return;
         }
-        linear<T>(worker, mine.linear, matrix, following, inputs, batch_.num_tokens, contribute);
+        linear<T>(worker, mine.linear, matrix, following, inputs, pass.num_tokens, contribute);
         worker.share(1, [&](long) { ranks_.meet(); });
-        share_tokens(worker, [&](long token) { ranks_.add(place, token, matrix, residual(token)); });
+        share_tokens(worker, pass.num_tokens, [&](long token) { ranks_.add(place, token, matrix, residual(token)); });
     }
 
     // Normalises and rotates, in place, the queries of a KV head's group and its key; stores key and value.
@@ -196,52 +230,53 @@ class Step {
     }
 
     // An item is a block of queries of one row and one KV head; the last blocks, which see most, come first.
-    void share_attention(Worker& worker, const Private<T>& mine, long index) const {
+    void share_attention(Worker& worker, const Private<T>& mine, const Pass& pass) const {
         const long queries = shape_.queries(), heads = model_.num_kv_heads;
-        if (is_decode_ && batch_.num_rows >= ROWS_A_THREAD * buffers_.num_threads) {
-            worker.share_ahead(batch_.num_rows, [&](long row, long next) { attend_row(mine, index, row, next); });
+        if (pass.is_decode && batch_.num_rows >= ROWS_A_THREAD * buffers_.num_threads) {
+            worker.share_ahead(batch_.num_rows, [&](long row, long next) { attend_row(mine, pass, row, next); });
             return;
         }
+        auto num_queries = [&](long row) { return pass.start[row + 1] - pass.start[row]; };
+        auto num_blocks = [&](long row) { return (num_queries(row) + queries - 1) / queries; };
         long items = 0;
-        for (long row = 0; row < batch_.num_rows; row++) items += (num_queries(row) + queries - 1) / queries * heads;
+        for (long row = 0; row < batch_.num_rows; row++) items += num_blocks(row) * heads;
         long row = 0, before = 0;
         worker.share(items, [&](long item) {
-            for (long blocks; before + (blocks = (num_queries(row) + queries - 1) / queries * heads) <= item; row++)
-                before += blocks;
-            const long blocks = (num_queries(row) + queries - 1) / queries;
-            const long first = (blocks - 1 - (item - before) / heads) * queries;
-            attend_block(mine, index, row, first, std::min(queries, num_queries(row) - first), (item - before) % heads);
+            for (; before + num_blocks(row) * heads <= item; row++) before += num_blocks(row) * heads;
+            const long first = (num_blocks(row) - 1 - (item - before) / heads) * queries;
+            const long count = std::min(queries, num_queries(row) - first);
+            attend_block(mine, pass, row, first, count, (item - before) % heads);
         });
     }
 
     // All heads of one query, which lie side by side in the cache; those of the next row come meanwhile.
-    void attend_row(const Private<T>& mine, long index, long row, long next) const {
+    void attend_row(const Private<T>& mine, const Pass& pass, long row, long next) const {
         const long heads = model_.num_kv_heads;
         Upcoming upcoming{};
         if (next < batch_.num_rows) {
-            const Queries own = decoding(model_.layers[index], row), others = decoding(model_.layers[index], next);
+            const Queries own = decoding(pass, row), others = decoding(pass, next);
             const long first = others.lowest(0) / TILE * TILE;
             const long tiles = own.last() / TILE + 1 - own.lowest(0) / TILE, fetches = 2 * heads * tiles;
-            upcoming.first_head = cached_head(index, next, 0);
+            upcoming.first_head = cached_head(pass, next, 0);
             const long lines = Upcoming::unit_lines(upcoming.first_head);
             upcoming.next = first / UNIT * lines;
             upcoming.end = (others.last() / UNIT + 1) * lines;
             upcoming.at_once = std::min((upcoming.end - upcoming.next + fetches - 1) / fetches, lines);
         }
         Upcoming* meanwhile = next < batch_.num_rows ? &upcoming : nullptr;
-        for (long head = 0; head < heads; head++) attend_block(mine, index, row, 0, 1, head, meanwhile);
+        for (long head = 0; head < heads; head++) attend_block(mine, pass, row, 0, 1, head, meanwhile);
     }
 
-    long num_queries(long row) const { return batch_.query_start[row + 1] - batch_.query_start[row]; }
-
-    void attend_block(const Private<T>& mine, long index, long row, long first, long count, long kv_head,
+    // Of those of a row's queries that go on, `count` from `first` on.
+    void attend_block(const Private<T>& mine, const Pass& pass, long row, long first, long count, long kv_head,
                       Upcoming* upcoming = nullptr) const {
-        const long token = batch_.query_start[row] + first;
-        if (is_decode_) rotate_and_store(index, token, kv_head);
+        const long place = pass.start[row] + first, token = batch_.query_start[row + 1] - pass.start[row + 1] + place;
+        if (pass.is_decode) rotate_and_store(pass.layer, token, kv_head);
         take_queries(mine, token, count, kv_head);
-        const Queries queries{batch_.start[row] + first, count, long(model_.layers[index].window_tokens)};
-        const CachedHead head = cached_head(index, row, kv_head);
-        T* out = attended(token, kv_head);
+        const long position = batch_.start[row] + token - batch_.query_start[row];
+        const Queries queries{position, count, window(pass)};
+        const CachedHead head = cached_head(pass, row, kv_head);
+        T* out = attended(place, kv_head);
         if (batch_.kv_is_int8)
             attend<T, int8_t>(head, shape_, queries, scale_, mine.attention, out, attended_stride(), upcoming);
         else
@@ -257,11 +292,11 @@ class Step {
         }
     }
 
-    CachedHead cached_head(long index, long row, long kv_head) const {
+    CachedHead cached_head(const Pass& pass, long row, long kv_head) const {
         const long at = kv_head * UNIT * head_bytes_;
         return {
-            static_cast<const char*>(batch_.keys[index]) + at,
-            static_cast<const char*>(batch_.values[index]) + at,
+            static_cast<const char*>(batch_.keys[pass.layer]) + at,
+            static_cast<const char*>(batch_.values[pass.layer]) + at,
             batch_.block_table + row * batch_.table_columns,
             long(batch_.block_size_tokens),
             long(model_.num_kv_heads) * UNIT * head_bytes_,
@@ -271,40 +306,39 @@ class Step {
 
     long attended_stride() const { return buffers_.attended_stride; }
 
-    T* attended(long token, long kv_head) const {
-        return buffers_.attended + token * attended_stride() + kv_head * shape_.group * model_.head_dim;
+    T* attended(long place, long kv_head) const {
+        return buffers_.attended + place * attended_stride() + kv_head * shape_.group * model_.head_dim;
     }
 
-    Queries decoding(const TriodeLayer& layer, long row) const {
-        return {batch_.start[row], 1, long(layer.window_tokens)};
-    }
+    long window(const Pass& pass) const { return model_.layers[pass.layer].window_tokens; }
+
+    Queries decoding(const Pass& pass, long row) const { return {batch_.start[row], 1, window(pass)}; }
 
     // Whether the segments of decoding rows are computed apart: if they are few, and some row has several.
-    bool splits(const TriodeLayer& layer) const {
-        if (!is_decode_ || batch_.num_rows * model_.num_kv_heads > buffers_.max_pieces()) return false;
-        const long segments = num_segments(layer);
+    bool splits(const Pass& pass) const {
+        if (!pass.is_decode || batch_.num_rows * model_.num_kv_heads > buffers_.max_pieces()) return false;
+        const long segments = num_segments(pass);
         return segments > batch_.num_rows && segments * model_.num_kv_heads <= buffers_.max_pieces();
     }
 
-    long num_segments(const TriodeLayer& layer) const {
+    long num_segments(const Pass& pass) const {
         long segments = 0;
-        for (long row = 0; row < batch_.num_rows; row++) segments += decoding(layer, row).num_segments();
+        for (long row = 0; row < batch_.num_rows; row++) segments += decoding(pass, row).num_segments();
         return segments;
     }
 
     // An item is a segment of one row and KV head; once all are there, an item is such a row and head.
-    void share_segments(Worker& worker, const Private<T>& mine, long index) const {
-        const TriodeLayer& layer = model_.layers[index];
+    void share_segments(Worker& worker, const Private<T>& mine, const Pass& pass) const {
         const long heads = model_.num_kv_heads;
         long row = 0, before = 0;
-        worker.share(num_segments(layer) * heads, [&](long item) {
-            for (long items; before + (items = decoding(layer, row).num_segments() * heads) <= item; row++) before += items;
-            attend_piece(mine, index, row, (item - before) / heads, (item - before) % heads, piece(item));
+        worker.share(num_segments(pass) * heads, [&](long item) {
+            for (long items; before + (items = decoding(pass, row).num_segments() * heads) <= item; row++) before += items;
+            attend_piece(mine, pass, row, (item - before) / heads, (item - before) % heads, piece(item));
         });
         long joined_row = 0, first = 0;
         worker.share(batch_.num_rows * heads, [&](long item) {
-            for (; joined_row < item / heads; joined_row++) first += decoding(layer, joined_row).num_segments() * heads;
-            join_pieces(mine, decoding(layer, joined_row), joined_row, item % heads, first);
+            for (; joined_row < item / heads; joined_row++) first += decoding(pass, joined_row).num_segments() * heads;
+            join_pieces(mine, decoding(pass, joined_row), joined_row, item % heads, first);
         });
     }
 
@@ -313,9 +347,9 @@ class Step {
         return Softmax::at(buffers_.pieces + item * size, shape_.group, shape_.panels());
     }
 
-    void attend_piece(const Private<T>& mine, long index, long row, long number, long kv_head, const Softmax& to) const {
-        const Queries queries = decoding(model_.layers[index], row);
-        const CachedHead head = cached_head(index, row, kv_head);
+    void attend_piece(const Private<T>& mine, const Pass& pass, long row, long number, long kv_head, const Softmax& to) const {
+        const Queries queries = decoding(pass, row);
+        const CachedHead head = cached_head(pass, row, kv_head);
         const long segment = queries.first_segment() + number;
         take_queries(mine, row, 1, kv_head);
         if (batch_.kv_is_int8)
@@ -337,7 +371,6 @@ class Step {
     const Ranks ranks_;
     const HeadShape shape_;
     const float scale_;
-    const bool is_decode_;
     const long head_bytes_;  // of one position in the cache
 };
 

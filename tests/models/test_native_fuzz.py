@@ -40,15 +40,19 @@ class Tables:
     query_start: np.ndarray
     start: np.ndarray
     block_table: np.ndarray
+    wanted_start: np.ndarray
 
     def fit(self) -> bool:
         """Whether every index is one that exists, said again in Python's unlimited integers."""
         counts = [b - a for a, b in zip(self.query_start.tolist(), self.query_start.tolist()[1:], strict=False)]
+        wanted = self.wanted_start.tolist()
         columns = self.block_table.shape[1]
         return (
             self.query_start[0] == 0
             and self.query_start[-1] == len(self.token_ids)
             and min(counts) >= 1
+            and wanted[0] == 0
+            and all(0 <= b - a <= count for a, b, count in zip(wanted, wanted[1:], counts, strict=False))
             and all(0 <= token < CONFIG.vocab_size for token in self.token_ids.tolist())
             and all(0 <= position < CONFIG.max_context_tokens for position in self.positions.tolist())
             and all(0 <= slot < NUM_BLOCKS * BLOCK_SIZE for slot in self.slots.tolist())
@@ -65,6 +69,7 @@ class Tables:
             torch.from_numpy(self.positions)[None],
             torch.from_numpy(self.slots),
             AttentionRows(self.query_start, self.start, self.block_table, BLOCK_SIZE),
+            self.wanted_start,
         )
 
 
@@ -86,6 +91,7 @@ def tables(draw: st.DrawFn, field: str) -> Tables:
         query_start=np.cumsum([0, *counts]),
         start=np.array([draw(st.integers(0, columns * BLOCK_SIZE - count)) for count in counts]),
         block_table=array(st.integers(0, NUM_BLOCKS - 1), len(counts), columns),
+        wanted_start=np.cumsum([0, *(draw(st.integers(0, count)) for count in counts)]),
     )
     for _ in range(draw(st.integers(0, 2))):
         target = getattr(made, field)
@@ -103,21 +109,23 @@ def test_any_batch_is_computed_in_full_or_refused(field: str, data: st.DataObjec
     keys, values = cache[: CONFIG.num_layers], cache[CONFIG.num_layers :]
     batch = made.batch()
     if made.fit():
-        assert decoder().forward(batch, keys, values).isfinite().all()
+        hidden_WD = decoder().forward(batch, keys, values)
+        assert len(hidden_WD) == batch.num_wanted
+        assert hidden_WD.isfinite().all()
         return
     with pytest.raises(ValueError, match="batch must hold tokens, positions, slots and blocks that exist"):
         decoder().forward(batch, keys, values)
     assert not any(tensor.any() for tensor in cache)
 
 
-@pytest.mark.parametrize("field", ["positions", "slots", "query_start", "start", "block_table"])
+@pytest.mark.parametrize("field", ["positions", "slots", "query_start", "start", "block_table", "wanted_start"])
 def test_arrays_of_different_lengths_are_refused(field: str) -> None:
     ones = np.ones(2, np.int64)
-    made = Tables(ones, ones, ones, np.arange(3), ones, ones[:, None])
+    made = Tables(ones, ones, ones, np.arange(3), ones, ones[:, None], np.arange(3))
     setattr(made, field, getattr(made, field)[:-1])
     cache = [torch.zeros(9, BLOCK_SIZE, CONFIG.num_kv_heads, CONFIG.head_dim) for _ in range(2 * CONFIG.num_layers)]
     pool = [tensor.bfloat16() for tensor in cache]
-    with pytest.raises(ValueError, match="an end and a block table for each row"):
+    with pytest.raises(ValueError, match="two ends and a block table for each row"):
         decoder().forward(made.batch(), pool[:2], pool[2:])
 
 

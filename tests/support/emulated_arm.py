@@ -223,11 +223,15 @@ class EmulatedLibrary(NativeLibrary):
         T, R = batch.num_tokens, batch.num_rows
         copy = BatchStruct.from_buffer_copy(batch)
         columns = R * batch.table_columns
-        for name, count in (("token_ids", T), ("positions", T), ("slots", T), ("query_start", R + 1), ("start", R)):
+        ends = (("query_start", R + 1), ("wanted_start", R + 1))
+        for name, count in (("token_ids", T), ("positions", T), ("slots", T), ("start", R), *ends):
             setattr(copy, name, image.place(getattr(batch, name), 8 * count))
         copy.block_table = image.place(batch.block_table, 8 * columns)
         number_bytes = 2 if model.is_bf16 else 4
-        copy.hidden = image.place_back(batch.hidden, T * model.hidden_size * number_bytes)
+        num_wanted = ctypes.c_int64.from_address(batch.wanted_start + 8 * R).value
+        # A table that wants more than there is has no more room than that, and is refused.
+        hidden_bytes = min(max(num_wanted, 0), T) * model.hidden_size * number_bytes
+        copy.hidden = image.place_back(batch.hidden, hidden_bytes)
         head_bytes = _rounded_up(model.head_dim, 4) + 4 if batch.kv_is_int8 else model.head_dim * number_bytes
         pool_bytes = batch.num_blocks * batch.block_size_tokens * model.num_kv_heads * head_bytes
         for name in ("keys", "values"):

@@ -39,8 +39,14 @@ class PagedDecoding:
         self.free = np.random.default_rng(seed).permutation(np.arange(1, num_blocks)).tolist()
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[tuple[PagedSequence, int]]) -> list[torch.Tensor]:
-        """Compute so many more tokens of each sequence in one batch; their logits [num_tokens, V], a row each."""
+    def step(
+        self, rows: Sequence[tuple[PagedSequence, int]], wanted: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Compute so many more tokens of each sequence in one batch; their logits [num_tokens, V], a row each.
+
+        `wanted`: of how many of each row's last tokens instead.
+        """
+        counts = [count for _, count in rows] if wanted is None else wanted
         for sequence, num_query in rows:
             needed = -(-(sequence.num_computed + num_query) // BLOCK_SIZE_TOKENS)
             while len(sequence.blocks) < needed:
@@ -56,11 +62,15 @@ class PagedDecoding:
             block_size_tokens=BLOCK_SIZE_TOKENS,
             row_multiple=self.decoder.kernels.row_multiple,
             device=torch.device("cpu"),
+            num_wanted_R=np.array(counts),
         )
-        hidden_TD = self.decoder.forward(batch, self.keys, self.values)
+        hidden_WD = self.decoder.forward(batch, self.keys, self.values)
+        assert len(hidden_WD) == sum(counts)
         for sequence, count in rows:
             sequence.num_computed += count
-        return list(self.decoder.logits(hidden_TD).split([count for _, count in rows]))
+        if not len(hidden_WD):
+            return [torch.empty(0, self.decoder.config.vocab_size)] * len(rows)
+        return list(self.decoder.logits(hidden_WD).split(list(counts)))
 
     def release(self, sequence: PagedSequence) -> None:
         """Give the blocks back; what they hold stays as it is."""
