@@ -1,11 +1,12 @@
 """What the settings of OpenMP's threads do to steps that torch computes, each in a process of its own, by turns.
 
-    python benchmarks/openmp.py [--model smollm2-135m] [--rounds 3]
+    python benchmarks/openmp.py [--model smollm2-135m] [--rounds 3] [--spin-counts 10000 5000]
 
 Without a compiled step a step is some thousand operations of torch, and OpenMP's threads wait between them. Compared are
 how long they spin before they sleep (GCC's own choice, ours, and a tenth of ours), and a second pool of them in the
-process, as a thread makes it that has used torch and lives on. Each test is run alone and beside a process that keeps one
-core busy. Quoted is how many times as long it takes as with our setting, alone: the median of the rounds.
+process, as a thread makes it that has used torch and lives on; or, with `--spin-counts`, ours and these. Each test is run
+alone and beside a process that keeps one core busy. Quoted is how many times as long it takes as with our setting, alone:
+the median of the rounds.
 
 torch is imported here, with what each process was started with: an engine that imports it sets our own bound.
 """
@@ -56,6 +57,11 @@ SETTINGS = {
     f"spins {SPIN_COUNT // 10:,} rounds": Setting(SPIN_COUNT // 10),
     "two pools": Setting(SPIN_COUNT, num_pools=2),
 }
+
+
+def bounds(spin_counts: list[int]) -> dict[str, Setting]:
+    """Ours, and each of these."""
+    return {f"spins {count:,} rounds": Setting(count) for count in (SPIN_COUNT, *spin_counts)}
 
 
 class Engine:
@@ -124,18 +130,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--spin-counts", type=int, nargs="+", help="bounds to compare with ours")
     parser.add_argument("--pools", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.pools:
         serve(arguments.model, arguments.pools)
     else:
-        compare(arguments.model, arguments.rounds)
+        settings = bounds(arguments.spin_counts) if arguments.spin_counts else SETTINGS
+        compare(arguments.model, arguments.rounds, settings)
 
 
-def compare(model: str, rounds: int) -> None:
-    rows: dict[tuple[str, str], list[str]] = {(name, where): [] for name in SETTINGS for where in ("alone", "beside")}
+def compare(model: str, rounds: int, settings: dict[str, Setting]) -> None:
+    rows: dict[tuple[str, str], list[str]] = {(name, where): [] for name in settings for where in ("alone", "beside")}
     with ExitStack() as stack:
-        engines = {name: Engine(model, setting) for name, setting in SETTINGS.items()}
+        engines = {name: Engine(model, setting) for name, setting in settings.items()}
         for engine in engines.values():
             stack.callback(engine.close)
         for test in TESTS:
