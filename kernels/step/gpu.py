@@ -3,9 +3,11 @@
 The batch lives on the device. `scatter` writes what the host has changed since the last step, all of it in one launch;
 `begin_decode` then makes a decode step's inputs from the slots alone, so that a captured graph needs nothing else.
 Prefill and mixed steps bring their tokens and places along; a token that only the device knows (the sample of a step
-whose result nobody has read yet) comes as its slot.
+whose result nobody has read yet) comes as its slot. Behind the last layer's keys and values only some of these tokens go on:
+`place_last` and `pick` make decode rows of them.
 
-    R rows    T packed query tokens    S slots    X blocks of the longest table    D hidden    B block size
+    R rows    Q picked rows    T packed query tokens    S slots    X blocks of the longest table    D hidden
+    B block size
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -44,11 +46,31 @@ def copy_table(table_ptr, out_ptr, row, slot, num_entries, width, ENTRIES: tl.co
 
 
 @triton.jit
-def copy_embedding(embed_ptr, out_ptr, row, token, HIDDEN: tl.constexpr, HIDDEN_PADDED: tl.constexpr):
-    """A token's embedding, to a row of the residual stream."""
+def place_row(
+    row,
+    slot,
+    position,
+    table_ptr,
+    position_ptr,
+    kv_slot_ptr,
+    row_table_ptr,
+    width,
+    BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """A row of one token: its position, its place in the cache, and the block table of its slot as far as that."""
+    block = tl.load(table_ptr + slot.to(tl.int64) * width + position // BLOCK)
+    tl.store(position_ptr + row, position)
+    tl.store(kv_slot_ptr + row, block * BLOCK + position % BLOCK)
+    copy_table(table_ptr, row_table_ptr, row, slot, position // BLOCK + 1, width, ENTRIES)
+
+
+@triton.jit
+def copy_row(from_ptr, to_ptr, from_row, to_row, HIDDEN: tl.constexpr, HIDDEN_PADDED: tl.constexpr):
+    """A token's embedding or hidden state."""
     dim = tl.arange(0, HIDDEN_PADDED)
-    embedding = tl.load(embed_ptr + token.to(tl.int64) * HIDDEN + dim, mask=dim < HIDDEN, other=0.0)
-    tl.store(out_ptr + row * HIDDEN + dim, embedding, mask=dim < HIDDEN)
+    state = tl.load(from_ptr + from_row.to(tl.int64) * HIDDEN + dim, mask=dim < HIDDEN, other=0.0)
+    tl.store(to_ptr + to_row * HIDDEN + dim, state, mask=dim < HIDDEN)
 
 
 @triton.jit
@@ -75,12 +97,9 @@ def begin_rows(
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + row)
     position = tl.load(slot_position_ptr + slot)
-    block = tl.load(table_ptr + slot.to(tl.int64) * width + position // BLOCK)
-    tl.store(position_ptr + row, position)
-    tl.store(kv_slot_ptr + row, block * BLOCK + position % BLOCK)
     tl.store(end_ptr + row, position + 1)
-    copy_embedding(embed_ptr, residual_ptr, row, tl.load(last_token_ptr + slot), HIDDEN, HIDDEN_PADDED)
-    copy_table(table_ptr, row_table_ptr, row, slot, position // BLOCK + 1, width, ENTRIES)
+    copy_row(embed_ptr, residual_ptr, tl.load(last_token_ptr + slot), row, HIDDEN, HIDDEN_PADDED)
+    place_row(row, slot, position, table_ptr, position_ptr, kv_slot_ptr, row_table_ptr, width, BLOCK, ENTRIES)
 
 
 @triton.jit
@@ -99,7 +118,7 @@ def embed_tokens(
     token = tl.load(token_ptr + row)
     if token < 0:
         token = tl.load(last_token_ptr - 1 - token)
-    copy_embedding(embed_ptr, residual_ptr, row, token, HIDDEN, HIDDEN_PADDED)
+    copy_row(embed_ptr, residual_ptr, token, row, HIDDEN, HIDDEN_PADDED)
 
 
 @triton.jit
@@ -118,6 +137,46 @@ def copy_tables(
     row = tl.program_id(0).to(tl.int64)
     num_entries = (tl.load(end_ptr + row) + BLOCK - 1) // BLOCK
     copy_table(table_ptr, row_table_ptr, row, tl.load(slot_ptr + row), num_entries, width, ENTRIES)
+
+
+@triton.jit
+def place_last_tokens(
+    slot_ptr,
+    end_ptr,
+    table_ptr,
+    position_ptr,
+    kv_slot_ptr,
+    row_table_ptr,
+    width,
+    BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One row's last token; that of a row without tokens is at position 0."""
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.maximum(tl.load(end_ptr + row) - 1, 0)
+    slot = tl.load(slot_ptr + row)
+    place_row(row, slot, position, table_ptr, position_ptr, kv_slot_ptr, row_table_ptr, width, BLOCK, ENTRIES)
+
+
+@triton.jit
+def pick_tokens(
+    token_ptr,
+    hidden_ptr,
+    residual_ptr,
+    picked_hidden_ptr,
+    picked_residual_ptr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_PADDED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One picked token, to a row of its own."""
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(token_ptr + row)
+    copy_row(hidden_ptr, picked_hidden_ptr, token, row, HIDDEN, HIDDEN_PADDED)
+    copy_row(residual_ptr, picked_residual_ptr, token, row, HIDDEN, HIDDEN_PADDED)
 
 
 def scatter(state: torch.Tensor, pairs: torch.Tensor, traits: GpuTraits) -> None:
@@ -208,6 +267,58 @@ def gather_tables(
         table_SX.shape[1],
         BLOCK=block_size_tokens,
         ENTRIES=_ENTRIES,
+        PDL=traits.dependent_launch,
+        **traits.launch_options,
+    )
+
+
+def place_last(
+    slot_Q: torch.Tensor,
+    end_Q: torch.Tensor,
+    table_SX: torch.Tensor,
+    position_Q: torch.Tensor,
+    kv_slot_Q: torch.Tensor,
+    row_table_QX: torch.Tensor,
+    block_size_tokens: int,
+    traits: GpuTraits,
+) -> None:
+    """Write where the last tokens of rows that end at these positions stand, each as a row of one token.
+
+    A padding row ends at 0 and is put at position 0 of its slot.
+    """
+    place_last_tokens[(len(slot_Q),)](
+        slot_Q,
+        end_Q,
+        table_SX,
+        position_Q,
+        kv_slot_Q,
+        row_table_QX,
+        table_SX.shape[1],
+        BLOCK=block_size_tokens,
+        ENTRIES=_ENTRIES,
+        PDL=traits.dependent_launch,
+        **traits.launch_options,
+    )
+
+
+def pick(
+    token_Q: torch.Tensor,
+    hidden_TD: torch.Tensor,
+    residual_TD: torch.Tensor,
+    picked_hidden_QD: torch.Tensor,
+    picked_residual_QD: torch.Tensor,
+    traits: GpuTraits,
+) -> None:
+    """Copy the hidden states and the residuals of some of the packed tokens. All are contiguous."""
+    hidden = hidden_TD.shape[1]
+    pick_tokens[(len(token_Q),)](
+        token_Q,
+        hidden_TD,
+        residual_TD,
+        picked_hidden_QD,
+        picked_residual_QD,
+        HIDDEN=hidden,
+        HIDDEN_PADDED=triton.next_power_of_2(hidden),
         PDL=traits.dependent_launch,
         **traits.launch_options,
     )

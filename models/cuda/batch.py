@@ -47,7 +47,7 @@ class PackedRows:
 
     words: Words
     """query_start_R1, start_R, end_R, slot_R, then sample_token_Q, sample_end_Q, sample_slot_Q, then token_T, position_T,
-    kv_slot_T: one after the other, each at a multiple of `ALIGNED_WORDS`. For a step of fixed shape Q is R, whoever
+    kv_slot_T: one after the other, each at a multiple of `ALIGNED_WORDS`. For a step of fixed shape Q is R, if anybody
     samples."""
     order: Words
     """The plan's row at each packed row."""
@@ -168,7 +168,7 @@ class HostBatch:
         sampling = [place for place, row in enumerate(order) if outputs[row] in SAMPLING]
         num_tokens, num_long = first_R1[-1], len(long)
         T, R = shape or (num_tokens, len(order))
-        Q = R if shape else len(sampling)
+        Q = R if shape and sampling else len(sampling)
         words, parts = packed_parts(T, R, Q)
         query_start_R1, packed_start_R, packed_end_R, packed_slot_R = parts[:4]
         sample_token_Q, sample_end_Q, sample_slot_Q = parts[4:7]

@@ -3,18 +3,19 @@
 Nothing here allocates, synchronises or reads from the device, so any call can be captured in a CUDA graph. The buffers
 are shared by all steps and all graphs: the stream orders them.
 
-T packed tokens     R rows     D hidden     E q, k and v features     N query heads     K KV heads     H head dim
-F intermediate      V vocab    P blocks     B block size     U = H / 2     X blocks of the longest table
+A prompt is read for its keys and values, and for the hidden state of its last token. So of most tokens the last layer
+computes keys and values alone; the picked ones then go through it by themselves, as rows of a decode step do.
+
+T packed tokens    R rows    Q picked tokens    D hidden    V vocab    K KV heads    H head dim    P blocks    B block size
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from triode.kernels.gpu_traits import GpuTraits
-from triode.kernels.linear.tiles import QKV_FUSED_TOKENS, qkv_tile
-from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attention
+from triode.kernels.paged_attention.gpu import AttentionWorkspace
 from triode.kernels.paged_attention.tiles import (
     HOPPER_PAIRS,
     SEGMENT_TOKENS,
@@ -23,191 +24,29 @@ from triode.kernels.paged_attention.tiles import (
     splits_for,
     splits_of_long_rows,
 )
-from triode.kernels.qkv_epilogue.fused import qkv_fused
-from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
 from triode.kernels.rms_norm.gpu import add_rms_norm, rms_norm
+from triode.kernels.step.gpu import pick
 from triode.models.config import ModelConfig
-from triode.models.cuda.linears import GpuGateUp, GpuLinear, Proofs
+from triode.models.cuda.layer import Buffers, CudaLayer, TokenPlaces
+from triode.models.cuda.linears import GpuLinear, Proofs
 from triode.models.cuda.one_token import OneTokenLayers
 from triode.models.rope import rope_table
-from triode.models.weights import DecoderWeights, LayerWeights
+from triode.models.weights import DecoderWeights
 
 # States of programs that share a long context between the tiles of a short chunk.
 _WORKSPACE_BYTES = 256 << 20
+# Up to so many tokens, what the last layer would not compute for each takes no longer than computing the picked ones again.
+_FEW_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class RowGroup:
-    """Rows of one kind, which share an attention launch. Their query tokens are packed before those of the next group.
+class PickedTokens:
+    """The query tokens of a step whose hidden states are wanted."""
 
-    A group of rows with one query token each may lie anywhere; rows with more come first in the step.
-    """
-
-    num_tokens: int
-    """Query tokens of the step up to this group's end."""
-    query_start_R1: torch.Tensor
-    """int32, like the other tensors."""
-    start_R: torch.Tensor
-    table_RX: torch.Tensor
-    max_query_tokens: int
-    num_splits: int
-    """How many programs share a row's KV."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPlaces:
-    """Where the query tokens of a step stand, on the device."""
-
-    num_tokens: int
-    position_T: torch.Tensor
-    """int32."""
-    kv_slot_T: torch.Tensor
-    """int32: block * B + offset."""
-    groups: tuple[RowGroup, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Buffers:
-    """What one layer hands to the next operation, for the largest step."""
-
-    residual_TD: torch.Tensor
-    hidden_TD: torch.Tensor
-    x_TD: torch.Tensor
-    qkv_TE: torch.Tensor
-    attended_TNH: torch.Tensor
-    gate_up_TF2: torch.Tensor
-    activated_TF: torch.Tensor
-    logits_RV: torch.Tensor
-    """float32."""
-
-    @classmethod
-    def allocate(
-        cls, config: ModelConfig, max_tokens: int, max_rows: int, dtype: torch.dtype, device: torch.device
-    ) -> "Buffers":
-        """For steps of at most `max_tokens` tokens, of which at most `max_rows` need logits."""
-
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.empty(max_tokens, *shape, dtype=dtype, device=device)
-
-        return cls(
-            residual_TD=empty(config.hidden_size),
-            hidden_TD=empty(config.hidden_size),
-            x_TD=empty(config.hidden_size),
-            qkv_TE=empty(config.q_size + 2 * config.kv_size),
-            attended_TNH=empty(config.num_heads, config.head_dim),
-            gate_up_TF2=empty(2 * config.intermediate_size),
-            activated_TF=empty(config.intermediate_size),
-            logits_RV=torch.empty(max_rows, config.vocab_size, dtype=torch.float32, device=device),
-        )
-
-    def first(self, num_tokens: int) -> "Buffers":
-        """Views of a step's size; the logits stay whole."""
-        return Buffers(
-            self.residual_TD[:num_tokens],
-            self.hidden_TD[:num_tokens],
-            self.x_TD[:num_tokens],
-            self.qkv_TE[:num_tokens],
-            self.attended_TNH[:num_tokens],
-            self.gate_up_TF2[:num_tokens],
-            self.activated_TF[:num_tokens],
-            self.logits_RV,
-        )
-
-
-class CudaLayer:
-    """One transformer layer, bound to its weights and products."""
-
-    def __init__(self, config: ModelConfig, index: int, weights: LayerWeights, decoder: "CudaDecoder") -> None:
-        self._config = config
-        self._weights = weights
-        self._traits = decoder.traits
-        self._rope = decoder.rope
-        self._workspace = decoder.workspace
-        self._prefill_workspace = decoder.prefill_workspace
-        self._window_tokens = config.window_tokens(index) or 0
-        # The bias of queries, keys and values is added after the product, by the kernel that rotates them.
-        self._qkv = decoder.linear(weights.qkv_ED, None)
-        rotates_whole = 2 * decoder.rope.cos_XU.shape[1] == config.head_dim
-        self._fuses_qkv = weights.q_norm_H is None and rotates_whole
-        self._o = decoder.linear(weights.o_DE, weights.o_bias_D)
-        self._gate_up = GpuGateUp(decoder.linear(weights.gate_up_FD, weights.gate_up_bias_F))
-        self._down = decoder.linear(weights.down_DF, weights.down_bias_D)
-
-    def attend(self, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, places: TokenPlaces, buffers: Buffers) -> None:
-        """From queries in `qkv` to `attended`."""
-        config = self._config
-        q_TNH = buffers.qkv_TE[:, : config.q_size].unflatten(1, (config.num_heads, config.head_dim))
-        for group in places.groups:
-            paged_attention(
-                q_TNH[: group.num_tokens],
-                key_PBKH,
-                value_PBKH,
-                group.table_RX,
-                group.query_start_R1,
-                group.start_R,
-                buffers.attended_TNH,
-                scale=config.head_dim**-0.5,
-                max_query_tokens=group.max_query_tokens,
-                traits=self._traits,
-                window_tokens=self._window_tokens,
-                num_splits=group.num_splits,
-                workspace=self._workspace if group.max_query_tokens == 1 else self._prefill_workspace,
-            )
-
-    def project_o(self, buffers: Buffers) -> None:
-        """From `attended` to `x`."""
-        self._o(buffers.attended_TNH.flatten(1), buffers.x_TD)
-
-    def project_qkv(
-        self, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, places: TokenPlaces, buffers: Buffers
-    ) -> None:
-        """From `hidden`: keys and values go to the cache, rotated queries are in `qkv`."""
-        config, weights, rope = self._config, self._weights, self._rope
-        slots = (places.position_T, places.kv_slot_T, key_PBKH, value_PBKH)
-        if self._fuses_qkv and len(buffers.hidden_TD) <= QKV_FUSED_TOKENS:
-            qkv_fused(
-                buffers.hidden_TD,
-                weights.qkv_ED,
-                buffers.qkv_TE,
-                rope.cos_XU,
-                rope.sin_XU,
-                *slots,
-                config.num_heads,
-                qkv_tile(weights.qkv_ED.shape[0] // 2, config.hidden_size),
-                self._traits,
-                bias_E=weights.qkv_bias_E,
-            )
-            return
-        self._qkv(buffers.hidden_TD, buffers.qkv_TE)
-        qkv_epilogue(
-            buffers.qkv_TE,
-            rope.cos_XU,
-            rope.sin_XU,
-            *slots,
-            config.num_heads,
-            self._traits,
-            bias_E=weights.qkv_bias_E,
-            q_norm_H=weights.q_norm_H,
-            k_norm_H=weights.k_norm_H,
-            eps=config.rms_norm_eps,
-        )
-
-    def feed_forward(self, buffers: Buffers) -> None:
-        """From `hidden` to `x`: the gated network."""
-        self._gate_up(buffers.hidden_TD, buffers.gate_up_TF2, buffers.activated_TF)
-        self._down(buffers.activated_TF, buffers.x_TD)
-
-    def add_post_norm(self, buffers: Buffers) -> None:
-        """Add `x` to the residual; its norm becomes `hidden`."""
-        self._add_norm(self._weights.post_norm_D, buffers)
-
-    def add_input_norm(self, buffers: Buffers) -> None:
-        """The same before the layer."""
-        self._add_norm(self._weights.input_norm_D, buffers)
-
-    def _add_norm(self, weight_D: torch.Tensor, buffers: Buffers) -> None:
-        eps = self._config.rms_norm_eps
-        add_rms_norm(buffers.x_TD, buffers.residual_TD, weight_D, eps, buffers.hidden_TD, self._traits)
+    token_Q: torch.Tensor
+    """int32: which of the step's."""
+    places: TokenPlaces
+    """Where they stand, as rows of one token each."""
 
 
 class CudaDecoder:
@@ -232,6 +71,7 @@ class CudaDecoder:
         self.workspace = self._allocate_workspace()
         self.prefill_workspace = self._allocate_prefill_workspace()
         self.buffers = Buffers.allocate(config, max_tokens, max_rows, self.dtype, self.device)
+        self._picked_buffers = self._allocate_picked()
         self._weights = weights
         self._layers = [CudaLayer(config, index, layer, self) for index, layer in enumerate(weights.layers)]
         self._one_token = OneTokenLayers.of(config, weights, self)
@@ -242,22 +82,35 @@ class CudaDecoder:
         proof = self.proofs.of(weight_ED, bias_E, self.dtype, self.max_tokens)
         return GpuLinear(weight_ED, bias_E, proof.triton_tokens, self.traits)
 
+    def gains_by_picking(self, num_tokens: int, num_picked: int) -> bool:
+        """Whether a step of so many tokens, of which so many are wanted, is done sooner if it picks them."""
+        return num_tokens > max(_FEW_TOKENS, 2 * num_picked)
+
     def forward(
-        self, places: TokenPlaces, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]
+        self,
+        places: TokenPlaces,
+        keys_PBKH: Sequence[torch.Tensor],
+        values_PBKH: Sequence[torch.Tensor],
+        picked: PickedTokens | None = None,
     ) -> torch.Tensor:
         """Compute the step whose embeddings are the first rows of `buffers.residual_TD`; store its keys and values.
 
+        Args:
+            picked: of a step of several tokens those whose hidden states are wanted, if not all.
+
         Returns:
-            The hidden states after the final norm, [T, D]: a view that the next step overwrites.
+            The hidden states after the final norm, [T, D] or [Q, D]: a view that the next step overwrites.
         """
         buffers = self.buffers.first(places.num_tokens)
         eps = self.config.rms_norm_eps
         rms_norm(buffers.residual_TD, self._weights.layers[0].input_norm_D, eps, buffers.hidden_TD, self.traits)
         if places.num_tokens == 1 and self._one_token is not None:
-            residual_TD = self._forward_one(self._one_token, places, keys_PBKH, values_PBKH, buffers)
+            buffers = self._forward_one(self._one_token, places, keys_PBKH, values_PBKH, buffers)
         else:
-            residual_TD = self._forward_many(places, keys_PBKH, values_PBKH, buffers)
-        add_rms_norm(buffers.x_TD, residual_TD, self._weights.final_norm_D, eps, buffers.hidden_TD, self.traits)
+            buffers = self._forward_many(places, keys_PBKH, values_PBKH, picked, buffers)
+        if len(buffers.x_TD):
+            weight_D = self._weights.final_norm_D
+            add_rms_norm(buffers.x_TD, buffers.residual_TD, weight_D, eps, buffers.hidden_TD, self.traits)
         return buffers.hidden_TD
 
     def _forward_many(
@@ -265,18 +118,27 @@ class CudaDecoder:
         places: TokenPlaces,
         keys_PBKH: Sequence[torch.Tensor],
         values_PBKH: Sequence[torch.Tensor],
+        picked: PickedTokens | None,
         buffers: Buffers,
-    ) -> torch.Tensor:
-        """From the first norm to `x` of the last layer; returns the residual that it is yet to be added to."""
+    ) -> Buffers:
+        """From the first norm to `x` of the last layer; returns what holds it and the residual it is yet to be added to."""
         for index, (layer, key_PBKH, value_PBKH) in enumerate(zip(self._layers, keys_PBKH, values_PBKH, strict=True)):
             if index > 0:
                 layer.add_input_norm(buffers)
-            layer.project_qkv(key_PBKH, value_PBKH, places, buffers)
-            layer.attend(key_PBKH, value_PBKH, places, buffers)
-            layer.project_o(buffers)
-            layer.add_post_norm(buffers)
-            layer.feed_forward(buffers)
-        return buffers.residual_TD
+            if picked is not None and layer is self._layers[-1]:
+                layer.project_kv(key_PBKH, value_PBKH, places, buffers)
+                places, buffers = picked.places, self._pick(picked, buffers)
+            if places.num_tokens:
+                layer.forward(key_PBKH, value_PBKH, places, buffers)
+        return buffers
+
+    def _pick(self, picked: PickedTokens, buffers: Buffers) -> Buffers:
+        """The hidden states and residuals of picked tokens, in buffers of their own."""
+        mine = self._picked_buffers.first(picked.places.num_tokens)
+        if picked.places.num_tokens:
+            tokens = buffers.hidden_TD, buffers.residual_TD, mine.hidden_TD, mine.residual_TD
+            pick(picked.token_Q, *tokens, self.traits)
+        return mine
 
     def _forward_one(
         self,
@@ -285,13 +147,13 @@ class CudaDecoder:
         keys_PBKH: Sequence[torch.Tensor],
         values_PBKH: Sequence[torch.Tensor],
         buffers: Buffers,
-    ) -> torch.Tensor:
+    ) -> Buffers:
         """The same, of one token."""
         self._layers[0].project_qkv(keys_PBKH[0], values_PBKH[0], places, buffers)
         for index, layer in enumerate(self._layers):
             layer.attend(keys_PBKH[index], values_PBKH[index], places, buffers)
             one_token.finish(index, keys_PBKH, values_PBKH, places, buffers)
-        return one_token.residual(len(self._layers), buffers)[None]
+        return replace(buffers, residual_TD=one_token.residual(len(self._layers), buffers)[None])
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """float32 logits [R, V] of the rows that need them: a view that the next call overwrites."""
@@ -327,6 +189,13 @@ class CudaDecoder:
         splits = self.splits(num_tiles, self.max_segments)
         waves = -(-num_programs * min(splits, segments) // traits.num_sms)
         return splits if waves * -(-segments // splits) < segments else 1
+
+    def _allocate_picked(self) -> Buffers:
+        """What picked tokens are copied to; the rest is free when they go on."""
+        hidden_RD, residual_RD = torch.empty(
+            2, self.max_rows, self.config.hidden_size, dtype=self.dtype, device=self.device
+        ).unbind()
+        return replace(self.buffers, hidden_TD=hidden_RD, residual_TD=residual_RD)
 
     def _allocate_workspace(self) -> AttentionWorkspace:
         # More than one program shares a row only while that leaves the GPU unfilled.

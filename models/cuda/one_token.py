@@ -14,7 +14,8 @@ from triode.models.config import ModelConfig
 from triode.models.weights import DecoderWeights, LayerWeights
 
 if TYPE_CHECKING:
-    from triode.models.cuda.decoder import Buffers, CudaDecoder, TokenPlaces
+    from triode.models.cuda.decoder import CudaDecoder
+    from triode.models.cuda.layer import Buffers, TokenPlaces
 
 
 class OneTokenLayers:

@@ -191,7 +191,7 @@ def _every_kind(rehearsal: Rehearsal, max_running: int, max_tokens: int) -> Iter
 
 
 def _first_layers(config: ModelConfig) -> ModelConfig:
-    """One layer of each kind: how a layer is compiled depends on its window alone."""
-    windows = {config.window_tokens(index) for index in range(config.num_layers)}
-    slides = tuple(window is not None for window in windows) if config.sliding_layers else ()
-    return msgspec.structs.replace(config, num_layers=len(windows), sliding_layers=slides)
+    """One layer of each kind, and the last one: how a layer is compiled depends on its window, and on whether it is last."""
+    windows = {config.window_tokens(index) for index in range(config.num_layers - 1)}
+    slides = (*(window is not None for window in windows), *config.sliding_layers[-1:]) if config.sliding_layers else ()
+    return msgspec.structs.replace(config, num_layers=len(windows) + 1, sliding_layers=slides)

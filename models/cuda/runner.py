@@ -195,12 +195,16 @@ class CudaRunner:
                 lambda: steps.sample_prefill(packed),
             )
         arrays = steps.upload(packed, self._changes)
-        hidden_TD = steps.compute(packed, arrays)
-        # Both read hidden states and wait; the head's buffer is theirs until the sampling rows take it.
-        states = self._host.states(plan)
-        prompt_logprobs = score_prompts(steps.decoder, hidden_TD, packed, plan, states)
-        embeddings = self._embeddings.add(hidden_TD, packed, plan, states)
-        logits_QV = steps.logits(hidden_TD, arrays) if len(packed.sampled) else hidden_TD[:0]
+        prompt_logprobs, embeddings = None, None
+        if reads_hidden:
+            hidden_TD = steps.compute(packed, arrays)
+            # Both read hidden states and wait; the head's buffer is theirs until the sampling rows take it.
+            states = self._host.states(plan)
+            prompt_logprobs = score_prompts(steps.decoder, hidden_TD, packed, plan, states)
+            embeddings = self._embeddings.add(hidden_TD, packed, plan, states)
+            logits_QV = steps.logits(hidden_TD, arrays) if len(packed.sampled) else hidden_TD[:0]
+        else:
+            logits_QV = steps.compute_logits(packed, arrays)
         flight = self._finish(
             steps,
             plan,

@@ -15,11 +15,12 @@ from triode.cache.messages import BlockCopy
 from triode.cache.pool import KVPool
 from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS, hopper_serves
 from triode.kernels.sample.gpu import SampleWorkspace, sample
-from triode.kernels.step.gpu import begin_decode, embed, gather_tables, scatter
+from triode.kernels.step.gpu import begin_decode, embed, gather_tables, place_last, scatter
 from triode.models.cuda.arena import Arena, Changes, Words
 from triode.models.cuda.batch import PackedRows, packed_starts
-from triode.models.cuda.decoder import CudaDecoder, RowGroup, TokenPlaces
+from triode.models.cuda.decoder import CudaDecoder, PickedTokens
 from triode.models.cuda.gpu import Gpu
+from triode.models.cuda.layer import RowGroup, TokenPlaces
 from triode.models.cuda.programs import PREFILL_TOKENS, Programs, bucket_for, segment_bucket_for
 
 _PAIRS = 512
@@ -47,7 +48,7 @@ class PackedArrays:
 
 @dataclass(frozen=True, slots=True)
 class _StepTensors:
-    """What the kernels of one step hand to the next."""
+    """What the kernels of one step hand to the next. Rows of one token are those of a decode step, and the picked ones."""
 
     position_R: torch.Tensor
     kv_slot_R: torch.Tensor
@@ -55,6 +56,8 @@ class _StepTensors:
     query_start_R1: torch.Tensor
     """0, 1, 2, ..."""
     table_RX: torch.Tensor
+    picked_table_RX: torch.Tensor
+    """While a packed step's picked rows wait for the last layer, all of its rows use `table_RX`."""
     token_R: torch.Tensor
     words: torch.Tensor
     """Changes of the arena, then a packed step of fixed shape."""
@@ -70,6 +73,7 @@ class _StepTensors:
             end_R=zeros(num_rows),
             query_start_R1=torch.arange(num_rows + 1, dtype=torch.int32).to(device),
             table_RX=zeros(num_rows, num_entries),
+            picked_table_RX=zeros(num_rows, num_entries),
             token_R=zeros(num_rows),
             words=zeros(2 * _PAIRS + PackedArrays.num_words(PREFILL_TOKENS[-1], num_rows)),
         )
@@ -135,8 +139,11 @@ class DeviceSteps:
 
     def compute(self, packed: PackedRows, arrays: PackedArrays) -> torch.Tensor:
         """Hidden states of all query tokens of a packed step: a view that the next step overwrites."""
-        assert packed.num_tokens <= self.decoder.max_tokens, f"a step of {packed.num_tokens} tokens"
         return self._compute(arrays, packed.num_tokens, self._groups(packed, arrays))
+
+    def compute_logits(self, packed: PackedRows, arrays: PackedArrays) -> torch.Tensor:
+        """Logits of the rows of a packed step that sample: a view that the next step overwrites."""
+        return self._compute_logits(arrays, packed.num_tokens, self._groups(packed, arrays))
 
     def upload(self, packed: PackedRows, changes: Changes) -> PackedArrays:
         """Bring the arena up to date; a packed step's arrays, in memory of their own. Both are sent together."""
@@ -145,7 +152,7 @@ class DeviceSteps:
         return PackedArrays(words[2 * _PAIRS :], packed.num_tokens, packed.num_rows, packed.num_sampled)
 
     def logits(self, hidden_TD: torch.Tensor, arrays: PackedArrays) -> torch.Tensor:
-        """Of the rows that sample: a view that the next step overwrites."""
+        """Of the rows that sample, from the hidden states of all: a view that the next step overwrites."""
         # The residual stream has ended; its buffer is free.
         hidden_QD = self.decoder.buffers.x_TD[: len(arrays.sample_token_Q)]
         # Where kernels are only compiled torch would import a great deal to tell the result's shape.
@@ -165,7 +172,7 @@ class DeviceSteps:
         self._gpu.upload(words, self._tensors.words[: len(words)])
         sizes = packed.num_tokens, packed.num_rows
         splits = self._prefill_splits(*sizes, -(-packed.longest // SEGMENT_TOKENS) * SEGMENT_TOKENS)
-        self._prefill.run(*sizes, splits)
+        self._prefill.run(*sizes, packed.num_sampled, splits)
         return self.decoder.buffers.logits_RV[: len(packed.sampled)]
 
     def sample_prefill(self, packed: PackedRows) -> torch.Tensor:
@@ -175,14 +182,14 @@ class DeviceSteps:
 
     def ends_prefill(self, packed: PackedRows) -> torch.Tensor:
         """Where their samples go; a view that the next step overwrites."""
-        return self._fixed_arrays(0, packed.num_rows).sample_end_Q[: len(packed.sampled)]
+        return self._fixed_arrays(0, packed.num_rows, packed.num_sampled).sample_end_Q[: len(packed.sampled)]
 
     def _joined(self, packed: PackedRows, changes: Changes) -> Words:
         return np.concatenate([self.arena.pairs(changes, _PAIRS), packed.words])
 
-    def _compute_prefill(self, num_tokens: int, num_rows: int, num_splits: int) -> None:
+    def _compute_prefill(self, num_tokens: int, num_rows: int, num_sampled: int, num_splits: int) -> None:
         scatter(self.arena.words, self._tensors.words[: 2 * _PAIRS], self.decoder.traits)
-        arrays = self._fixed_arrays(num_tokens, num_rows)
+        arrays = self._fixed_arrays(num_tokens, num_rows, num_sampled)
         group = RowGroup(
             num_tokens=num_tokens,
             query_start_R1=arrays.query_start_R1,
@@ -191,24 +198,65 @@ class DeviceSteps:
             max_query_tokens=num_tokens,
             num_splits=num_splits,
         )
-        self.logits(self._compute(arrays, num_tokens, (group,)), arrays)
+        self._compute_logits(arrays, num_tokens, (group,))
 
     def _sample_prefill(self, num_rows: int) -> None:
         # Where these arrays lie does not depend on the number of tokens.
-        arrays = self._fixed_arrays(0, num_rows)
+        arrays = self._fixed_arrays(0, num_rows, num_rows)
         self.sample(self.decoder.buffers.logits_RV[:num_rows], arrays)
 
-    def _fixed_arrays(self, num_tokens: int, num_rows: int) -> PackedArrays:
-        return PackedArrays(self._tensors.words[2 * _PAIRS :], num_tokens, num_rows, num_rows)
+    def _fixed_arrays(self, num_tokens: int, num_rows: int, num_sampled: int) -> PackedArrays:
+        return PackedArrays(self._tensors.words[2 * _PAIRS :], num_tokens, num_rows, num_sampled)
 
-    def _compute(self, arrays: PackedArrays, num_tokens: int, groups: tuple[RowGroup, ...]) -> torch.Tensor:
+    def _compute_logits(self, arrays: PackedArrays, num_tokens: int, groups: tuple[RowGroup, ...]) -> torch.Tensor:
+        num_sampled = len(arrays.sample_token_Q)
+        if self.decoder.gains_by_picking(num_tokens, num_sampled):
+            hidden_QD = self._compute(arrays, num_tokens, groups, self._picked(arrays))
+            return self.decoder.logits(hidden_QD) if num_sampled else hidden_QD
+        hidden_TD = self._compute(arrays, num_tokens, groups)
+        return self.logits(hidden_TD, arrays) if num_sampled else hidden_TD[:0]
+
+    def _picked(self, arrays: PackedArrays) -> PickedTokens:
+        """The last tokens of the rows that sample."""
+        tensors, table_SX, num_rows = self._tensors, self.arena.table_SX, len(arrays.sample_token_Q)
+        position_R, kv_slot_R, table_RX = tensors.position_R, tensors.kv_slot_R, tensors.picked_table_RX
+        if not num_rows:
+            return PickedTokens(arrays.sample_token_Q, TokenPlaces(0, position_R, kv_slot_R, ()))
+        place_last(
+            arrays.sample_slot_Q,
+            arrays.sample_end_Q,
+            table_SX,
+            position_R,
+            kv_slot_R,
+            table_RX,
+            self._pool.block_size_tokens,
+            self.decoder.traits,
+        )
+        group = RowGroup(
+            num_tokens=num_rows,
+            query_start_R1=tensors.query_start_R1,
+            start_R=position_R[:num_rows],
+            table_RX=table_RX,
+            max_query_tokens=1,
+            num_splits=self.decoder.splits(num_rows, self.decoder.max_segments),
+        )
+        return PickedTokens(arrays.sample_token_Q, TokenPlaces(num_rows, position_R, kv_slot_R, (group,)))
+
+    def _compute(
+        self,
+        arrays: PackedArrays,
+        num_tokens: int,
+        groups: tuple[RowGroup, ...],
+        picked: PickedTokens | None = None,
+    ) -> torch.Tensor:
         decoder, tensors, block_size = self.decoder, self._tensors, self._pool.block_size_tokens
+        assert num_tokens <= decoder.max_tokens, f"a step of {num_tokens} tokens"
         last_token_S = self.arena.columns.last_token_S
         embed(arrays.token_T, last_token_S, decoder.embed_VD, decoder.buffers.residual_TD, decoder.traits)
         table_SX = self.arena.table_SX
         gather_tables(arrays.slot_R, arrays.end_R, table_SX, tensors.table_RX, block_size, decoder.traits)
         places = TokenPlaces(num_tokens, arrays.position_T, arrays.kv_slot_T, groups)
-        return decoder.forward(places, self._pool.keys, self._pool.values)
+        return decoder.forward(places, self._pool.keys, self._pool.values, picked)
 
     def _compute_decode(self, bucket: int, num_splits: int) -> None:
         decoder, tensors, columns = self.decoder, self._tensors, self.arena.columns

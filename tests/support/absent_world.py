@@ -56,22 +56,21 @@ class AbsentWorld(RunnerWorld):
         self.changes = []
         self.copies = []
 
-    def launch(self, *rows: tuple[Running, int]) -> None:
-        """A step of these rows: (sequence, query tokens); each samples."""
-        self.runner.launch(self.plan(*[(running, num_tokens, Output.SAMPLE) for running, num_tokens in rows]))
+    def launch(self, *rows: tuple[Running, int], output: Output = Output.SAMPLE) -> None:
+        """A step of these rows: (sequence, query tokens)."""
+        self.runner.launch(self.plan(*[(running, num_tokens, output) for running, num_tokens in rows]))
         for running, num_tokens in rows:
             running.num_computed += num_tokens
 
     def play(self) -> None:
-        """Every kind of step: prompts long and short, a short chunk behind a long context, a token alone, chunks beside
-        decoding rows, batches of every size.
+        """Every kind of step: prompts long and short, a chunk that samples nothing and a short one behind it, a token alone,
+        chunks beside decoding rows, batches of every size.
         """
         rows = [self.admit(0, [1] * LONG_TOKENS)]
         self.launch((rows[0], LONG_TOKENS))
         self.launch((rows[0], 1))
         rows.append(self.admit(1, [1] * (LONG_TOKENS + SHORT_TOKENS)))
-        # All but the chunk is in the cache.
-        rows[1].num_computed = LONG_TOKENS
+        self.launch((rows[1], LONG_TOKENS), output=Output.NONE)
         self.launch((rows[1], SHORT_TOKENS))
         for length in (1000, 600, 200, 2):
             rows.append(self.admit(len(rows), [1] * length))

@@ -19,7 +19,7 @@ MODELS = [
     *(("tiny", torch.float32), ("smollm2-135m", torch.float32), ("llama-3.1-8b", torch.float32)),
 ]
 KERNELS = {
-    *("embed_tokens", "scatter_pairs", "begin_rows", "copy_tables"),
+    *("embed_tokens", "scatter_pairs", "begin_rows", "copy_tables", "place_last_tokens", "pick_tokens"),
     *("normalise_row", "linear_in_order", "project_qkv", "finish_qkv", "attend", "gate_columns"),
     *("peaks", "weigh", "truncate", "choose"),
 }
