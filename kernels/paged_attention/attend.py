@@ -22,12 +22,46 @@ C blocks in a table      W programs (query tile, KV head)    S segments      M (
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from triode.kernels.device_code import wait_for_inputs
-from triode.kernels.paged_attention.states import ONES, empty_state, merge, merge_shares, store_outputs, store_state
-from triode.kernels.paged_attention.work import kv_of_tile, locate, pair_offset, share_of_kv
+from triode.kernels.paged_attention.states import (
+    ONES,
+    Places,
+    State,
+    empty_state,
+    merge,
+    merge_shares,
+    store_outputs,
+    store_state,
+)
+from triode.kernels.paged_attention.work import kv_of_tile, locate, offset_of_pairs, pairs_of_tile, share_of_kv
+
+
+class Keys(NamedTuple):
+    """Where a row has the keys and values of one KV head."""
+
+    key_ptr: tl.tensor
+    value_ptr: tl.tensor
+    table: tl.tensor
+    """The row's block table."""
+    kv_head: tl.tensor
+
+
+class Queries(NamedTuple):
+    """What is asked of keys."""
+
+    q: tl.tensor
+    """M x H."""
+    position: tl.tensor
+    """M."""
+    unmasked_end: tl.tensor
+    """Every pair sees all of a tile that ends by this position."""
+    scale: tl.tensor
+    """Of scores, log2(e) included."""
 
 
 @triton.jit
@@ -38,9 +72,10 @@ def load_kv(at, mask, KV_MODE: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
-def pages_of_tile(table, first, end, tile_position, BLOCK: tl.constexpr):
+def blocks_of_tile(table, first, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """The blocks that hold each position of the tile that begins at `first`."""
-    if tile_position.shape[0] % BLOCK == 0:
+    tile_position = tl.arange(0, TILE)
+    if TILE % BLOCK == 0:
         at = table + first // BLOCK + tile_position // BLOCK
     else:
         at = table + (first + tile_position) // BLOCK
@@ -57,140 +92,78 @@ def place_in_block(
 
 
 @triton.jit
+def hide_unseen(s, position, kv, WINDOW: tl.constexpr):
+    """The scores of keys at `kv` for queries at `position`, -inf where a query does not see the key."""
+    visible = kv[None, :] <= position[:, None]
+    if WINDOW > 0:
+        visible = visible & (kv[None, :] > position[:, None] - WINDOW)
+    return tl.where(visible, s, -float("inf"))
+
+
+@triton.jit
 def add_tile(
-    peak,
-    mass,
-    acc,
-    q,
-    position,
-    key_ptr,
-    value_ptr,
-    block,
-    first,
-    end,
-    kv_head,
-    tile_position,
-    dim,
-    scale,
-    unmasked_end,
-    HEAD: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    KV_MODE: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """A segment's softmax state after one more tile. Every row sees all of a tile that ends by `unmasked_end`."""
+    state, queries, keys, block, first, end,
+    HEAD: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, KV_MODE: tl.constexpr,
+):  # fmt: skip
+    """A segment's state after one more tile, whose positions are in the blocks `block`."""
+    q = queries.q
+    tile_position = tl.arange(0, block.shape[0])
+    dim = tl.arange(0, q.shape[1])
     kv = first + tile_position
-    place = place_in_block(first, tile_position, kv_head, dim, HEAD, NUM_KV_HEADS, BLOCK)
+    place = place_in_block(first, tile_position, keys.kv_head, dim, HEAD, NUM_KV_HEADS, BLOCK)
     block_at = block.to(tl.int64)[:, None] * (BLOCK * NUM_KV_HEADS * HEAD)
     mask = (kv < end)[:, None]
     if dim.shape[0] > HEAD:
         mask = mask & (dim < HEAD)[None, :]
-    k = load_kv(key_ptr + place + block_at, mask, KV_MODE, DOT)
+    k = load_kv(keys.key_ptr + place + block_at, mask, KV_MODE, q.dtype)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if first + kv.shape[0] > unmasked_end:
-        visible = kv[None, :] <= position[:, None]
-        if WINDOW > 0:
-            visible = visible & (kv[None, :] > position[:, None] - WINDOW)
-        s = tl.where(visible, s, -float("inf"))
-    new = tl.maximum(peak, tl.max(s, 1))
-    alpha = tl.exp2((peak - new) * scale)
-    p = tl.exp2(tl.math.fma(s, scale, -(new * scale)[:, None])).to(DOT)
-    ones = tl.full([kv.shape[0], ONES], 1.0, DOT)
-    mass = tl.dot(p, ones, mass * alpha[:, None], input_precision="ieee")
-    v = load_kv(value_ptr + place + block_at, mask, KV_MODE, DOT)
-    acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
-    return new, mass, acc
+    if first + kv.shape[0] > queries.unmasked_end:
+        s = hide_unseen(s, queries.position, kv, WINDOW)
+    peak = tl.maximum(state.peak, tl.max(s, 1))
+    alpha = tl.exp2((state.peak - peak) * queries.scale)
+    p = tl.exp2(tl.math.fma(s, queries.scale, -(peak * queries.scale)[:, None])).to(q.dtype)
+    ones = tl.full([kv.shape[0], ONES], 1.0, q.dtype)
+    mass = tl.dot(p, ones, state.mass * alpha[:, None], input_precision="ieee")
+    v = load_kv(keys.value_ptr + place + block_at, mask, KV_MODE, q.dtype)
+    return State(peak, mass, tl.dot(p, v, state.acc * alpha[:, None], input_precision="ieee"))
 
 
 @triton.jit
 def walk_segment(
-    q,
-    position,
-    key_ptr,
-    value_ptr,
-    table,
-    block,
-    first_tile,
-    end,
-    share_end,
-    kv_head,
-    dim,
-    scale,
-    unmasked_end,
-    HEAD: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    KV_MODE: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """The softmax state of one segment, whose tiles begin at `first_tile` and end before `end`.
+    queries, keys, block, first_tile, end, share_end, HEAD: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, KV_MODE: tl.constexpr,
+):  # fmt: skip
+    """The state of one segment, whose tiles begin at `first_tile` and end before `end`.
 
     Takes the blocks of the first tile and returns those of the tile behind the last: they are looked up a tile ahead, so
     that keys and values need not wait for them. `share_end` is where this program's KV ends.
     """
-    peak, mass, acc = empty_state(q.shape[0], q.shape[1])
-    tile_position = tl.arange(0, TILE)
+    state = empty_state(queries.q.shape[0], queries.q.shape[1])
     for first in range(first_tile, end, TILE):
-        next_block = pages_of_tile(table, first + TILE, share_end, tile_position, BLOCK)
-        peak, mass, acc = add_tile(
-            peak, mass, acc, q, position, key_ptr, value_ptr, block, first, end, kv_head, tile_position,
-            dim, scale, unmasked_end, HEAD, NUM_KV_HEADS, BLOCK, WINDOW, KV_MODE, DOT,
-        )  # fmt: skip
+        next_block = blocks_of_tile(keys.table, first + TILE, share_end, BLOCK, TILE)
+        state = add_tile(state, queries, keys, block, first, end, HEAD, NUM_KV_HEADS, BLOCK, WINDOW, KV_MODE)
         block = next_block
-    return peak, mass, acc, block
+    return state, block
 
 
 @triton.jit
 def walk_share(
-    q,
-    start_position,
-    token,
-    first_token,
-    key_ptr,
-    value_ptr,
-    table,
-    block,
-    begin,
-    end,
-    kv_head,
-    dim,
-    scale,
-    state_ptr,
-    partial_ptr,
-    states_of_segment_0,
-    num_states,
-    valid,
-    in_head,
-    HEAD: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr,
+    queries, keys, block, begin, end, places, first_segment, valid, HEAD: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr,
     KV_MODE: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """The sums over this program's KV; with SPLIT it also leaves the state of each segment."""
-    unmasked_end = 0
-    if WINDOW == 0:
-        unmasked_end = start_position + first_token + 1
-    row_peak, row_mass, row_acc = empty_state(q.shape[0], q.shape[1])
+):  # fmt: skip
+    """A row's state after this program's KV; with SPLIT it also leaves the state of each segment."""
+    row = empty_state(queries.q.shape[0], queries.q.shape[1])
     for segment in range(begin // SEGMENT, tl.cdiv(end, SEGMENT)):
-        peak, mass, acc, block = walk_segment(
-            q, start_position + token, key_ptr, value_ptr, table, block, tl.maximum(begin, segment * SEGMENT),
-            tl.minimum(end, (segment + 1) * SEGMENT), end, kv_head, dim, scale, unmasked_end,
-            HEAD, NUM_KV_HEADS, BLOCK, TILE, WINDOW, KV_MODE, DOT,
-        )  # fmt: skip
+        first_tile = tl.maximum(begin, segment * SEGMENT)
+        segment_end = tl.minimum(end, (segment + 1) * SEGMENT)
+        state, block = walk_segment(
+            queries, keys, block, first_tile, segment_end, end, HEAD, NUM_KV_HEADS, BLOCK, TILE, WINDOW, KV_MODE
+        )
         if SPLIT:
-            at = states_of_segment_0 + segment * num_states
-            store_state(state_ptr, partial_ptr, at, peak, mass, acc, valid, dim, in_head, HEAD)
-        row_peak, row_mass, row_acc = merge(row_peak, row_mass, row_acc, peak, mass, acc, scale)
-    return row_mass, row_acc
+            store_state(places, segment - first_segment, state, valid, HEAD)
+        row = merge(row, state, queries.scale)
+    return row
 
 
 @triton.jit
@@ -206,40 +179,13 @@ def arrives_last(arrivals, num_workers):
 
 @triton.jit(do_not_specialize=["num_rows", "table_stride", "max_segments", "num_states"])
 def attend(
-    q_ptr,
-    key_ptr,
-    value_ptr,
-    table_ptr,
-    query_start_ptr,
-    start_ptr,
-    out_ptr,
-    state_ptr,
-    partial_ptr,
-    arrivals_ptr,
-    num_rows,
-    table_stride,
-    max_segments,
-    num_states,
-    scale,
-    q_stride,
-    out_stride,
-    GROUP: tl.constexpr,
-    HEAD: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PAIRS: tl.constexpr,
-    QUERY_TOKENS: tl.constexpr,
-    TILE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    LONG_ROWS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    MERGE_STAGES: tl.constexpr,
-    KV_MODE: tl.constexpr,
-    DOT: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, key_ptr, value_ptr, table_ptr, query_start_ptr, start_ptr, out_ptr, state_ptr, partial_ptr, arrivals_ptr,
+    num_rows, table_stride, max_segments, num_states, scale, q_stride, out_stride,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_PADDED: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr, PAIRS: tl.constexpr, QUERY_TOKENS: tl.constexpr, TILE: tl.constexpr,
+    SEGMENT: tl.constexpr, WINDOW: tl.constexpr, LONG_ROWS: tl.constexpr, SPLIT: tl.constexpr,
+    MERGE_STAGES: tl.constexpr, KV_MODE: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One query tile of one KV head; with SPLIT one share of its KV segments. `scale` includes log2(e)."""
     wait_for_inputs(PDL)
     tile = tl.program_id(0)
@@ -264,31 +210,23 @@ def attend(
             return
 
     table = table_ptr + row.to(tl.int64) * table_stride
-    block = pages_of_tile(table, begin, end, tl.arange(0, TILE), BLOCK)
+    block = blocks_of_tile(table, begin, end, BLOCK, TILE)
 
-    pair = tl.arange(0, PAIRS)
-    token = first_token + pair // GROUP
-    head = kv_head * GROUP + pair % GROUP
-    valid = (pair < QUERY_TOKENS * GROUP) & (token < num_tokens)
+    pairs = pairs_of_tile(0, first_token, num_tokens, kv_head, GROUP, QUERY_TOKENS, PAIRS)
     dim = tl.arange(0, HEAD_PADDED)
-    in_head = dim < HEAD
-    in_pairs = valid[:, None] & in_head[None, :]
-    q = tl.load(q_ptr + pair_offset(row_start + token, head, dim, q_stride, HEAD), mask=in_pairs, other=0.0).to(DOT)
+    in_pairs = pairs.valid[:, None] & (dim < HEAD)[None, :]
+    q = tl.load(q_ptr + offset_of_pairs(pairs, row_start, dim, q_stride, HEAD), mask=in_pairs, other=0.0).to(DOT)
+    unmasked_end = start_position + first_token + 1 if WINDOW == 0 else 0
     work = (tile * NUM_KV_HEADS + kv_head).to(tl.int64)
-    work_states = work * max_segments * num_states + pair
-    row_mass, row_acc = walk_share(
-        q, start_position, token, first_token, key_ptr, value_ptr, table, block,
-        begin, end, kv_head, dim, scale, state_ptr, partial_ptr, work_states - first_segment * num_states, num_states,
-        valid, in_head, HEAD, NUM_KV_HEADS, BLOCK, TILE, SEGMENT, WINDOW, SPLIT, KV_MODE, DOT,
+    places = Places(state_ptr, partial_ptr, work * max_segments * num_states + pairs.number, num_states)
+    state = walk_share(
+        Queries(q, start_position + pairs.token, unmasked_end, scale), Keys(key_ptr, value_ptr, table, kv_head), block,
+        begin, end, places, first_segment, pairs.valid,
+        HEAD, NUM_KV_HEADS, BLOCK, TILE, SEGMENT, WINDOW, SPLIT, KV_MODE,
     )  # fmt: skip
-
     if SPLIT:  # noqa: SIM102 - a compile-time condition around a run-time one
         if num_workers > 1:
             if not arrives_last(arrivals_ptr + work, num_workers):
                 return
-            row_mass, row_acc = merge_shares(
-                state_ptr, partial_ptr, work_states, num_segments, num_states, scale, valid, dim, in_head,
-                HEAD, MERGE_STAGES,
-            )  # fmt: skip
-    out_at = pair_offset(row_start + token, head, dim, out_stride, HEAD)
-    store_outputs(out_ptr, out_at, row_mass, row_acc, in_pairs)
+            state = merge_shares(places, num_segments, scale, pairs.valid, HEAD, HEAD_PADDED, MERGE_STAGES)
+    store_outputs(out_ptr, offset_of_pairs(pairs, row_start, dim, out_stride, HEAD), state, in_pairs)

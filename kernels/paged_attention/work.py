@@ -1,9 +1,11 @@
 """Which query tile, KV head and part of the KV a program of attention has: what all kernels of it agree on.
 
-T packed query tokens    R rows of the batch
+T packed query tokens    R rows of the batch    H head dim    M (query token, head) pairs of a program
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -75,7 +77,31 @@ def share_of_kv(begin, end, first_segment, num_segments, which, num_shares, SEGM
     return begin, tl.minimum(end, (my_segment + share) * SEGMENT), (num_segments + share - 1) // share
 
 
+class Pairs(NamedTuple):
+    """The (query token, head) pairs of a program; M each."""
+
+    number: tl.tensor
+    """In the query tile."""
+    token: tl.tensor
+    """In the row."""
+    head: tl.tensor
+    valid: tl.tensor
+    """Whether there is such a pair."""
+
+
 @triton.jit
-def pair_offset(token, head, dim, stride, HEAD: tl.constexpr):
-    """Where the queries or outputs of (query token, head) pairs are."""
-    return token.to(tl.int64)[:, None] * stride + head[:, None] * HEAD + dim[None, :]
+def pairs_of_tile(
+    first_pair, first_token, num_tokens, kv_head, GROUP: tl.constexpr, QUERY_TOKENS: tl.constexpr, PAIRS: tl.constexpr
+):
+    """PAIRS pairs of a query tile, the first of them `first_pair`: a KV head's query heads share its keys."""
+    number = first_pair + tl.arange(0, PAIRS)
+    token = first_token + number // GROUP
+    valid = (number < QUERY_TOKENS * GROUP) & (token < num_tokens)
+    return Pairs(number, token, kv_head * GROUP + number % GROUP, valid)
+
+
+@triton.jit
+def offset_of_pairs(pairs, row_start, dim, stride, HEAD: tl.constexpr):
+    """Where the queries or outputs of pairs are, M x H."""
+    token = (row_start + pairs.token).to(tl.int64)
+    return token[:, None] * stride + pairs.head[:, None] * HEAD + dim[None, :]
