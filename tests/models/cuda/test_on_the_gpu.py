@@ -15,7 +15,7 @@ from runner_world import RunnerWorld, Running, tiny_config
 from triode.models.config import ModelConfig
 from triode.models.random_model import random_config
 from triode.models.sampling import SamplingParams
-from triode.models.step import Output, StepResult
+from triode.models.step import Output, StepResult, TokenLogprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 
@@ -194,6 +194,27 @@ def test_logprobs_do_not_depend_on_batch_chunks_prefix_or_preemption() -> None:
         if readmitted(world, whole).logprobs != whole.logprobs[10:]:
             differing["preempted"] = 10
         assert differing == {}
+
+
+def test_rows_that_go_through_the_last_layer_alone_have_the_bits_of_rows_among_all_tokens() -> None:
+    """A prompt that is scored in the same step keeps all tokens. What is decoded shows the keys and values."""
+    lengths = (3, 130, 700, 1)
+    entries: list[list[tuple[TokenLogprobs, ...]]] = []
+    with DeviceWorld(half_billion(), torch.bfloat16, max_running=8) as world:
+        # The last way makes a step of fixed shape of the first one, which is captured when it comes again.
+        for extra, is_scored in ((2000, True), (2000, False), (50, True), (50, False), (50, False), (50, False)):
+            rows = [world.admit(slot, prompt(length, slot), SCORED, seed=slot) for slot, length in enumerate(lengths)]
+            asked = msgspec.structs.replace(SCORED, prompt_logprobs=0 if is_scored else None)
+            rows.append(world.admit(4, prompt(extra), asked, seed=9))
+            output = Output.PROMPT_LOGPROBS_AND_SAMPLE if is_scored else Output.SAMPLE
+            world.step(*[(row, len(row.tokens), Output.SAMPLE) for row in rows[:-1]], (rows[-1], extra, output))
+            world.decode(*rows, num_tokens=4)
+            entries.append([tuple(row.logprobs) for row in rows])
+            for row in rows:
+                world.free += row.blocks
+    assert entries[0] == entries[1]
+    assert all(entry == entries[2] for entry in entries[3:])
+    assert entries[0][:-1] == entries[2][:-1]
 
 
 def test_steps_launched_ahead_give_the_tokens_of_steps_read_at_once() -> None:

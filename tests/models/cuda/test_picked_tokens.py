@@ -12,7 +12,6 @@ from triton.runtime.jit import JITFunction
 from absent_world import LONG_TOKENS, MAX_LAYERS, AbsentWorld
 from cross_compile import HOPPER
 from runner_world import Running
-from triode.models.cuda import decoder as cuda_decoder
 from triode.models.cuda import linears
 from triode.models.random_model import random_config
 from triode.models.sampling import SamplingParams
@@ -107,7 +106,7 @@ def test_rows_whose_hidden_states_are_read_keep_all_tokens(
 
 @pytest.mark.parametrize("num_rows", [1, 2, 65])
 def test_a_decode_step_picks_nothing(world: CountedProducts, monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
-    monkeypatch.delattr(cuda_decoder, "pick")
+    monkeypatch.delattr("triode.models.cuda.decoder.pick")
     rows = [world.admit(slot, [1]) for slot in range(num_rows)]
     products = world.of(*[(row, 1, Output.SAMPLE) for row in rows])
     assert KV not in dict(products)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from triode.kernels.gpu_traits import INTERPRETER
-from triode.kernels.step.gpu import begin_decode, embed, gather_tables, scatter
+from triode.kernels.step.gpu import begin_decode, embed, gather_tables, pick, place_last, scatter
 
 NUM_SLOTS, WIDTH, HIDDEN = 5, 1100, 96
 UNTOUCHED = -7
@@ -65,3 +65,29 @@ def test_tables_are_gathered_as_far_as_each_rows_end() -> None:
     for row, (slot, num_entries) in enumerate(((2, 1), (0, WIDTH), (4, 3))):
         assert torch.equal(row_table_RX[row, :num_entries], table_SX[slot, :num_entries])
         assert (row_table_RX[row, num_entries:] == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_a_last_token_is_placed_before_its_rows_end_and_that_of_a_row_without_tokens_at_0(block_size: int) -> None:
+    slots, ends, table_SX = (3, 0, 4), (33, WIDTH * block_size, 0), tables()
+    position_Q, kv_slot_Q, row_table_QX = filled(4), filled(4), filled(4, WIDTH)
+    places = table_SX, position_Q, kv_slot_Q, row_table_QX
+    place_last(int32(*slots), int32(*ends), *places, block_size, INTERPRETER)
+    for row, (slot, end) in enumerate(zip(slots, ends, strict=True)):
+        at = max(end - 1, 0)
+        num_entries = at // block_size + 1
+        assert position_Q[row] == at
+        assert kv_slot_Q[row] == table_SX[slot, at // block_size] * block_size + at % block_size
+        assert torch.equal(row_table_QX[row, :num_entries], table_SX[slot, :num_entries])
+        assert (row_table_QX[row, num_entries:] == UNTOUCHED).all()
+    assert position_Q[3] == kv_slot_Q[3] == UNTOUCHED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_picked_tokens_come_in_the_order_in_which_they_are_named(dtype: torch.dtype) -> None:
+    hidden_TD, residual_TD = torch.randn(2, 9, HIDDEN).to(dtype)
+    picked_hidden_QD, picked_residual_QD = torch.full((2, 5, HIDDEN), torch.nan, dtype=dtype)
+    pick(int32(8, 3, 0, 0), hidden_TD, residual_TD, picked_hidden_QD, picked_residual_QD, INTERPRETER)
+    for picked_QD, token_TD in ((picked_hidden_QD, hidden_TD), (picked_residual_QD, residual_TD)):
+        assert torch.equal(picked_QD[:4], token_TD[[8, 3, 0, 0]])
+        assert picked_QD[4].isnan().all()
