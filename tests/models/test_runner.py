@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from native_steps import native_library
+from native_steps import native_decoder, native_library
 from runner_world import RunnerWorld, tiny_config, tiny_weights
 from triode.cache.config import CacheConfig
 from triode.cache.messages import BlockCopy
@@ -193,6 +193,45 @@ def test_an_embedding_does_not_depend_on_chunks_or_neighbours(pooling: Pooling, 
     alone.step((again, 60, Output.HIDDEN))
     assert running.embedding == again.embedding
     assert len(running.embedding) == tiny_config().hidden_size
+
+
+@pytest.mark.parametrize("program", ["torch", "compiled", "ahead"])
+def test_rows_that_read_one_hidden_state_or_all_or_none_share_a_step(program: str) -> None:
+    native = None if program == "torch" else native_decoder(tiny_config(), tiny_weights())
+    scoring = SamplingParams(temperature=0, prompt_logprobs=2)
+
+    def world(seed: int) -> RunnerWorld:
+        return RunnerWorld(seed=seed, native=native, ahead=program == "ahead")
+
+    together = world(0)
+    decoding = together.admit(0, prompt(20))
+    together.prefill(decoding)
+    scored = together.admit(1, prompt(40, 1), scoring)
+    embedded = together.admit(2, prompt(33, 2), pooling=Pooling.MEAN)
+    chunked = together.admit(3, prompt(50, 3))
+    together.step(
+        (chunked, 30, Output.NONE),
+        (scored, 25, Output.PROMPT_LOGPROBS),
+        (decoding, 1, Output.SAMPLE),
+        (embedded, 33, Output.HIDDEN),
+    )
+    together.step(
+        (decoding, 1, Output.SAMPLE), (chunked, 20, Output.SAMPLE), (scored, 15, Output.PROMPT_LOGPROBS_AND_SAMPLE)
+    )
+    together.step((chunked, 1, Output.SAMPLE), (decoding, 1, Output.SAMPLE))
+
+    alone = world(1)
+    scored_alone = alone.admit(1, prompt(40, 1), scoring)
+    alone.step((scored_alone, 40, Output.PROMPT_LOGPROBS_AND_SAMPLE))
+    assert (scored.output, scored.prompt_logprobs) == (scored_alone.output, scored_alone.prompt_logprobs)
+    embedded_alone = alone.admit(2, prompt(33, 2), pooling=Pooling.MEAN)
+    alone.step((embedded_alone, 33, Output.HIDDEN))
+    assert embedded.embedding == embedded_alone.embedding
+    for got, tokens in ((decoding, prompt(20)), (chunked, prompt(50, 3))):
+        running = alone.admit(0, tokens)
+        alone.prefill(running)
+        alone.decode(running, num_tokens=len(got.output) - 1)
+        assert got.output == running.output
 
 
 def test_mean_pooling_is_the_mean_of_the_last_tokens_of_all_prefixes() -> None:
