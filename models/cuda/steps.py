@@ -4,9 +4,7 @@ T packed query tokens    R rows    Q rows that sample    D hidden    V vocabular
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
 
 import numpy as np
 import torch
@@ -17,66 +15,12 @@ from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS, hopper_serves
 from triode.kernels.sample.gpu import SampleWorkspace, sample
 from triode.kernels.step.gpu import begin_decode, embed, gather_tables, place_last, scatter
 from triode.models.cuda.arena import Arena, Changes, Words
-from triode.models.cuda.batch import PackedRows, packed_starts
+from triode.models.cuda.batch import PackedRows
 from triode.models.cuda.decoder import CudaDecoder, PickedTokens
 from triode.models.cuda.gpu import Gpu
 from triode.models.cuda.layer import RowGroup, TokenPlaces
-from triode.models.cuda.programs import PREFILL_TOKENS, Programs, bucket_for, segment_bucket_for
-
-_PAIRS = 512
-"""Changes of the arena that a packed step brings along: those of a prompt of 8,000 tokens."""
-
-
-class PackedArrays:
-    """`PackedRows.words` on the device, cut into its arrays."""
-
-    def __init__(self, words: torch.Tensor, num_tokens: int, num_rows: int, num_sampled: int) -> None:
-        starts, sizes = packed_starts(num_tokens, num_rows, num_sampled)
-        gaps = [end - start - size for start, end, size in zip(starts, starts[1:], sizes, strict=False)]
-        # Cut at once, with what lies between them: one by one, ten views take longer than sending them.
-        parts = words[: starts[-1]].split_with_sizes([*chain.from_iterable(zip(sizes, gaps, strict=True))])[::2]
-        self.query_start_R1, self.start_R, self.end_R, self.slot_R = parts[:4]
-        self.sample_token_Q, self.sample_end_Q, self.sample_slot_Q = parts[4:7]
-        self.token_T, self.position_T, self.kv_slot_T = parts[7:]
-
-    @staticmethod
-    def num_words(num_tokens: int, num_rows: int) -> int:
-        """Of a step of fixed shape."""
-        starts, _ = packed_starts(num_tokens, num_rows, num_rows)
-        return starts[-1]
-
-
-@dataclass(frozen=True, slots=True)
-class _StepTensors:
-    """What the kernels of one step hand to the next. Rows of one token are those of a decode step, and the picked ones."""
-
-    position_R: torch.Tensor
-    kv_slot_R: torch.Tensor
-    end_R: torch.Tensor
-    query_start_R1: torch.Tensor
-    """0, 1, 2, ..."""
-    table_RX: torch.Tensor
-    picked_table_RX: torch.Tensor
-    """While a packed step's picked rows wait for the last layer, all of its rows use `table_RX`."""
-    token_R: torch.Tensor
-    words: torch.Tensor
-    """Changes of the arena, then a packed step of fixed shape."""
-
-    @classmethod
-    def allocate(cls, num_rows: int, num_entries: int, device: torch.device) -> "_StepTensors":
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
-
-        return cls(
-            position_R=zeros(num_rows),
-            kv_slot_R=zeros(num_rows),
-            end_R=zeros(num_rows),
-            query_start_R1=torch.arange(num_rows + 1, dtype=torch.int32).to(device),
-            table_RX=zeros(num_rows, num_entries),
-            picked_table_RX=zeros(num_rows, num_entries),
-            token_R=zeros(num_rows),
-            words=zeros(2 * _PAIRS + PackedArrays.num_words(PREFILL_TOKENS[-1], num_rows)),
-        )
+from triode.models.cuda.programs import Programs, bucket_for, segment_bucket_for
+from triode.models.cuda.step_tensors import NUM_PAIRS, PackedArrays, StepTensors
 
 
 class DeviceSteps:
@@ -88,7 +32,7 @@ class DeviceSteps:
         self.arena = arena
         self._gpu = gpu
         layout = arena.layout
-        self._tensors = _StepTensors.allocate(layout.num_rows, layout.num_entries, gpu.device)
+        self._tensors = StepTensors.allocate(layout.num_rows, layout.num_entries, gpu.device)
         walks_fast = hopper_serves(decoder.buffers.attended_TNH, pool.keys[0], decoder.traits)
         # Asked before every prefill step, while the device waits.
         self._prefill_splits = cache(partial(decoder.prefill_splits, walks_fast=walks_fast))
@@ -148,8 +92,8 @@ class DeviceSteps:
     def upload(self, packed: PackedRows, changes: Changes) -> PackedArrays:
         """Bring the arena up to date; a packed step's arrays, in memory of their own. Both are sent together."""
         words = self._gpu.upload(self._joined(packed, changes))
-        scatter(self.arena.words, words[: 2 * _PAIRS], self.decoder.traits)
-        return PackedArrays(words[2 * _PAIRS :], packed.num_tokens, packed.num_rows, packed.num_sampled)
+        scatter(self.arena.words, words[: 2 * NUM_PAIRS], self.decoder.traits)
+        return PackedArrays(words[2 * NUM_PAIRS :], packed.num_tokens, packed.num_rows, packed.num_sampled)
 
     def logits(self, hidden_TD: torch.Tensor, arrays: PackedArrays) -> torch.Tensor:
         """Of the rows that sample, from the hidden states of all: a view that the next step overwrites."""
@@ -185,10 +129,10 @@ class DeviceSteps:
         return self._fixed_arrays(0, packed.num_rows, packed.num_sampled).sample_end_Q[: len(packed.sampled)]
 
     def _joined(self, packed: PackedRows, changes: Changes) -> Words:
-        return np.concatenate([self.arena.pairs(changes, _PAIRS), packed.words])
+        return np.concatenate([self.arena.pairs(changes, NUM_PAIRS), packed.words])
 
     def _compute_prefill(self, num_tokens: int, num_rows: int, num_sampled: int, num_splits: int) -> None:
-        scatter(self.arena.words, self._tensors.words[: 2 * _PAIRS], self.decoder.traits)
+        scatter(self.arena.words, self._tensors.words[: 2 * NUM_PAIRS], self.decoder.traits)
         arrays = self._fixed_arrays(num_tokens, num_rows, num_sampled)
         group = RowGroup(
             num_tokens=num_tokens,
@@ -206,7 +150,7 @@ class DeviceSteps:
         self.sample(self.decoder.buffers.logits_RV[:num_rows], arrays)
 
     def _fixed_arrays(self, num_tokens: int, num_rows: int, num_sampled: int) -> PackedArrays:
-        return PackedArrays(self._tensors.words[2 * _PAIRS :], num_tokens, num_rows, num_sampled)
+        return PackedArrays(self._tensors.words[2 * NUM_PAIRS :], num_tokens, num_rows, num_sampled)
 
     def _compute_logits(self, arrays: PackedArrays, num_tokens: int, groups: tuple[RowGroup, ...]) -> torch.Tensor:
         num_sampled = len(arrays.sample_token_Q)
@@ -232,15 +176,21 @@ class DeviceSteps:
             self._pool.block_size_tokens,
             self.decoder.traits,
         )
+        num_splits = self.decoder.splits(num_rows, self.decoder.max_segments)
+        return PickedTokens(arrays.sample_token_Q, self._places(num_rows, table_RX, num_splits))
+
+    def _places(self, num_rows: int, table_RX: torch.Tensor, num_splits: int) -> TokenPlaces:
+        """Rows of one token each, at `position_R`."""
+        tensors = self._tensors
         group = RowGroup(
             num_tokens=num_rows,
             query_start_R1=tensors.query_start_R1,
-            start_R=position_R[:num_rows],
+            start_R=tensors.position_R[:num_rows],
             table_RX=table_RX,
             max_query_tokens=1,
-            num_splits=self.decoder.splits(num_rows, self.decoder.max_segments),
+            num_splits=num_splits,
         )
-        return PickedTokens(arrays.sample_token_Q, TokenPlaces(num_rows, position_R, kv_slot_R, (group,)))
+        return TokenPlaces(num_rows, tensors.position_R, tensors.kv_slot_R, (group,))
 
     def _compute(
         self,
@@ -274,15 +224,7 @@ class DeviceSteps:
             self._pool.block_size_tokens,
             decoder.traits,
         )
-        group = RowGroup(
-            num_tokens=bucket,
-            query_start_R1=tensors.query_start_R1,
-            start_R=tensors.position_R[:bucket],
-            table_RX=tensors.table_RX,
-            max_query_tokens=1,
-            num_splits=num_splits,
-        )
-        places = TokenPlaces(bucket, tensors.position_R, tensors.kv_slot_R, (group,))
+        places = self._places(bucket, tensors.table_RX, num_splits)
         decoder.logits(decoder.forward(places, self._pool.keys, self._pool.values))
 
     def _sample_decode(self, bucket: int) -> None:
