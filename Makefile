@@ -9,8 +9,8 @@ INSTALL := $(PIP) install --constraint constraints.txt
 # Under an emulator: all formats and shapes on every instruction set, but few of the tests with several threads, which take
 # minutes each there.
 EMULATED := tests/kernels/native/test_native_formats.py tests/models/test_gguf_blocks.py \
-	$(addprefix tests/models/test_native_,step.py cache.py fuzz.py)
-EMULATED_CASES := not sharing_a_long and not long_and_short and not twice_the_blocks \
+	$(addprefix tests/models/test_,native_step.py native_cache.py native_fuzz.py wanted_tokens.py)
+EMULATED_CASES := not sharing_a_long and not long_and_short and not twice_the_blocks and not test_torch and not ranks \
 	and (not threads or (ragged and bfloat16 and (none or a8w8)))
 
 .PHONY: help demo test test-slow test-amx test-aarch64 check clean

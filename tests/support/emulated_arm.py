@@ -230,8 +230,8 @@ class EmulatedLibrary(NativeLibrary):
         number_bytes = 2 if model.is_bf16 else 4
         num_wanted = ctypes.c_int64.from_address(batch.wanted_start + 8 * R).value
         # A table that wants more than there is has no more room than that, and is refused.
-        hidden_bytes = min(max(num_wanted, 0), T) * model.hidden_size * number_bytes
-        copy.hidden = image.place_back(batch.hidden, hidden_bytes)
+        if hidden_bytes := min(max(num_wanted, 0), T) * model.hidden_size * number_bytes:
+            copy.hidden = image.place_back(batch.hidden, hidden_bytes)
         head_bytes = _rounded_up(model.head_dim, 4) + 4 if batch.kv_is_int8 else model.head_dim * number_bytes
         pool_bytes = batch.num_blocks * batch.block_size_tokens * model.num_kv_heads * head_bytes
         for name in ("keys", "values"):
