@@ -193,8 +193,7 @@ def attend(
     if LONG_ROWS:
         # The last tiles of a prompt walk the most KV: starting them first evens out the end of the launch.
         tile = tl.num_programs(0) - 1 - tile
-    row, row_start, first_token = locate(query_start_ptr, tile, num_rows, QUERY_TOKENS, LONG_ROWS, "")
-    num_tokens = tl.load(query_start_ptr + row + 1) - row_start
+    row, row_start, num_tokens, first_token = locate(query_start_ptr, tile, num_rows, QUERY_TOKENS, LONG_ROWS, "")
     if first_token >= num_tokens:
         return
 

@@ -1,10 +1,11 @@
 """How a warp group of `hopper.py` walks tiles of keys and values: scores, weights and sums, in the order of `attend.py`.
 
-`pipes` are places for tiles of keys and of values; whether keys and values are there; whether their places are free; and
-columns of ones. A row's maximum, sum and accumulator lie in registers as the products of scores, ones and values do.
+A row's maximum, sum and accumulator lie in registers as the products of scores, ones and values do.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -16,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triode.kernels.paged_attention import states
+from triode.kernels.paged_attention.states import State
 
 LOWEST = gl.constexpr(states.LOWEST.value)
 ONES = gl.constexpr(states.ONES.value)
@@ -23,6 +25,52 @@ ONES = gl.constexpr(states.ONES.value)
 GROUP_PAIRS = gl.constexpr(64)
 # Triton 3.7 calls it as given first; before, it had another name.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+class States(NamedTuple):
+    """Where programs that share a query tile's KV leave the states of segments."""
+
+    state_ptr: gl.tensor
+    """Maxima and sums, in turn."""
+    partial_ptr: gl.tensor
+    """Accumulators."""
+    max_segments: gl.tensor
+    """Of a query tile."""
+    num_states: gl.tensor
+    """Of a segment."""
+
+
+class Pipe(NamedTuple):
+    """Tiles of keys, or of values, on their way from the copying warp to those that compute: one place for each stage."""
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    """Barriers: a tile has come."""
+    free: gl.shared_memory_descriptor
+    """Barriers: both warp groups have read it."""
+
+
+class Pipes(NamedTuple):
+    """What warp groups multiply by."""
+
+    of_keys: Pipe
+    of_values: Pipe
+    ones: gl.shared_memory_descriptor
+
+
+@gluon.jit
+def filled(pipe, step):
+    """The tile of a step, once it is there."""
+    STAGES: gl.constexpr = pipe.tiles.shape[0]
+    mbarrier.wait(pipe.full.index(step % STAGES), step // STAGES % 2)
+    return pipe.tiles.index(step % STAGES)
+
+
+@gluon.jit
+def release(pipe, step):
+    """This warp group has read the tile of a step."""
+    barrier()
+    mbarrier.arrive(pipe.free.index(step % pipe.tiles.shape[0]))
 
 
 @gluon.jit
@@ -67,7 +115,7 @@ def empty_state(TILE: gl.constexpr, HEAD: gl.constexpr):
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
     peak = gl.full([GROUP_PAIRS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     mass = gl.full([GROUP_PAIRS, ONES], 0.0, gl.float32, SUM)
-    return peak, mass, gl.full([GROUP_PAIRS, HEAD], 0.0, gl.float32, ACC)
+    return State(peak, mass, gl.full([GROUP_PAIRS, HEAD], 0.0, gl.float32, ACC))
 
 
 @gluon.jit
@@ -88,58 +136,37 @@ def ask_for_sums(weights, ones, v_tile, mass, acc):
 
 @gluon.jit
 def walk_segment(
-    q_tile,
-    pipes,
-    step,
-    first,
-    end,
-    position,
-    scale,
-    unmasked_end,
-    LAYOUT: gl.constexpr,
-    WINDOW: gl.constexpr,
-    STAGES: gl.constexpr,
-    DOT: gl.constexpr,
-):
-    """The softmax state of one segment, whose tiles begin at `first` and end before `end`, and the next step."""
-    k_tiles, v_tiles, k_full, v_full, k_free, v_free, ones = pipes
-    TILE: gl.constexpr = k_tiles.shape[1]
-    peak, mass, acc = empty_state(TILE, k_tiles.shape[2])
+    q_tile, pipes, step, first, end, position, scale, unmasked_end,
+    LAYOUT: gl.constexpr, WINDOW: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """The state of one segment, whose tiles begin at `first` and end before `end`, and the next step."""
+    keys, values, ones = pipes
+    TILE: gl.constexpr = keys.tiles.shape[1]
+    peak, mass, acc = empty_state(TILE, keys.tiles.shape[2])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
 
-    stage = step % STAGES
-    mbarrier.wait(k_full.index(stage), step // STAGES % 2)
-    s = warpgroup_mma_wait(0, [ask_for_scores(q_tile, k_tiles.index(stage), TILE)])
-    barrier()
-    mbarrier.arrive(k_free.index(stage))
+    s = warpgroup_mma_wait(0, [ask_for_scores(q_tile, filled(keys, step), TILE)])
+    release(keys, step)
     peak, alpha, p = weigh(s, peak, first, position, scale, unmasked_end, WINDOW, DOT)
     weights = gl.convert_layout(p, WEIGHTS)
     for next_first in range(first + TILE, end, TILE):
-        next_stage = (step + 1) % STAGES
-        mbarrier.wait(k_full.index(next_stage), (step + 1) // STAGES % 2)
-        scores = ask_for_scores(q_tile, k_tiles.index(next_stage), TILE)
-        mbarrier.wait(v_full.index(stage), step // STAGES % 2)
-        sums, products = ask_for_sums(weights, ones, v_tiles.index(stage), mass, acc)
+        scores = ask_for_scores(q_tile, filled(keys, step + 1), TILE)
+        sums, products = ask_for_sums(weights, ones, filled(values, step), mass, acc)
         s = warpgroup_mma_wait(2, [scores])
-        barrier()
-        mbarrier.arrive(k_free.index(next_stage))
+        release(keys, step + 1)
         peak, alpha, p = weigh(s, peak, next_first, position, scale, unmasked_end, WINDOW, DOT)
         acc, mass, weights = warpgroup_mma_wait(0, [products, sums, weights])
-        barrier()
-        mbarrier.arrive(v_free.index(stage))
+        release(values, step)
         acc, mass = times(acc, alpha), times(mass, alpha)
         weights = gl.convert_layout(p, WEIGHTS)
         step += 1
-        stage = next_stage
-    mbarrier.wait(v_full.index(stage), step // STAGES % 2)
-    v_tile = v_tiles.index(stage)
+    v_tile = filled(values, step)
     if end % TILE > 0:
         clear_from(v_tile, end % TILE, LAYOUT)
     sums, products = ask_for_sums(weights, ones, v_tile, mass, acc)
     acc, mass, weights = warpgroup_mma_wait(0, [products, sums, weights])
-    barrier()
-    mbarrier.arrive(v_free.index(stage))
-    return peak, mass, acc, step + 1
+    release(values, step)
+    return State(peak, mass, acc), step + 1
 
 
 @gluon.jit
@@ -150,26 +177,26 @@ def scaled_sum(x, a, x2, b):
 
 
 @gluon.jit
-def merge(row_peak, row_mass, row_acc, peak, mass, acc, scale):
-    """A row's softmax state (maximum, sum, accumulator) with a segment's, as `states.merge` has it."""
-    new = gl.maximum(row_peak, peak)
-    a = gl.exp2((row_peak - new) * scale)
-    b = gl.exp2((peak - new) * scale)
-    return new, scaled_sum(row_mass, a, mass, b), scaled_sum(row_acc, a, acc, b)
+def merge(row, segment, scale):
+    """A row's state with a segment's, as `states.merge` has it."""
+    peak = gl.maximum(row.peak, segment.peak)
+    a = gl.exp2((row.peak - peak) * scale)
+    b = gl.exp2((segment.peak - peak) * scale)
+    return State(peak, scaled_sum(row.mass, a, segment.mass, b), scaled_sum(row.acc, a, segment.acc, b))
 
 
 @gluon.jit
-def store_state(states, work, segment, peak, mass, acc, num_pairs, WHICH: gl.constexpr):
-    """Leave a segment's softmax state as `states.store_state` does, from the registers where it is."""
-    state_ptr, partial_ptr, max_segments, num_states = states
+def store_state(states, work, segment, state, num_pairs, WHICH: gl.constexpr):
+    """Leave a segment's state as `states.store_state` does, from the registers where it is."""
+    peak, mass, acc = state
     HEAD: gl.constexpr = acc.shape[1]
-    first = (work.to(gl.int64) * max_segments + segment) * num_states
+    first = (work.to(gl.int64) * states.max_segments + segment) * states.num_states
     total = gl.max(mass, 1)
     pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, peak.type.layout)
-    gl.store(state_ptr + (first + pair) * 2, peak, mask=pair < num_pairs)
+    gl.store(states.state_ptr + (first + pair) * 2, peak, mask=pair < num_pairs)
     pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, total.type.layout)
-    gl.store(state_ptr + (first + pair) * 2 + 1, total, mask=pair < num_pairs)
+    gl.store(states.state_ptr + (first + pair) * 2 + 1, total, mask=pair < num_pairs)
     pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, gl.SliceLayout(1, acc.type.layout))
     dim = gl.arange(0, HEAD, gl.SliceLayout(0, acc.type.layout))
     at = pair[:, None] * HEAD + dim[None, :]
-    gl.store(partial_ptr + first * HEAD + at, acc, mask=(pair < num_pairs)[:, None])
+    gl.store(states.partial_ptr + first * HEAD + at, acc, mask=(pair < num_pairs)[:, None])

@@ -113,7 +113,9 @@ def merge_ahead(places, num_segments, scale, valid, HEAD: tl.constexpr, AHEAD: t
             state = load_state(places, segment, valid & (segment < num_segments), HEAD, HEAD)
             states = states + (state,)  # noqa: RUF005 - Triton knows no starred elements
         for ahead in tl.static_range(AHEAD):
-            merged = merge(row, states[ahead], scale)
+            # Triton 3.6 forgets the names in a tuple that is in a tuple.
+            peak, mass, acc = states[ahead]
+            merged = merge(row, State(peak, mass, acc), scale)
             there = first + ahead < num_segments
             peak, mass = tl.where(there, merged.peak, row.peak), tl.where(there, merged.mass, row.mass)
             row = State(peak, mass, tl.where(there, merged.acc, row.acc))
@@ -133,8 +135,7 @@ def merge_long_rows(
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     # That kernel lets this one start when all before itself has finished: rows are in L2 by then, whatever L1 holds.
-    row, row_start, first_token = locate(query_start_ptr, tile, num_rows, QUERY_TOKENS, True, ".cg")
-    num_tokens = tl.load(query_start_ptr + row + 1, cache_modifier=".cg") - row_start
+    row, row_start, num_tokens, first_token = locate(query_start_ptr, tile, num_rows, QUERY_TOKENS, True, ".cg")
     first_pair = tl.program_id(2) * PAIRS
     if first_token + first_pair // GROUP >= num_tokens:
         return

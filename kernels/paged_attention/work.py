@@ -35,7 +35,7 @@ def locate(
     LONG_ROWS: tl.constexpr,
     CACHE: tl.constexpr,
 ):
-    """Of a query tile: its row, the row's first token among the packed ones, its own first token in the row."""
+    """Of a query tile: its row, the row's first token among the packed ones and how many it has, its own first in the row."""
     row = tile
     if LONG_ROWS:
         row = row_of_tile(query_start_ptr, tile, num_rows, QUERY_TOKENS, CACHE)
@@ -43,7 +43,8 @@ def locate(
     first_token = 0
     if LONG_ROWS:
         first_token = (tile - (row_start // QUERY_TOKENS + row)) * QUERY_TOKENS
-    return row, row_start, first_token
+    num_tokens = tl.load(query_start_ptr + row + 1, cache_modifier=CACHE) - row_start
+    return row, row_start, num_tokens, first_token
 
 
 @triton.jit

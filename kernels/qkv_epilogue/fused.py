@@ -23,32 +23,12 @@ from triode.kernels.qkv_epilogue.gpu import check_layout, rotate, store_part
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def project_qkv(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    cos_ptr,
-    sin_ptr,
-    position_ptr,
-    slot_ptr,
-    qkv_ptr,
-    key_ptr,
-    value_ptr,
-    num_tokens,
-    in_features,
-    x_stride,
-    qkv_stride,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    WHOLE: tl.constexpr,
-    AHEAD: tl.constexpr,
-    DOT: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, qkv_ptr, key_ptr, value_ptr,
+    num_tokens, in_features, x_stride, qkv_stride,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, AHEAD: tl.constexpr,
+    DOT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """ROWS pairs of dimensions; pair p is dimension p % HALF of head p // HALF and the one that it rotates with."""
     pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real_pair = pair < (NUM_HEADS + 2 * NUM_KV_HEADS) * HALF

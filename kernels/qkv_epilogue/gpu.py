@@ -80,29 +80,12 @@ def rotate(x1, x2, cos, sin, is_v):
 
 @triton.jit
 def finish_qkv(
-    qkv_ptr,
-    bias_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    cos_ptr,
-    sin_ptr,
-    position_ptr,
-    slot_ptr,
-    key_ptr,
-    value_ptr,
-    qkv_stride,
-    eps,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_PADDED: tl.constexpr,
-    REST_PADDED: tl.constexpr,
-    HEADS: tl.constexpr,
-    BIAS: tl.constexpr,
-    NORM: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    qkv_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, key_ptr, value_ptr,
+    qkv_stride, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
+    HALF_PADDED: tl.constexpr, REST_PADDED: tl.constexpr, HEADS: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """HEADS heads of one token; head h of the row is a query, a key or a value by its number."""
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)

@@ -21,18 +21,9 @@ from triode.kernels.sample.probabilities import (
 
 @triton.jit
 def peaks(
-    logits_ptr,
-    slot_ptr,
-    temperature_ptr,
-    peak_ptr,
-    mass_ptr,
-    best_ptr,
-    logits_stride,
-    VOCAB: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits_ptr, slot_ptr, temperature_ptr, peak_ptr, mass_ptr, best_ptr, logits_stride,
+    VOCAB: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Maximum of one block of one row, its lowest token, and the sum of exponentials (NaN where a logit is broken)."""
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -58,22 +49,9 @@ def peaks(
 
 @triton.jit
 def weigh(
-    logits_ptr,
-    slot_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    peak_ptr,
-    mass_ptr,
-    weight_ptr,
-    logits_stride,
-    VOCAB: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits_ptr, slot_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, peak_ptr, mass_ptr, weight_ptr, logits_stride,
+    VOCAB: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """The weight of one block of one row; the probabilities themselves where the row is truncated."""
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -108,25 +86,15 @@ def most_probable(peak_ptr, best_ptr, row, peak, VOCAB: tl.constexpr, NUM_BLOCKS
 
 @triton.jit
 def weights_of_block(
-    logits_row,
-    block,
-    key_ptr,
-    cutoff_ptr,
-    row,
-    is_cut,
-    temperature,
-    peak,
-    mass,
-    least,
-    VOCAB: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_row, block, key_ptr, cutoff_ptr, is_cut, temperature, peak, mass, least,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The integer weight of each token of a block; a truncated row (`is_cut`) holds its probabilities already."""
     token = block * BLOCK + tl.arange(0, BLOCK)
     loaded = tl.load(logits_row + token, mask=token < VOCAB, other=-float("inf"))
     if is_cut:
         p = tl.where(token < VOCAB, loaded, 0.0)
-        weight = kept_weight(p, token, tl.load(key_ptr + row), tl.load(cutoff_ptr + row), least)
+        weight = kept_weight(p, token, tl.load(key_ptr), tl.load(cutoff_ptr), least)
     else:
         p = probability(loaded, temperature, peak, mass, BLOCK)
         weight = kept_weight(p, token, 0, 0, least)
@@ -134,34 +102,32 @@ def weights_of_block(
 
 
 @triton.jit
+def drawn(
+    draw, logits_row, weight_row, key_ptr, cutoff_ptr, is_cut, temperature, peak, mass, least,
+    VOCAB: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The token that stands at the share `draw` of all weights: first its block, then its place there."""
+    block_X = tl.arange(0, BLOCKS)
+    weight_X = tl.load(weight_row + block_X, mask=block_X < NUM_BLOCKS, other=0)
+    sum_X = tl.cumsum(weight_X, 0)
+    target = (draw * tl.sum(weight_X, 0).to(tl.float64)).to(tl.int64)
+    block = tl.sum((sum_X <= target).to(tl.int32), 0)
+    before = tl.sum(tl.where(block_X < block, weight_X, 0), 0)
+    weight = weights_of_block(
+        logits_row, block, key_ptr, cutoff_ptr, is_cut, temperature, peak, mass, least, VOCAB, BLOCK
+    )
+    inside = before + tl.cumsum(weight, 0)
+    return block * BLOCK + tl.sum((inside <= target).to(tl.int32), 0)
+
+
+@triton.jit
 def choose(
-    logits_ptr,
-    slot_ptr,
-    end_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    seed_ptr,
-    sample_index_ptr,
-    peak_ptr,
-    mass_ptr,
-    best_ptr,
-    weight_ptr,
-    key_ptr,
-    cutoff_ptr,
-    last_token_ptr,
-    position_ptr,
-    token_ptr,
-    logits_stride,
-    nobody,
-    VOCAB: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-    PURPOSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    logits_ptr, slot_ptr, end_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, sample_index_ptr,
+    peak_ptr, mass_ptr, best_ptr, weight_ptr, key_ptr, cutoff_ptr, last_token_ptr, position_ptr, token_ptr,
+    logits_stride, nobody,
+    VOCAB: tl.constexpr, NUM_BLOCKS: tl.constexpr, PURPOSE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """The token of one row, which becomes its slot's last one, at position `end`."""
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -177,21 +143,13 @@ def choose(
     elif temperature == 0:
         chosen = most_probable(peak_ptr, best_ptr, row, peak, VOCAB, NUM_BLOCKS, BLOCKS)
     else:
-        block_X = tl.arange(0, BLOCKS)
-        weight_X = tl.load(weight_ptr + row * NUM_BLOCKS + block_X, mask=block_X < NUM_BLOCKS, other=0)
-        sum_X = tl.cumsum(weight_X, 0)
         draw = uniform(tl.load(seed_ptr + slot), tl.load(sample_index_ptr + slot), end, PURPOSE)
-        target = (draw * tl.sum(weight_X, 0).to(tl.float64)).to(tl.int64)
-        block = tl.sum((sum_X <= target).to(tl.int32), 0)
-        before = tl.sum(tl.where(block_X < block, weight_X, 0), 0)
         is_cut = is_truncated(tl.load(top_k_ptr + slot), tl.load(top_p_ptr + slot), VOCAB)
         least = least_probability(tl.load(min_p_ptr + slot), mass)
-        weight = weights_of_block(
-            logits_ptr + row * logits_stride, block, key_ptr, cutoff_ptr, row, is_cut,
-            temperature, peak, mass, least, VOCAB, BLOCK,
+        chosen = drawn(
+            draw, logits_ptr + row * logits_stride, weight_ptr + row * NUM_BLOCKS, key_ptr + row, cutoff_ptr + row,
+            is_cut, temperature, peak, mass, least, VOCAB, NUM_BLOCKS, BLOCK, BLOCKS,
         )  # fmt: skip
-        inside = before + tl.cumsum(weight, 0)
-        chosen = block * BLOCK + tl.sum((inside <= target).to(tl.int32), 0)
     tl.store(token_ptr + row, chosen)
     if slot != nobody:
         # A row without a token has failed. Any token takes its place, because a step that was planned before the

@@ -111,25 +111,11 @@ def weigh_kept(
 
 @triton.jit
 def truncate(
-    p_ptr,
-    slot_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    peak_ptr,
-    mass_ptr,
-    weight_ptr,
-    key_ptr,
-    cutoff_ptr,
-    p_stride,
-    VOCAB: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TILE: tl.constexpr,
+    p_ptr, slot_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, peak_ptr, mass_ptr,
+    weight_ptr, key_ptr, cutoff_ptr, p_stride,
+    VOCAB: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """The least probability that top_k and top_p keep of one row, the last token among its equals, and the weights."""
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
