@@ -43,6 +43,13 @@ def test_kernels_is_a_namespace_and_every_other_folder_is_a_package() -> None:
         assert [home for home in homes if not (home / "__init__.py").exists()] == []
 
 
+def test_the_wheel_has_every_source_that_is_compiled_where_it_runs() -> None:
+    packed = {path for glob in PROJECT["tool"]["setuptools"]["package-data"]["triode"] for path in ROOT.glob(glob)}
+    sources = {path for suffix in ("h", "cpp", "cu") for path in (ROOT / "kernels").rglob(f"*.{suffix}")}
+    assert {path.suffix for path in sources} == {".h", ".cpp", ".cu"}
+    assert sources <= packed
+
+
 def test_tests_are_no_package() -> None:
     assert list((ROOT / "tests").rglob("__init__.py")) == []
     assert not (ROOT / "conftest.py").exists()

@@ -11,6 +11,7 @@ from triode.engine.cli.reading import measure_reading
 from triode.errors import ModelNotFound
 
 ON_GPU = "Triton; {} for products of many tokens where a check at loading finds the same bits"
+ON_HOPPER = ON_GPU + "; CUDA C++ by {} for the measured ones with SwiGLU"
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -57,6 +58,7 @@ def examine() -> Report:
     from triode.kernels.linear.blas import describe_blas
     from triode.kernels.native.cpus import allowed_cpus, usable_threads
     from triode.kernels.native.places import held_elsewhere
+    from triode.kernels.swiglu_product.nvrtc import describe_nvrtc
     from triode.models.cpu import describe_auto_kernels, find_native
     from triode.models.loader import resolve_device
 
@@ -66,7 +68,11 @@ def examine() -> Report:
         native = find_native(progress)
 
     def kernels(dtype: torch.dtype) -> str:
-        return describe_auto_kernels(dtype, native) if device.type == "cpu" else ON_GPU.format(describe_blas(device))
+        if device.type == "cpu":
+            return describe_auto_kernels(dtype, native)
+        is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
+        on_gpu = ON_HOPPER if is_hopper and dtype != torch.float32 else ON_GPU
+        return on_gpu.format(describe_blas(device), describe_nvrtc())
 
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     return Report(

@@ -61,12 +61,12 @@ class _Proposal(ctypes.Structure):
 _ONE, _ZERO = c_float(1), c_float(0)
 
 
-def loaded_library() -> str | None:
-    """The path of the libcublasLt that torch has loaded with its CUDA libraries."""
+def loaded_library(name: str = "libcublasLt.so") -> str | None:
+    """The path of a library of that name, by default the libcublasLt, that torch has loaded with its CUDA libraries."""
     maps = Path("/proc/self/maps")
     lines = os.fsdecode(maps.read_bytes()).split("\n") if maps.exists() else []
     # A path, in which there may be blanks and what is not text, is a line's sixth field.
-    return next((line.split(maxsplit=5)[-1] for line in lines if "/libcublasLt.so" in line), None)
+    return next((line.split(maxsplit=5)[-1] for line in lines if f"/{name}" in line), None)
 
 
 def _alignment_bytes(*tensors: torch.Tensor) -> int:

@@ -149,6 +149,8 @@ def _pool(num_blocks: int, decoder: CudaDecoder, cache_config: CacheConfig) -> K
 def _describe(decoder: CudaDecoder) -> str:
     exceptions = decoder.proofs.exceptions()
     kernels = f"Triton; {describe_blas(decoder.device)} for products of many tokens"
+    if decoder.proofs.swiglu_kernel():
+        kernels += ", CUDA C++ for those with SwiGLU"
     return f"{kernels}, but for {'; '.join(exceptions)}" if exceptions else kernels
 
 

@@ -28,7 +28,7 @@ from triode.kernels.rms_norm.gpu import add_rms_norm, rms_norm
 from triode.kernels.step.gpu import pick
 from triode.models.config import ModelConfig
 from triode.models.cuda.layer import Buffers, CudaLayer, TokenPlaces
-from triode.models.cuda.linears import GpuLinear, Proofs
+from triode.models.cuda.linears import GpuGateUp, GpuLinear, Proofs
 from triode.models.cuda.one_token import OneTokenLayers
 from triode.models.rope import rope_table
 from triode.models.weights import DecoderWeights
@@ -81,6 +81,11 @@ class CudaDecoder:
         """A product over the tokens of a step."""
         proof = self.proofs.of(weight_ED, bias_E, self.dtype, self.max_tokens)
         return GpuLinear(weight_ED, bias_E, proof.triton_tokens, self.traits)
+
+    def gate_up(self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None) -> GpuGateUp:
+        """A product whose out features are gates, then ups, and SwiGLU of it."""
+        product = self.linear(weight_ED, bias_E)
+        return GpuGateUp(product, self.proofs.swiglu_joined_from(product, self.max_tokens))
 
     def gains_by_picking(self, num_tokens: int, num_picked: int) -> bool:
         """Whether a step of so many tokens, of which so many are wanted, is done sooner if it picks them."""

@@ -15,7 +15,6 @@ from triode.kernels.qkv_epilogue.fused import qkv_fused
 from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
 from triode.kernels.rms_norm.gpu import add_rms_norm
 from triode.models.config import ModelConfig
-from triode.models.cuda.linears import GpuGateUp
 from triode.models.weights import LayerWeights
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ class CudaLayer:
         rotates_whole = 2 * decoder.rope.cos_XU.shape[1] == config.head_dim
         self._fuses_qkv = weights.q_norm_H is None and rotates_whole
         self._o = decoder.linear(weights.o_DE, weights.o_bias_D)
-        self._gate_up = GpuGateUp(decoder.linear(weights.gate_up_FD, weights.gate_up_bias_F))
+        self._gate_up = decoder.gate_up(weights.gate_up_FD, weights.gate_up_bias_F)
         self._down = decoder.linear(weights.down_DF, weights.down_bias_D)
 
     def forward(self, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, places: TokenPlaces, buffers: Buffers) -> None:

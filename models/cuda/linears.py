@@ -1,7 +1,8 @@
-"""Matrix products of one weight: the sequential Triton kernel for few tokens, cuBLASLt in order for many.
+"""Matrix products of one weight: the sequential Triton kernel for few tokens, cuBLASLt in order for many, or, for a
+gate-up product on a Hopper GPU, one CUDA kernel that computes SwiGLU, too.
 
-Which of them serves how many tokens follows from the proof that they agree bit for bit, made once for each shape when
-the model is loaded (`triode.kernels.linear.proof`).
+Which of them serves how many tokens follows from the proofs that they agree bit for bit, made once for each shape when
+the model is loaded (`triode.kernels.linear.proof`, `triode.kernels.swiglu_product.proof`).
 
     T tokens    D in features    E out features    F half of a gate-up weight's out features
 """
@@ -16,6 +17,9 @@ from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.proof import LinearProof, prove
 from triode.kernels.linear.tiles import linear_tile, swiglu_tile, swiglu_triton_tokens
 from triode.kernels.swiglu.gpu import swiglu
+from triode.kernels.swiglu_product.product import swiglu_product, takes
+from triode.kernels.swiglu_product.proof import SwigluProof, prove_swiglu
+from triode.kernels.swiglu_product.tiles import MEASURED, product_tile
 
 
 class Proofs:
@@ -24,6 +28,7 @@ class Proofs:
     def __init__(self, traits: GpuTraits) -> None:
         self._traits = traits
         self._proofs: dict[tuple[int, int, bool, torch.dtype], LinearProof] = {}
+        self._of_swiglu: dict[tuple[int, int, torch.dtype], SwigluProof] = {}
 
     def of(
         self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, out_dtype: torch.dtype, most_tokens: int
@@ -39,9 +44,29 @@ class Proofs:
             self._proofs[key] = proof
         return self._proofs[key]
 
+    def swiglu_joined_from(self, product: "GpuLinear", most_tokens: int) -> int | None:
+        """From how many tokens on one kernel serves a gate-up product and SwiGLU; None where it does not."""
+        weight_ED, (num_rows, num_in) = product.weight_ED, product.weight_ED.shape
+        if product.triton_tokens is None or not takes(weight_ED, product.bias_E, self._traits):
+            return None
+        least_tokens = MEASURED[num_rows // 2, num_in]
+        if most_tokens < least_tokens:
+            return None
+        key = (num_rows, num_in, weight_ED.dtype)
+        if key not in self._of_swiglu:
+            self._of_swiglu[key] = prove_swiglu(
+                weight_ED, self._traits, least_tokens=least_tokens, most_tokens=most_tokens
+            )
+        return least_tokens if self._of_swiglu[key].agrees else None
+
+    def swiglu_kernel(self) -> bool:
+        """Whether any gate-up product and SwiGLU are one kernel."""
+        return any(proof.agrees for proof in self._of_swiglu.values())
+
     def exceptions(self) -> list[str]:
-        """The shapes for which both do not agree."""
-        return [str(proof) for proof in self._proofs.values() if proof.differing_tokens]
+        """The shapes for which not all agree, or not all are there."""
+        differing = [str(proof) for proof in self._proofs.values() if proof.differing_tokens]
+        return differing + [str(proof) for proof in self._of_swiglu.values() if not proof.agrees]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +91,20 @@ class GpuLinear:
 
 @dataclass(frozen=True, slots=True)
 class GpuGateUp:
-    """`silu(gate(x)) * up(x)`, in one kernel for few tokens."""
+    """`silu(gate(x)) * up(x)`, in one kernel for few tokens, and for many where there is one."""
 
     product: GpuLinear
+    joined_from: int | None = None
+    """The CUDA kernel serves from so many tokens on; None: no number."""
 
     def __call__(self, x_TD: torch.Tensor, gate_up_TF2: torch.Tensor, out_TF: torch.Tensor) -> None:
         """Write the activations into `out_TF`; `gate_up_TF2` is scratch."""
         product = self.product
         num_tokens, (num_rows, num_in) = len(x_TD), product.weight_ED.shape
-        if product.triton_tokens is None or num_tokens <= swiglu_triton_tokens(num_rows // 2, num_in):
+        if self.joined_from is not None and num_tokens >= self.joined_from:
+            joined = product_tile(num_tokens, num_rows // 2, product.traits.num_sms)
+            swiglu_product(x_TD, product.weight_ED, out_TF, joined, product.traits)
+        elif product.triton_tokens is None or num_tokens <= swiglu_triton_tokens(num_rows // 2, num_in):
             tile = swiglu_tile(num_rows // 2, num_in, num_tokens)
             linear_sequential(x_TD, product.weight_ED, out_TF, tile, product.traits, bias_N=product.bias_E, swiglu=True)
         else:

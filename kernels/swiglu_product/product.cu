@@ -1,0 +1,400 @@
+// x [M, K] times a gate-up weight [2F, K], and silu(gate) * up of it, [M, F], in one pass on a Hopper GPU.
+//
+// The idea. One thread has the copy engine fill a ring of stages in shared memory; a stage holds 64 in features of this
+// program's tokens and of its weight rows, eight gates and their eight ups by turns. Groups of four warps multiply 64 (or
+// twice 64) tokens each with all those rows. Since up j comes eight columns behind gate j, one thread holds both sums, and
+// SwiGLU takes place in registers: what would be written and read again, twice as wide as the result, never leaves them.
+// Programs come in clusters of two that read either the same weight rows or the same tokens. Each has one half of those
+// fetched, for both. A program takes one tile after the other, and the next one's stages are fetched while it still stores.
+//
+// Sums run over K in order, 16 in features an instruction, so that any tile gives the same bits.
+//
+// What the compiler is told (tiles.py says what it means): CONSUMERS, SUBTILES, PARTS, COLUMNS, STAGES, SHARES_WEIGHT,
+// FLOAT16. "multiply.h" has the one instruction whose text depends on COLUMNS.
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using Descriptor = u64;
+using Address = u32;  // in shared memory
+
+#include "multiply.h"
+
+constexpr int CLUSTER = 2;
+constexpr int WARP = 32;
+constexpr int WARP_GROUP = 4 * WARP;
+constexpr int NUM_THREADS = WARP_GROUP * (1 + CONSUMERS);
+constexpr int TOKENS_AT_ONCE = 64;  // of an instruction
+constexpr int TOKENS = TOKENS_AT_ONCE * SUBTILES * CONSUMERS;
+constexpr int ROWS = PARTS * COLUMNS;
+constexpr int FEATURES = ROWS / 2;
+constexpr int GROUP = 8;  // gates, or ups, side by side
+constexpr int STEP = 64;  // in features of a stage
+constexpr int STEP_BYTES = STEP * 2;
+constexpr int K_AT_ONCE = 16;  // of an instruction
+constexpr int TOKENS_BYTES = TOKENS * STEP_BYTES;
+constexpr int WEIGHT_BYTES = ROWS * STEP_BYTES;
+constexpr int STAGE_BYTES = TOKENS_BYTES + WEIGHT_BYTES;
+constexpr int ATOM_BYTES = 8 * STEP_BYTES;  // within which the copy engine swaps parts of 16 bytes
+constexpr int NUM_RELEASES = CLUSTER * CONSUMERS * (WARP_GROUP / WARP);
+constexpr u16 EVERY_PROGRAM = (1 << CLUSTER) - 1;
+// What programs of a cluster have in common, and what is their own.
+constexpr int WEIGHT_SHARES = SHARES_WEIGHT ? CLUSTER : 1;
+constexpr int TOKEN_SHARES = SHARES_WEIGHT ? 1 : CLUSTER;
+// A multiprocessor's registers, first divided evenly among threads, go to those that hold sums.
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+
+static_assert(CONSUMERS == 2 || CONSUMERS == 3, "registers are divided for two or three");
+static_assert(FEATURES % (GROUP * WEIGHT_SHARES) == 0, "each program fetches whole groups");
+
+// An address on the device that tensor maps are read from, as the driver lays them out.
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+// ---- Barriers of a stage: full once all its bytes are there, empty once all warps of both programs are done with it.
+
+__device__ __forceinline__ Address shared_address(const void *pointer) { return __cvta_generic_to_shared(pointer); }
+
+__device__ __forceinline__ void begin_barrier(Address barrier, u32 num_arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(num_arrivals) : "memory");
+}
+
+__device__ __forceinline__ void arrive_and_expect(Address barrier, u32 num_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes) : "memory");
+}
+
+__device__ __forceinline__ void wait(Address barrier, u32 phase) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier), "r"(phase) : "memory");
+}
+
+// Without `.release.cluster`, which waits for all of a thread's writes to device memory at every step: what was read is
+// all that matters here, and by the tensor cores' own wait it has been.
+__device__ __forceinline__ void arrive_at(Address barrier, u32 program) {
+    asm volatile(
+        "{\n.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(program) : "memory");
+}
+
+__device__ __forceinline__ u32 rank_in_cluster() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ void wait_for_cluster() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// ---- The copy engine. A shared box goes to the same place of every program of the cluster, and tells its barrier.
+
+template <bool SHARED>
+__device__ __forceinline__ void fetch_tokens(Address to, const TensorMap &map, Address barrier, int feature, int token) {
+    if (SHARED)
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+            " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+            "l"(&map), "r"(barrier), "r"(feature), "r"(token), "h"(EVERY_PROGRAM)
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+            "l"(&map), "r"(barrier), "r"(feature), "r"(token)
+            : "memory");
+}
+
+// Weights go by once (or once for each group of tokens): they are the first that L2 may forget.
+template <bool SHARED>
+__device__ __forceinline__ void fetch_weight(Address to, const TensorMap &map, Address barrier, int feature, int group) {
+    u64 forget_first;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(forget_first));
+    if (SHARED)
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+            " [%0], [%1, {%3, %4, %4, %5}], [%2], %6, %7;" ::"r"(to),
+            "l"(&map), "r"(barrier), "r"(feature), "r"(0), "r"(group), "h"(EVERY_PROGRAM), "l"(forget_first)
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+            " [%0], [%1, {%3, %4, %4, %5}], [%2], %6;" ::"r"(to),
+            "l"(&map), "r"(barrier), "r"(feature), "r"(0), "r"(group), "l"(forget_first)
+            : "memory");
+}
+
+// ---- The tensor cores.
+
+// Rows of 128 bytes in atoms of eight, as the copy engine has swizzled them.
+__device__ __forceinline__ Descriptor describe(Address rows) {
+    constexpr u64 SWIZZLED_128_BYTES = 1ull << 62, UNUSED_STRIDE = 1ull << 16;
+    return SWIZZLED_128_BYTES | u64(ATOM_BYTES >> 4) << 32 | UNUSED_STRIDE | (rows & 0x3ffff) >> 4;
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until at most so many steps' products are under way.
+template <int STEPS>
+__device__ __forceinline__ void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(STEPS) : "memory");
+}
+
+using Sums = float[SUBTILES][PARTS][COLUMNS / 2];
+
+// One stage's products of a consumer, whose tokens begin at `tokens`.
+__device__ __forceinline__ void multiply_stage(Sums &sums, Address tokens, Address weight, bool begin) {
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < STEP / K_AT_ONCE; ++k)
+#pragma unroll
+        for (int s = 0; s < SUBTILES; ++s)
+#pragma unroll
+            for (int p = 0; p < PARTS; ++p) {
+                // 16 in features are 32 bytes further in each row; addresses count 16 bytes.
+                Descriptor a = describe(tokens + s * TOKENS_AT_ONCE * STEP_BYTES) + 2 * k;
+                Descriptor b = describe(weight + p * COLUMNS * STEP_BYTES) + 2 * k;
+                multiply(sums[s][p], a, b, !begin || k > 0);
+            }
+    end_products();
+}
+
+// ---- SwiGLU, by the instructions of the Triton kernels (device_code.py).
+
+__device__ __forceinline__ u32 round_pair(float low, float high) {
+    u32 pair;
+#if FLOAT16
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+    return pair;
+}
+
+__device__ __forceinline__ float widen(u16 number) {
+    float wide;
+#if FLOAT16
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(number));
+#else
+    asm("cvt.f32.bf16 %0, %1;" : "=f"(wide) : "h"(number));
+#endif
+    return wide;
+}
+
+__device__ __forceinline__ float silu_times(float gate, float up) {
+    constexpr float LOG2_E = 1.4426950408889634f;
+    float exponential, silu;
+    // What `.ftz` flushes to zero is too small to change the sum.
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(exponential) : "f"(__fmul_rn(-gate, LOG2_E)));
+    asm("div.full.f32 %0, %1, %2;" : "=f"(silu) : "f"(gate), "f"(__fadd_rn(1.0f, exponential)));
+    return __fmul_rn(silu, up);
+}
+
+// Two neighbouring features of a token.
+__device__ __forceinline__ u32 swiglu_pair(const float *gates, const float *ups) {
+    u32 gate = round_pair(gates[0], gates[1]), up = round_pair(ups[0], ups[1]);
+    return round_pair(silu_times(widen(gate), widen(up)), silu_times(widen(gate >> 16), widen(up >> 16)));
+}
+
+// ---- What becomes of sums. A thread has two columns of each group, in two rows that lie eight apart.
+
+// Among four neighbouring lanes, lane j gets what all have at place j, in order.
+__device__ __forceinline__ void transpose_four(u32 (&pairs)[4]) {
+    bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        u32 theirs = __shfl_xor_sync(~0u, odd ? pairs[i] : pairs[i + 1], 1);
+        (odd ? pairs[i] : pairs[i + 1]) = theirs;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        u32 theirs = __shfl_xor_sync(~0u, upper ? pairs[i] : pairs[i + 2], 2);
+        (upper ? pairs[i] : pairs[i + 2]) = theirs;
+    }
+}
+
+// One row of a part; four groups at a time are stored by 16 bytes a lane. Features from the end on are not stored.
+__device__ __forceinline__ void store_row(const float *sums, u16 *out, int feature, int num_features) {
+    constexpr int NUM_GROUPS = COLUMNS / (2 * GROUP), SUMS_OF_GROUP = 8, TO_UPS = 4;
+    int quarter = threadIdx.x % 4;
+#pragma unroll
+    for (int group = 0; group + 4 <= NUM_GROUPS; group += 4) {
+        u32 pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float *gates = sums + (group + i) * SUMS_OF_GROUP;
+            pairs[i] = swiglu_pair(gates, gates + TO_UPS);
+        }
+        transpose_four(pairs);
+        int first = feature + (group + quarter) * GROUP;
+        if (first < num_features) *reinterpret_cast<uint4 *>(out + first) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+#pragma unroll
+    for (int group = NUM_GROUPS / 4 * 4; group < NUM_GROUPS; ++group) {
+        const float *gates = sums + group * SUMS_OF_GROUP;
+        u32 pair = swiglu_pair(gates, gates + TO_UPS);
+        int first = feature + group * GROUP;
+        if (first < num_features) *reinterpret_cast<u32 *>(out + first + 2 * quarter) = pair;
+    }
+}
+
+// ---- Who computes what.
+
+struct Place {
+    int token, feature;
+};
+
+// The cluster's tiles in the order in which they are taken: of so many tiles of tokens, whose inputs stay in L2, all that
+// multiply with the same weight rows, then those of the next rows.
+struct Tiles {
+    int of_tokens, of_features, group, last_token;
+
+    __device__ __forceinline__ int count() const { return of_tokens * of_features; }
+
+    // Where the tile of one program of the cluster begins. The last tokens' begins so early that it is full, if there are
+    // enough: the copy engine is slow outside of a tensor. What is computed twice has the same bits.
+    __device__ __forceinline__ Place operator()(int index, int rank) const {
+        int in_group = group * of_features, first = index / in_group * group, within = index % in_group;
+        int width = min(group, of_tokens - first);
+        int token = first + within % width, feature = within / width;
+        return SHARES_WEIGHT ? Place{min((token * CLUSTER + rank) * TOKENS, last_token), feature * FEATURES}
+                             : Place{min(token * TOKENS, last_token), (feature * CLUSTER + rank) * FEATURES};
+    }
+};
+
+struct Ring {
+    Address stages, full, empty;
+    int at = 0;
+    u32 phase = 0;
+
+    __device__ __forceinline__ Address tokens() const { return stages + at * STAGE_BYTES; }
+    __device__ __forceinline__ Address weight() const { return tokens() + TOKENS_BYTES; }
+    __device__ __forceinline__ Address is_full() const { return full + at * sizeof(u64); }
+    __device__ __forceinline__ Address is_empty() const { return empty + at * sizeof(u64); }
+    __device__ __forceinline__ void advance() {
+        if (++at == STAGES) at = 0, phase ^= 1;
+    }
+};
+
+struct Producer {
+    const TensorMap &x_map, &weight_map;
+    int rank, num_tokens;
+
+    __device__ __forceinline__ void begin_with_weight(const Ring &ring, Place place, int step) const {
+        constexpr int GROUPS = FEATURES / GROUP / WEIGHT_SHARES;
+        int share = SHARES_WEIGHT ? rank : 0;
+        arrive_and_expect(ring.is_full(), STAGE_BYTES);
+        fetch_weight<(WEIGHT_SHARES > 1)>(ring.weight() + share * (WEIGHT_BYTES / WEIGHT_SHARES), weight_map,
+                                          ring.is_full(), step * STEP, place.feature / GROUP + share * GROUPS);
+    }
+
+    __device__ __forceinline__ void end_with_tokens(const Ring &ring, Place place, int step) const {
+        int share = SHARES_WEIGHT ? 0 : rank;
+        int token = place.token + share * (TOKENS / TOKEN_SHARES);
+        // Where no token is, any will do.
+        fetch_tokens<(TOKEN_SHARES > 1)>(ring.tokens() + share * (TOKENS_BYTES / TOKEN_SHARES), x_map, ring.is_full(),
+                                         step * STEP, token < num_tokens ? token : 0);
+    }
+};
+
+// One thread fetches all stages of all tiles.
+__device__ __forceinline__ void produce(Ring ring, Producer producer, Tiles tiles, int first, int stride, int num_steps) {
+    // Weights do not depend on the kernels before.
+    Ring ahead = ring;
+    int num_ahead = first < tiles.count() ? min(STAGES, num_steps) : 0;
+    for (int step = 0; step < num_ahead; ++step, ahead.advance())
+        producer.begin_with_weight(ahead, tiles(first, producer.rank), step);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    for (int index = first; index < tiles.count(); index += stride) {
+        Place place = tiles(index, producer.rank);
+        for (int step = 0; step < num_steps; ++step, ring.advance()) {
+            if (index > first || step >= num_ahead) {
+                // A stage that was never taken counts as taken.
+                wait(ring.is_empty(), ring.phase ^ 1);
+                producer.begin_with_weight(ring, place, step);
+            }
+            producer.end_with_tokens(ring, place, step);
+        }
+    }
+}
+
+// Tell both programs that this warp is done with a stage.
+__device__ __forceinline__ void release(Address is_empty) {
+    u32 lane = threadIdx.x % WARP;
+    if (lane < CLUSTER) arrive_at(is_empty, lane);
+}
+
+// A group of warps multiplies its tokens of all tiles, and stores what becomes of them.
+__device__ __forceinline__ void consume(Ring ring, Tiles tiles, u16 *out, int num_tokens, int num_features, int consumer,
+                                        int rank, int first, int stride, int num_steps) {
+    Sums sums;
+    int first_token = consumer * SUBTILES * TOKENS_AT_ONCE;
+    int row = threadIdx.x % WARP_GROUP / WARP * 16 + threadIdx.x % WARP / 4;
+    // What the kernels before may still read is written behind them.
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    for (int index = first; index < tiles.count(); index += stride) {
+        Address previous = 0;
+        for (int step = 0; step < num_steps; ++step, ring.advance()) {
+            wait(ring.is_full(), ring.phase);
+            multiply_stage(sums, ring.tokens() + first_token * STEP_BYTES, ring.weight(), step == 0);
+            wait_for_products<1>();
+            if (step > 0) release(previous);
+            previous = ring.is_empty();
+        }
+        wait_for_products<0>();
+        release(previous);
+        Place place = tiles(index, rank);
+#pragma unroll
+        for (int s = 0; s < SUBTILES; ++s)
+#pragma unroll
+            for (int p = 0; p < PARTS; ++p)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    int token = place.token + first_token + s * TOKENS_AT_ONCE + row + half * 8;
+                    // Neighbours store together: all lanes come along, and those past the end store nothing.
+                    int end = token < num_tokens ? num_features : 0;
+                    store_row(sums[s][p] + half * 2, out + u64(token) * num_features, place.feature + p * (COLUMNS / 2), end);
+                }
+    }
+}
+
+// `out` is [num_tokens, num_features]; the maps are of x and of the weight as [K, 8, gates or ups, F / 8], innermost first.
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
+gate_up_swiglu(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map, u16 *out,
+               int num_tokens, int num_features, int in_features, int tiles_in_l2) {
+    extern __shared__ unsigned char memory[];
+    __shared__ u64 full[STAGES], empty[STAGES];
+    Ring ring = {(shared_address(memory) + ATOM_BYTES - 1) & ~(ATOM_BYTES - 1), shared_address(full), shared_address(empty)};
+    constexpr int TOKENS_OF_CLUSTER = TOKENS * WEIGHT_SHARES, FEATURES_OF_CLUSTER = FEATURES * TOKEN_SHARES;
+    Tiles tiles = {(num_tokens + TOKENS_OF_CLUSTER - 1) / TOKENS_OF_CLUSTER,
+                   (num_features + FEATURES_OF_CLUSTER - 1) / FEATURES_OF_CLUSTER, tiles_in_l2,
+                   max(0, num_tokens - TOKENS)};
+    int num_steps = (in_features + STEP - 1) / STEP;
+    int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
+    int rank = rank_in_cluster();
+    int warp_group = __shfl_sync(~0u, threadIdx.x / WARP_GROUP, 0);
+
+    asm volatile("griddepcontrol.launch_dependents;");
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            begin_barrier(ring.full + stage * sizeof(u64), 1);
+            begin_barrier(ring.empty + stage * sizeof(u64), NUM_RELEASES);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    wait_for_cluster();
+    if (warp_group == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+        if (threadIdx.x == 0) produce(ring, Producer{x_map, weight_map, rank, num_tokens}, tiles, first, stride, num_steps);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+        consume(ring, tiles, out, num_tokens, num_features, warp_group - 1, rank, first, stride, num_steps);
+    }
+    // The neighbour may still arrive at this program's barriers.
+    wait_for_cluster();
+}
