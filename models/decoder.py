@@ -1,6 +1,7 @@
 """Decoder: packed tokens in, hidden states out, for every family that `ModelConfig` describes.
 
-T packed tokens     R rows     W wanted tokens     D hidden     V vocab     P blocks     B block size     K KV heads     H head dim
+T packed tokens     R rows     W wanted tokens     S rows that have some     D hidden     V vocab
+P blocks     B block size     K KV heads     H head dim
 """
 
 from collections.abc import Iterable, Sequence
@@ -110,15 +111,14 @@ class Decoder:
     def _last_context(self, batch: StepBatch, context: StepContext) -> StepContext:
         """For the last layer, behind whose keys and values only wanted tokens are computed."""
         num_wanted_R = np.diff(batch.wanted_start_R1)
-        end_R, (row_S,) = batch.rows.query_start_R1[1:], num_wanted_R.nonzero()
+        num_others_R = np.diff(batch.rows.query_start_R1) - num_wanted_R
         # Padded as a step is, with whatever the first token has.
         token_W = np.zeros(-(-batch.num_wanted // self.kernels.row_multiple) * self.kernels.row_multiple, np.int64)
-        token_W[: batch.num_wanted] = np.arange(batch.num_wanted) + np.repeat(
-            end_R - batch.wanted_start_R1[1:], num_wanted_R
-        )
+        token_W[: batch.num_wanted] = np.arange(batch.num_wanted) + np.repeat(num_others_R.cumsum(), num_wanted_R)
+        (row_S,) = num_wanted_R.nonzero()
         rows = AttentionRows(
             query_start_R1=np.append(0, batch.wanted_start_R1[1:][row_S]),
-            start_R=(batch.rows.start_R + np.diff(batch.rows.query_start_R1) - num_wanted_R)[row_S],
+            start_R=(batch.rows.start_R + num_others_R)[row_S],
             block_table_RC=batch.rows.block_table_RC[row_S],
             block_size_tokens=batch.rows.block_size_tokens,
         )
