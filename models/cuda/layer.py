@@ -79,7 +79,8 @@ class Buffers:
             hidden_TD=empty(config.hidden_size),
             x_TD=empty(config.hidden_size),
             qkv_TE=empty(config.q_size + 2 * config.kv_size),
-            attended_TNH=empty(config.num_heads, config.head_dim),
+            # Of padding tokens attention writes nothing, and what follows computes on with what is there.
+            attended_TNH=empty(config.num_heads, config.head_dim).zero_(),
             gate_up_TF2=empty(2 * config.intermediate_size),
             activated_TF=empty(config.intermediate_size),
             logits_RV=torch.empty(max_rows, config.vocab_size, dtype=torch.float32, device=device),
