@@ -148,7 +148,7 @@ def walk_segment(
 
 @triton.jit
 def walk_share(
-    queries, keys, block, begin, end, places, first_segment, valid, HEAD: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    queries, keys, block, begin, end, places, valid, HEAD: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr,
     KV_MODE: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +161,7 @@ def walk_share(
             queries, keys, block, first_tile, segment_end, end, HEAD, NUM_KV_HEADS, BLOCK, TILE, WINDOW, KV_MODE
         )
         if SPLIT:
-            store_state(places, segment - first_segment, state, valid, HEAD)
+            store_state(places, segment, state, valid, HEAD)
         row = merge(row, state, queries.scale)
     return row
 
@@ -217,15 +217,18 @@ def attend(
     q = tl.load(q_ptr + offset_of_pairs(pairs, row_start, dim, q_stride, HEAD), mask=in_pairs, other=0.0).to(DOT)
     unmasked_end = start_position + first_token + 1 if WINDOW == 0 else 0
     work = (tile * NUM_KV_HEADS + kv_head).to(tl.int64)
-    places = Places(state_ptr, partial_ptr, work * max_segments * num_states + pairs.number, num_states)
+    first_state = work * max_segments * num_states + pairs.number
+    # A walk counts segments from position 0, a merge from the first that there is.
+    places = Places(state_ptr, partial_ptr, first_state - first_segment * num_states, num_states)
     state = walk_share(
         Queries(q, start_position + pairs.token, unmasked_end, scale), Keys(key_ptr, value_ptr, table, kv_head), block,
-        begin, end, places, first_segment, pairs.valid,
+        begin, end, places, pairs.valid,
         HEAD, NUM_KV_HEADS, BLOCK, TILE, SEGMENT, WINDOW, SPLIT, KV_MODE,
     )  # fmt: skip
     if SPLIT:  # noqa: SIM102 - a compile-time condition around a run-time one
         if num_workers > 1:
             if not arrives_last(arrivals_ptr + work, num_workers):
                 return
+            places = Places(state_ptr, partial_ptr, first_state, num_states)
             state = merge_shares(places, num_segments, scale, pairs.valid, HEAD, HEAD_PADDED, MERGE_STAGES)
     store_outputs(out_ptr, offset_of_pairs(pairs, row_start, dim, out_stride, HEAD), state, in_pairs)

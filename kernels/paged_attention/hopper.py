@@ -143,13 +143,12 @@ def copy_tile(pipe, step, desc, table, first, end, kv_head, HEAD: gl.constexpr, 
     ROWS: gl.constexpr = desc.block_shape[0]
     stage = step % STAGES
     mbarrier.wait(pipe.free.index(stage), (step // STAGES + 1) % 2)
-    full = pipe.full.index(stage)
-    mbarrier.expect(full, TILE * HEAD * pipe.tiles.dtype.primitive_bitwidth // 8)
+    tile, full = pipe.tiles.index(stage), pipe.full.index(stage)
+    mbarrier.expect(full, TILE * HEAD * tile.dtype.primitive_bitwidth // 8)
     for part in gl.static_range(TILE // ROWS):
         at = first + part * ROWS
         block = gl.load(table + at // BLOCK, mask=at < end, other=0)
-        coordinates = [block * BLOCK + at % BLOCK, kv_head * HEAD]
-        async_load(desc, coordinates, full, pipe.tiles.index(stage).slice(part * ROWS, ROWS))
+        async_load(desc, [block * BLOCK + at % BLOCK, kv_head * HEAD], full, tile.slice(part * ROWS, ROWS))
 
 
 @gluon.jit
@@ -168,15 +167,13 @@ def place_of_pairs(
 
 @gluon.jit
 def walk_kv(
-    q_tile, pipes, step, work, states, scale, WHICH: gl.constexpr, GROUP: gl.constexpr, QUERY_TOKENS: gl.constexpr,
+    q_tile, pipes, step, work, pair, states, scale, WHICH: gl.constexpr, GROUP: gl.constexpr, QUERY_TOKENS: gl.constexpr,
     LAYOUT: gl.constexpr, WINDOW: gl.constexpr, SEGMENT: gl.constexpr, DOT: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """The rows' state after a turn's KV, and the next step; with SPLIT the states of segments are left in memory instead."""
     TILE: gl.constexpr = pipes.of_keys.tiles.shape[1]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    score_pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, gl.SliceLayout(1, SCORES))
     first_position = work.start_position + work.first_token
-    position = first_position + score_pair // GROUP
+    position = first_position + pair // GROUP
     unmasked_end = first_position + 1
     if WINDOW > 0:
         unmasked_end = gl.to_tensor(0)
@@ -203,7 +200,9 @@ def compute(
     TILE: gl.constexpr = pipes.of_keys.tiles.shape[1]
     HEAD: gl.constexpr = pipes.of_keys.tiles.shape[2]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     q_tile = q_tiles.index(WHICH)
+    pair = WHICH * GROUP_PAIRS + gl.arange(0, GROUP_PAIRS, gl.SliceLayout(1, SCORES))
     step = gl.to_tensor(0)
     for turn in range(num_turns(rows)):
         work = work_of(turn, rows, QUERY_TOKENS, WINDOW, TILE, SEGMENT, SPLIT)
@@ -214,7 +213,7 @@ def compute(
             barrier()
 
             row, step = walk_kv(
-                q_tile, pipes, step, work, states, scale,
+                q_tile, pipes, step, work, pair, states, scale,
                 WHICH, GROUP, QUERY_TOKENS, LAYOUT, WINDOW, SEGMENT, DOT, SPLIT,
             )  # fmt: skip
             if not SPLIT:
@@ -225,25 +224,23 @@ def compute(
 
 
 @gluon.jit
-def make_pipe(desc, TILE: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr, DOT: gl.constexpr):
-    """Places for tiles, all of them free."""
-    tiles = gl.allocate_shared_memory(DOT, [STAGES, TILE, HEAD], desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        # Two warp groups free a place.
-        mbarrier.init(free.index(stage), count=2)
-    return Pipe(tiles, full, free)
-
-
-@gluon.jit
 def make_pipes(key_desc, value_desc, TILE: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr, DOT: gl.constexpr):
-    """Pipes for keys and values, and columns of ones."""
+    """Pipes for keys and values, all of whose places are free, and columns of ones."""
     ones = gl.allocate_shared_memory(DOT, [ONES, TILE], gl.NVMMASharedLayout.get_default_for([ONES, TILE], DOT))
     ones.store(gl.full([ONES, TILE], 1.0, DOT, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
-    keys = make_pipe(key_desc, TILE, HEAD, STAGES, DOT)
-    return Pipes(keys, make_pipe(value_desc, TILE, HEAD, STAGES, DOT), ones.permute((1, 0)))
+    k_tiles = gl.allocate_shared_memory(DOT, [STAGES, TILE, HEAD], key_desc.layout)
+    v_tiles = gl.allocate_shared_memory(DOT, [STAGES, TILE, HEAD], value_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        # Two warp groups free a place.
+        mbarrier.init(k_free.index(stage), count=2)
+        mbarrier.init(v_free.index(stage), count=2)
+    return Pipes(Pipe(k_tiles, k_full, k_free), Pipe(v_tiles, v_full, v_free), ones.permute((1, 0)))
 
 
 @gluon.jit(do_not_specialize=["max_segments", "num_states", "num_rows", "num_tiles", "num_shares", "table_stride"])

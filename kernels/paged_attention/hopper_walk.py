@@ -59,18 +59,17 @@ class Pipes(NamedTuple):
 
 
 @gluon.jit
-def filled(pipe, step):
+def filled(pipe, stage, step):
     """The tile of a step, once it is there."""
-    STAGES: gl.constexpr = pipe.tiles.shape[0]
-    mbarrier.wait(pipe.full.index(step % STAGES), step // STAGES % 2)
-    return pipe.tiles.index(step % STAGES)
+    mbarrier.wait(pipe.full.index(stage), step // pipe.tiles.shape[0] % 2)
+    return pipe.tiles.index(stage)
 
 
 @gluon.jit
-def release(pipe, step):
-    """This warp group has read the tile of a step."""
+def release(pipe, stage):
+    """This warp group has read the tile in this place."""
     barrier()
-    mbarrier.arrive(pipe.free.index(step % pipe.tiles.shape[0]))
+    mbarrier.arrive(pipe.free.index(stage))
 
 
 @gluon.jit
@@ -141,31 +140,35 @@ def walk_segment(
 ):  # fmt: skip
     """The state of one segment, whose tiles begin at `first` and end before `end`, and the next step."""
     keys, values, ones = pipes
+    STAGES: gl.constexpr = keys.tiles.shape[0]
     TILE: gl.constexpr = keys.tiles.shape[1]
     peak, mass, acc = empty_state(TILE, keys.tiles.shape[2])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
 
-    s = warpgroup_mma_wait(0, [ask_for_scores(q_tile, filled(keys, step), TILE)])
-    release(keys, step)
+    stage = step % STAGES
+    s = warpgroup_mma_wait(0, [ask_for_scores(q_tile, filled(keys, stage, step), TILE)])
+    release(keys, stage)
     peak, alpha, p = weigh(s, peak, first, position, scale, unmasked_end, WINDOW, DOT)
     weights = gl.convert_layout(p, WEIGHTS)
     for next_first in range(first + TILE, end, TILE):
-        scores = ask_for_scores(q_tile, filled(keys, step + 1), TILE)
-        sums, products = ask_for_sums(weights, ones, filled(values, step), mass, acc)
+        next_stage = (step + 1) % STAGES
+        scores = ask_for_scores(q_tile, filled(keys, next_stage, step + 1), TILE)
+        sums, products = ask_for_sums(weights, ones, filled(values, stage, step), mass, acc)
         s = warpgroup_mma_wait(2, [scores])
-        release(keys, step + 1)
+        release(keys, next_stage)
         peak, alpha, p = weigh(s, peak, next_first, position, scale, unmasked_end, WINDOW, DOT)
         acc, mass, weights = warpgroup_mma_wait(0, [products, sums, weights])
-        release(values, step)
+        release(values, stage)
         acc, mass = times(acc, alpha), times(mass, alpha)
         weights = gl.convert_layout(p, WEIGHTS)
         step += 1
-    v_tile = filled(values, step)
+        stage = next_stage
+    v_tile = filled(values, stage, step)
     if end % TILE > 0:
         clear_from(v_tile, end % TILE, LAYOUT)
     sums, products = ask_for_sums(weights, ones, v_tile, mass, acc)
     acc, mass, weights = warpgroup_mma_wait(0, [products, sums, weights])
-    release(values, step)
+    release(values, stage)
     return State(peak, mass, acc), step + 1
 
 

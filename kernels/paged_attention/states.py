@@ -36,7 +36,7 @@ class Places(NamedTuple):
     partial_ptr: tl.tensor
     """Accumulators."""
     first: tl.tensor
-    """Which state is each pair's in the first segment; M."""
+    """Which state is each pair's in segment 0; M."""
     num_states: tl.tensor
     """From one segment's to the next one's."""
 
@@ -60,7 +60,7 @@ def merge(row, segment, scale):
 
 @triton.jit
 def store_state(places, segment, state, valid, HEAD: tl.constexpr):
-    """Leave the state of a query tile's segment, counted from its first, for the program that merges them."""
+    """Leave a segment's state for the program that merges them."""
     at = places.first + segment * places.num_states
     dim = tl.arange(0, state.acc.shape[1])
     mask = valid[:, None] & (dim < HEAD)[None, :]
