@@ -156,6 +156,17 @@ class CheckingRunner:
         return tuple(TokenLogprobs(token, 0.0, 1) for token in following)
 
 
+@dataclass(frozen=True)
+class Meanwhile:
+    """What the scheduler hears between a question to the cache manager and the answer."""
+
+    num_results: int
+    """Of launched steps, the oldest first."""
+    num_stops: int
+    returns_blocks: bool
+    """Whether the cache manager hears of released blocks before the answer is read, and not only with the next question."""
+
+
 @dataclass
 class Seen:
     """What the detokenizer has been told about one request."""
@@ -199,6 +210,8 @@ class World:
         self.stops: deque[Stopped] = deque()
         self.doomed: list[RequestId] = []
         """Cancelled while the next grant is on its way."""
+        self.meanwhile: deque[Meanwhile] = deque()
+        """What happens while the next answers are on their way, Matched and Reserved."""
         self.now_s = 0.0
         self._arrivals = 0
 
@@ -249,7 +262,7 @@ class World:
         """Read the oldest launched step. Returns whether there was one."""
         if not self.in_flight:
             return False
-        self.scheduler.commit(self.in_flight.popleft())
+        self._read_step()
         self.settle()
         return True
 
@@ -272,27 +285,30 @@ class World:
         while True:
             self.now_s += 0.001
             self.scheduler.expire(self.now_s)
-            if release := self.scheduler.outbox.take_releases(self.now_s):
-                self.cache.release(release)
+            self._return_blocks()
             question = self.scheduler.wants(self.now_s)
-            messages = self.scheduler.outbox.take_for_detokenizer()
-            for message in messages:
-                self._tell(message)
+            has_told = self._tell_news()
             if question is not None:
                 self._ask(question)
-            elif not messages:
+            elif not has_told:
                 return
 
     def _ask(self, question: Match | Reserve) -> None:
         if isinstance(question, Match):
-            reserve = self.scheduler.matched(self.cache.match(question), self.now_s)
+            matched = self.cache.match(question)
+            self._let_others_speak()
+            reserve = self.scheduler.matched(matched, self.now_s)
             if reserve is None:
                 return
             question = reserve
         reserved = self.cache.reserve(question)
+        if self.doomed:
+            # What was decided before a cancellation may be heard after it.
+            self._tell_news()
         while self.doomed:
             if not self.seen[request_id := self.doomed.pop()].is_over:
                 self._abort(request_id)
+        self._let_others_speak()
         if plan := self.scheduler.plan(reserved):
             assert sum(plan.num_query_tokens) <= self.config.max_step_tokens, "the budget is never exceeded"
             planned = {row.sequence.request.request_id for row in self.scheduler._launched[-1].rows}
@@ -302,9 +318,34 @@ class World:
             if launched := self.scheduler.outbox.take_launched():
                 self.cache.launched(launched)
 
+    def _let_others_speak(self) -> None:
+        if not self.meanwhile:
+            return
+        spoken = self.meanwhile.popleft()
+        for _ in range(min(spoken.num_results, len(self.in_flight))):
+            self._read_step()
+        for _ in range(min(spoken.num_stops, len(self.stops))):
+            self.scheduler.stop(self.stops.popleft())
+        assert self.scheduler.wants(self.now_s) is None, "one question at a time"
+        if spoken.returns_blocks:
+            self._return_blocks()
+
+    def _read_step(self) -> None:
+        self.scheduler.commit(self.in_flight.popleft())
+
+    def _return_blocks(self) -> None:
+        if release := self.scheduler.outbox.take_releases(self.now_s):
+            self.cache.release(release)
+
     def _abort(self, request_id: RequestId) -> None:
         self.aborted.add(request_id)
         self.scheduler.abort(Cancel(request_id, self.seen[request_id].tokenized.arrival))
+
+    def _tell_news(self) -> bool:
+        messages = self.scheduler.outbox.take_for_detokenizer()
+        for message in messages:
+            self._tell(message)
+        return bool(messages)
 
     def _tell(self, message: DetokenizerInbox) -> None:
         match message:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from scheduler_world import World
+from scheduler_world import Meanwhile, World
 from triode.actors.scheduler.config import SchedulerConfig
 from triode.ids import RequestId
 from triode.models.guide import Regex
@@ -86,6 +86,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def retire(self, count: int) -> None:
         for _ in range(count):
             self.world.retire()
+
+    @rule(
+        spoken=st.lists(
+            st.builds(Meanwhile, st.integers(0, 3), st.integers(0, 1), returns_blocks=st.booleans()),
+            min_size=1,
+            max_size=8,
+        )
+    )
+    def read_while_answers_are_on_their_way(self, spoken: list[Meanwhile]) -> None:
+        self.world.meanwhile.extend(spoken)
+        self.world.retire()
 
     @rule()
     def settle_stop(self) -> None:
