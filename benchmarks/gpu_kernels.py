@@ -48,6 +48,8 @@ from triode.kernels.qkv_epilogue.fused import qkv_fused
 from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
 from triode.kernels.rms_norm.gpu import add_rms_norm
 from triode.kernels.swiglu.gpu import swiglu
+from triode.kernels.swiglu_product.product import swiglu_product, takes
+from triode.kernels.swiglu_product.tiles import is_fastest, product_tile
 
 
 def time_linear(shape: Shape, num_tokens: int, peak_tb_s: float, traits: GpuTraits) -> Iterator[str]:
@@ -248,7 +250,10 @@ class DecodeStep:
             self.linear(self.attended.view(num_rows, -1), self.weights["o"][layer], self.x)
             add_rms_norm(self.x, self.residual, self.norm_weight[0], 1e-6, self.hidden, traits)
             gate_up = self.weights["gate_up"][layer]
-            if num_rows <= swiglu_triton_tokens(shape.intermediate, shape.hidden):
+            if takes(gate_up, None, traits) and is_fastest(num_rows, shape.intermediate, shape.hidden):
+                joined = product_tile(num_rows, shape.intermediate, traits.num_sms)
+                swiglu_product(self.hidden, gate_up, self.half, joined, traits)
+            elif num_rows <= swiglu_triton_tokens(shape.intermediate, shape.hidden):
                 tile = swiglu_tile(shape.intermediate, shape.hidden, num_rows)
                 linear_sequential(self.hidden, gate_up, self.half, tile, traits, swiglu=True)
             else:

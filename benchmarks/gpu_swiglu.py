@@ -68,7 +68,7 @@ def measure(shape: Shape, num_tokens: int, traits: GpuTraits, options: argparse.
         else:
             print(f"{shape.name}, {num_tokens} tokens: {name(tile)} gives other bits")
     for slice_s in (0.0, options.sustained) if options.sustained else (0.0,):
-        us = by_turns_us(graphs, len(case.weights), ROUNDS if not slice_s else 4, slice_s)
+        us = by_turns_us(graphs, len(case.weights), ROUNDS, slice_s)
         found = "; ".join(f"{found} {time:.1f}" for found, time in us.items())
         at = "at the power limit" if slice_s else "cool"
         print(f"{shape.name}, {num_tokens} tokens, {at}, µs: {found}; chosen {name(chosen)}", flush=True)

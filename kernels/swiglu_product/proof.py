@@ -4,6 +4,7 @@ M tokens    K in features    F out features
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 
@@ -37,18 +38,23 @@ class SwigluProof:
         return f"{shape}: no product with SwiGLU in one kernel ({why}); cuBLASLt and a kernel for SwiGLU serve"
 
 
-def prove_swiglu(weight_2FK: torch.Tensor, traits: GpuTraits, *, least_tokens: int, most_tokens: int) -> SwigluProof:
+def prove_swiglu(weight_2FK: torch.Tensor, traits: GpuTraits, served: Iterable[int]) -> SwigluProof:
     """Compare both on one random input, with this weight's own values, by every tile that serves. Waits for the device.
 
     Compiles and loads all of them, so that nothing is left to do while serving.
+
+    Args:
+        served: the numbers of tokens for which it is to serve.
     """
     out_features, in_features = weight_2FK.shape[0] // 2, weight_2FK.shape[1]
+    asked = tokens_of_tiles(out_features, traits.num_sms, served)
+    most_tokens = max((num_tokens for num_tokens, _ in asked), default=0)
     x_MK = torch.randn(most_tokens, in_features, dtype=weight_2FK.dtype, device=weight_2FK.device)
     product_M2F = x_MK.new_empty(most_tokens, 2 * out_features)
     expected_MF, found_MF = (x_MK.new_empty(most_tokens, out_features) for _ in range(2))
     differing = []
     with in_order(weight_2FK.device):
-        for num_tokens, tile in tokens_of_tiles(out_features, traits.num_sms, least_tokens, most_tokens):
+        for num_tokens, tile in asked:
             x, product, expected, found = (each[:num_tokens] for each in (x_MK, product_M2F, expected_MF, found_MF))
             # No element keeps what another tile wrote.
             found.fill_(torch.nan)
@@ -63,11 +69,9 @@ def prove_swiglu(weight_2FK: torch.Tensor, traits: GpuTraits, *, least_tokens: i
     return SwigluProof(out_features, in_features, tuple(differing))
 
 
-def tokens_of_tiles(
-    num_features: int, num_sms: int, least_tokens: int, most_tokens: int
-) -> list[tuple[int, ProductTile]]:
-    """The fewest and the most tokens that each tile serves."""
+def tokens_of_tiles(num_features: int, num_sms: int, served: Iterable[int]) -> list[tuple[int, ProductTile]]:
+    """Of the numbers of tokens that each tile serves, the least and the largest."""
     numbers: dict[ProductTile, list[int]] = {}
-    for num_tokens in range(least_tokens, most_tokens + 1):
+    for num_tokens in served:
         numbers.setdefault(product_tile(num_tokens, num_features, num_sms), []).append(num_tokens)
-    return [(num, tile) for tile, served in numbers.items() for num in sorted({served[0], served[-1]})]
+    return [(num, tile) for tile, nums in numbers.items() for num in sorted({min(nums), max(nums)})]

@@ -85,7 +85,7 @@ class CudaDecoder:
     def gate_up(self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None) -> GpuGateUp:
         """A product whose out features are gates, then ups, and SwiGLU of it."""
         product = self.linear(weight_ED, bias_E)
-        return GpuGateUp(product, self.proofs.swiglu_joined_from(product, self.max_tokens))
+        return GpuGateUp(product, self.proofs.joins_swiglu(product, self.max_tokens))
 
     def gains_by_picking(self, num_tokens: int, num_picked: int) -> bool:
         """Whether a step of so many tokens, of which so many are wanted, is done sooner if it picks them."""

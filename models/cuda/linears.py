@@ -19,7 +19,7 @@ from triode.kernels.linear.tiles import linear_tile, swiglu_tile, swiglu_triton_
 from triode.kernels.swiglu.gpu import swiglu
 from triode.kernels.swiglu_product.product import swiglu_product, takes
 from triode.kernels.swiglu_product.proof import SwigluProof, prove_swiglu
-from triode.kernels.swiglu_product.tiles import MEASURED, product_tile
+from triode.kernels.swiglu_product.tiles import is_fastest, product_tile
 
 
 class Proofs:
@@ -44,20 +44,16 @@ class Proofs:
             self._proofs[key] = proof
         return self._proofs[key]
 
-    def swiglu_joined_from(self, product: "GpuLinear", most_tokens: int) -> int | None:
-        """From how many tokens on one kernel serves a gate-up product and SwiGLU; None where it does not."""
+    def joins_swiglu(self, product: "GpuLinear", most_tokens: int) -> bool:
+        """Whether one kernel may serve a gate-up product and SwiGLU, of the numbers of tokens for which it is the fastest."""
         weight_ED, (num_rows, num_in) = product.weight_ED, product.weight_ED.shape
         if product.triton_tokens is None or not takes(weight_ED, product.bias_E, self._traits):
-            return None
-        least_tokens = MEASURED[num_rows // 2, num_in]
-        if most_tokens < least_tokens:
-            return None
+            return False
         key = (num_rows, num_in, weight_ED.dtype)
         if key not in self._of_swiglu:
-            self._of_swiglu[key] = prove_swiglu(
-                weight_ED, self._traits, least_tokens=least_tokens, most_tokens=most_tokens
-            )
-        return least_tokens if self._of_swiglu[key].agrees else None
+            served = [num for num in range(1, most_tokens + 1) if is_fastest(num, num_rows // 2, num_in)]
+            self._of_swiglu[key] = prove_swiglu(weight_ED, self._traits, served)
+        return self._of_swiglu[key].agrees
 
     def swiglu_kernel(self) -> bool:
         """Whether any gate-up product and SwiGLU are one kernel."""
@@ -94,14 +90,14 @@ class GpuGateUp:
     """`silu(gate(x)) * up(x)`, in one kernel for few tokens, and for many where there is one."""
 
     product: GpuLinear
-    joined_from: int | None = None
-    """The CUDA kernel serves from so many tokens on; None: no number."""
+    joins_swiglu: bool = False
+    """Whether the CUDA kernel serves the numbers of tokens for which it is the fastest."""
 
     def __call__(self, x_TD: torch.Tensor, gate_up_TF2: torch.Tensor, out_TF: torch.Tensor) -> None:
         """Write the activations into `out_TF`; `gate_up_TF2` is scratch."""
         product = self.product
         num_tokens, (num_rows, num_in) = len(x_TD), product.weight_ED.shape
-        if self.joined_from is not None and num_tokens >= self.joined_from:
+        if self.joins_swiglu and is_fastest(num_tokens, num_rows // 2, num_in):
             joined = product_tile(num_tokens, num_rows // 2, product.traits.num_sms)
             swiglu_product(x_TD, product.weight_ED, out_TF, joined, product.traits)
         elif product.triton_tokens is None or num_tokens <= swiglu_triton_tokens(num_rows // 2, num_in):

@@ -164,12 +164,12 @@ def test_a_tile_that_the_kernel_does_not_have_is_refused(change: dict[str, Any],
 
 
 def test_the_proof_asks_each_tile_about_the_fewest_and_the_most_tokens_it_serves() -> None:
-    asked = tokens_of_tiles(QWEN[0], 132, 65, 4096)
+    served = [*range(65, 257), *range(385, 4097)]
+    asked = tokens_of_tiles(QWEN[0], 132, served)
     numbers = [num for num, _ in asked]
-    assert {65, 4096} <= set(numbers)
+    assert {65, 4096} <= set(numbers) <= set(served)
     assert all(product_tile(num, QWEN[0], 132) is tile for num, tile in asked)
-    served = {product_tile(num, QWEN[0], 132) for num in range(65, 4097)}
-    assert {tile for _, tile in asked} == served
+    assert {tile for _, tile in asked} == {product_tile(num, QWEN[0], 132) for num in served}
 
 
 def by_reference(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *_: object) -> None:
@@ -184,8 +184,8 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "swiglu_product", by_reference)
 
 
-def prove(least_tokens: int = 65, most_tokens: int = 200) -> proof.SwigluProof:
-    return prove_swiglu(torch.randn(16, 8), HOPPER, least_tokens=least_tokens, most_tokens=most_tokens)
+def prove() -> proof.SwigluProof:
+    return prove_swiglu(torch.randn(16, 8), HOPPER, range(65, 201))
 
 
 @pytest.mark.usefixtures("_on_the_cpu")
@@ -211,10 +211,10 @@ def test_a_kernel_that_cannot_be_had_is_an_exception_with_its_reason(monkeypatch
 
     monkeypatch.setattr(proof, "swiglu_product", unavailable)
     monkeypatch.setattr(linears, "takes", lambda *_: True)
-    monkeypatch.setitem(MEASURED, (8, 8), 65)
+    monkeypatch.setitem(MEASURED, (8, 8), (range(65, 300),))
     proofs = Proofs(HOPPER)
     product = GpuLinear(torch.randn(16, 8), None, 32, HOPPER)
-    assert proofs.swiglu_joined_from(product, 200) is None
+    assert not proofs.joins_swiglu(product, 200)
     (told,) = proofs.exceptions()
     assert told.startswith("16 × 8: no product with SwiGLU in one kernel (libnvrtc.so.13: cannot open")
 
@@ -251,16 +251,16 @@ def test_few_tokens_many_tokens_and_those_without_this_kernel_each_have_their_ow
     called: list[str] = []
     for name in ("linear_sequential", "linear_blas", "swiglu", "swiglu_product"):
         monkeypatch.setattr(linears, name, lambda *_, name=name, **__: called.append(name))
-    weight = torch.empty(2 * QWEN[0], QWEN[1], device="meta")
+    weight = torch.empty(2 * LLAMA[0], LLAMA[1], device="meta")
 
-    def kernels_of(num_tokens: int, joined_from: int | None, triton_tokens: int | None = 32) -> list[str]:
+    def kernels_of(num_tokens: int, joins: bool, triton_tokens: int | None = 32) -> list[str]:
         called.clear()
-        scratch = torch.empty(num_tokens, 2 * QWEN[0], device="meta")
-        gate_up = GpuGateUp(GpuLinear(weight, None, triton_tokens, HOPPER), joined_from)
-        gate_up(scratch[:, : QWEN[1]], scratch, scratch[:, : QWEN[0]])
+        scratch = torch.empty(num_tokens, 2 * LLAMA[0], device="meta")
+        gate_up = GpuGateUp(GpuLinear(weight, None, triton_tokens, HOPPER), joins)
+        gate_up(scratch[:, : LLAMA[1]], scratch, scratch[:, : LLAMA[0]])
         return list(called)
 
-    assert kernels_of(64, 65) == kernels_of(64, None) == ["linear_sequential"]
-    assert kernels_of(65, 65) == kernels_of(40, 40) == ["swiglu_product"]
-    assert kernels_of(65, None) == ["linear_blas", "swiglu"]
-    assert kernels_of(4096, None, triton_tokens=None) == ["linear_sequential"]
+    assert kernels_of(32, True) == kernels_of(64, False) == ["linear_sequential"]
+    assert kernels_of(33, True) == kernels_of(256, True) == kernels_of(385, True) == ["swiglu_product"]
+    assert kernels_of(65, False) == kernels_of(257, True) == kernels_of(384, True) == ["linear_blas", "swiglu"]
+    assert kernels_of(4096, False, triton_tokens=None) == ["linear_sequential"]

@@ -78,7 +78,7 @@ def test_a_token_has_its_bits_in_every_step_of_the_large_models(
     few = x.new_empty(16, sizes[0])
     linear_sequential(x[:16], weight, few, swiglu_tile(*sizes, 16), traits, swiglu=True)
     whole = by_two_kernels(x, weight, traits)
-    for num_tokens, tile in tokens_of_tiles(sizes[0], traits.num_sms, 33, 4096):
+    for num_tokens, tile in tokens_of_tiles(sizes[0], traits.num_sms, range(33, 4097)):
         found = by_one(x[:num_tokens], weight, tile, traits)
         assert torch.equal(found, whole[:num_tokens]), num_tokens
         assert torch.equal(found[:16], few)
@@ -118,7 +118,7 @@ def test_proofs_and_launches_hold_no_memory(traits: GpuTraits) -> None:
     weight, x = weight_of(2048, 512, torch.bfloat16), random(512, 512, dtype=torch.bfloat16)
     out = x.new_empty(512, 2048)
     allocated = torch.cuda.memory_allocated()
-    assert prove_swiglu(weight, traits, least_tokens=65, most_tokens=512).agrees
+    assert prove_swiglu(weight, traits, range(65, 513)).agrees
     for num_tokens in range(65, 513):
         swiglu_product(x[:num_tokens], weight, out[:num_tokens], product_tile(num_tokens, 2048, traits.num_sms), traits)
     assert torch.cuda.memory_allocated() == allocated
@@ -131,7 +131,7 @@ def test_a_second_start_compiles_nothing(traits: GpuTraits, tmp_path: Path, monk
     for _ in range(2):
         product._loaded.cache_clear()
         product._prepared.cache_clear()
-        assert prove_swiglu(weight, traits, least_tokens=65, most_tokens=512).agrees
+        assert prove_swiglu(weight, traits, range(65, 513)).agrees
         kept.append({path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")})
     assert kept[0]
     assert kept[0] == kept[1]
