@@ -93,18 +93,15 @@ def build_runner(
     del weights
     progress.done()
     pool = _build_pool(config, cache_config, max_running, decoder, kv_dtype)
-    # OpenMP's threads spin for milliseconds after an operation, on processors that the compiled step has threads on.
-    sampling_threads = None if native.library is None else 1
     settings: RunnerSettings = {
         "max_running": max_running,
         "num_threads": num_threads,
-        "sampling_threads": sampling_threads,
+        # OpenMP's threads spin for milliseconds after an operation, on processors that the compiled step has threads on.
+        "sampling_threads": None if native.library is None else 1,
         "guides": guides,
     }
     return BuiltRunner(
-        runner=AheadRunner(decoder, pool, **settings)
-        if isinstance(decoder, NativeDecoder)
-        else EagerRunner(decoder, pool, **settings),
+        runner=_runner_of(decoder, pool, settings),
         num_blocks=pool.num_blocks,
         num_threads=num_threads_used,
         weights_bytes=_num_bytes(config, dtype) if isinstance(decoder, Decoder) else decoder.weights_bytes,
@@ -113,6 +110,12 @@ def build_runner(
         step_bytes=None if isinstance(decoder, Decoder) else decoder.matrices_bytes,
         kernels=describe_kernels(decoder.kernels.names, native.missing),
     )
+
+
+def _runner_of(decoder: NativeDecoder | Decoder | LeadProgram, pool: KVPool, settings: RunnerSettings) -> Runner:
+    if isinstance(decoder, NativeDecoder):
+        return AheadRunner(decoder, pool, **settings)
+    return EagerRunner(decoder, pool, **settings)
 
 
 def _check_for_gpu(kernels: KernelChoice, plan: WeightPlan, cache_config: CacheConfig) -> None:
