@@ -116,11 +116,11 @@ class Launch:
         """Launch it on a stream, which may be under capture.
 
         Raises:
-            RuntimeError: the driver refuses.
+            ProductUnavailable: the driver refuses.
         """
         self._config.stream = stream
         if status := self._launch(self._config, self._kernel.function, self._addresses, None):
-            raise RuntimeError(f"cuLaunchKernelEx: {driver().words(status)}")
+            raise ProductUnavailable(f"cuLaunchKernelEx: {driver().words(status)}")
 
 
 class _Driver:

@@ -1,5 +1,5 @@
 """Why there is no product with SwiGLU."""
 
 
-class ProductUnavailable(Exception):
+class ProductUnavailable(RuntimeError):
     """It cannot be had here, and why."""

@@ -45,7 +45,7 @@ def swiglu_product(
 
     Raises:
         ValueError: the tensors are not laid out as the kernel reads them.
-        ProductUnavailable: the kernel cannot be compiled or loaded.
+        ProductUnavailable: the kernel cannot be compiled, loaded or launched.
     """
     num_tokens, in_features = x_MK.shape
     if out_MF.shape != (num_tokens, weight_2FK.shape[0] // 2) or weight_2FK.shape[1] != in_features:
