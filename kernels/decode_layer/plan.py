@@ -13,6 +13,8 @@ from triode.kernels.gpu_traits import GpuTraits
 
 STAGE_NUMBERS = 8192
 """Weights that are copied, and taken, at a time."""
+ASKED_PLACES = 3
+"""Places of the ring that are on their way at a time: what keeps memory busy, and lets others' numbers come soon."""
 BLOCK_FEATURES = 64
 """A tensor core's rows: 128 bytes, in which the copy engine swaps parts of 16."""
 CHUNK_FEATURES = 1024
@@ -92,7 +94,7 @@ def layer_plan(sizes: LayerSizes, dtype: torch.dtype, traits: GpuTraits) -> Laye
     widest = max(_padded(sizes.hidden), sizes.attended, sizes.intermediate)
     widest = -(-widest // CHUNK_FEATURES) * CHUNK_FEATURES
     stages = (traits.shared_memory_bytes - _OTHER_BYTES - widest * dtype.itemsize) // (STAGE_NUMBERS * dtype.itemsize)
-    if stages < 2 or widest > _MOST_CHUNKS * CHUNK_FEATURES or not _divides(sizes, heights):
+    if stages < ASKED_PLACES or widest > _MOST_CHUNKS * CHUNK_FEATURES or not _divides(sizes, heights):
         return None
     return LayerPlan(sizes, heights, widest, stages)
 

@@ -1,8 +1,9 @@
 """How a program of `layer.py` streams its weights: one warp copies, the others take what has come.
 
 The copying warp walks the products of a layer in order, each unit of rows from feature 0 on, and waits for nothing but free
-places: weights depend on nothing. So the whole ring is on its way, or there, while the other warps wait for other programs,
-add and normalise. The two sides count their places alike and never talk otherwise.
+places: weights depend on nothing. So the whole ring is there, or on its way, while the other warps wait for other programs,
+add and normalise. It asks for a few places at a time, since all that a program reads comes behind what it has asked for. The
+two sides count their places alike and never talk otherwise.
 
 A product is (units, features, rows of a unit); unit u belongs to program u modulo their number.
 """
@@ -13,9 +14,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from triode.kernels.decode_layer.plan import BLOCK_FEATURES, STAGE_NUMBERS
+from triode.kernels.decode_layer.plan import ASKED_PLACES, BLOCK_FEATURES, STAGE_NUMBERS
 
 STAGE = gl.constexpr(STAGE_NUMBERS)
+ASKED = gl.constexpr(ASKED_PLACES)
 BLOCK = gl.constexpr(BLOCK_FEATURES)
 # Triton 3.9 calls it as given first; before, it had another name.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -35,16 +37,27 @@ def tiles_of(ring, HEIGHT: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def wait_to_ask(pipe, place, turn):
+    """Wait until the place is free, and what was asked for ASKED places before is there."""
+    _ring, full, free = pipe
+    mbarrier.wait(free.index(place), (turn + 1) % 2)
+    is_same_turn = place >= ASKED
+    before = gl.where(is_same_turn, place - ASKED, place - ASKED + full.shape[0])
+    # In turn 0 nobody has asked for what is before place 0: a new barrier lets pass whoever waits for the turn before.
+    mbarrier.wait(full.index(before), gl.where(is_same_turn, turn, turn + 1) % 2)
+
+
+@gluon.jit
 def copy_rows(desc, pipe, place, turn, PRODUCT: gl.constexpr):
     """Copy a plain product's units."""
-    ring, full, free = pipe
+    ring, full, _free = pipe
     UNITS: gl.constexpr = PRODUCT[0]
     FEATURES: gl.constexpr = PRODUCT[1]
     ROWS: gl.constexpr = PRODUCT[2]
     tiles = tiles_of(ring, ROWS, full.shape[0])
     for unit in range(gl.program_id(0), UNITS, gl.num_programs(0)):
         for k in range(0, FEATURES, tiles.shape[2]):
-            mbarrier.wait(free.index(place), (turn + 1) % 2)
+            wait_to_ask(pipe, place, turn)
             mbarrier.expect(full.index(place), STAGE * 2)
             async_load(desc, [unit * ROWS, k], full.index(place), tiles.index(place))
             place, turn = next_place(place, turn, full.shape[0])
@@ -54,7 +67,7 @@ def copy_rows(desc, pipe, place, turn, PRODUCT: gl.constexpr):
 @gluon.jit
 def copy_pairs(desc, pipe, place, turn, PRODUCT: gl.constexpr, APART: gl.constexpr):
     """Copy a product's units of pairs: of each 2 APART rows, row r and row r + APART are a pair."""
-    ring, full, free = pipe
+    ring, full, _free = pipe
     UNITS: gl.constexpr = PRODUCT[0]
     FEATURES: gl.constexpr = PRODUCT[1]
     PAIRS: gl.constexpr = PRODUCT[2]
@@ -62,7 +75,7 @@ def copy_pairs(desc, pipe, place, turn, PRODUCT: gl.constexpr, APART: gl.constex
     for unit in range(gl.program_id(0), UNITS, gl.num_programs(0)):
         row = unit * PAIRS // APART * (2 * APART) + unit * PAIRS % APART
         for k in range(0, FEATURES, tiles.shape[2]):
-            mbarrier.wait(free.index(place), (turn + 1) % 2)
+            wait_to_ask(pipe, place, turn)
             mbarrier.expect(full.index(place), STAGE * 2)
             tile = tiles.index(place)
             async_load(desc, [row, k], full.index(place), tile.slice(0, PAIRS))
