@@ -77,7 +77,8 @@ def build_cuda(
             decoder = CudaDecoder(config, weights, gpu.traits, max_tokens=max_tokens, max_rows=max_rows)
         graph_bytes = _rehearse(decoder, gpu, cache_config, max_running, max_step_tokens)
         layout = layout_for(max_running, config.max_context_tokens, cache_config.block_size_tokens)
-        reserved_bytes = layout.num_bytes + graph_bytes * (len(BUCKETS) + 2 * len(PREFILL_TOKENS))
+        # Short prefill steps are captured with and without rows that sample, and for more than one number of rows.
+        reserved_bytes = layout.num_bytes + graph_bytes * (len(BUCKETS) + 3 * len(PREFILL_TOKENS))
         free_bytes = max(0, free_memory_bytes(device) - reserved_bytes)
         num_blocks = num_blocks_for(
             cache_config, _block_bytes(decoder, cache_config), free_bytes, max_running * layout.num_entries

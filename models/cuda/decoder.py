@@ -6,7 +6,8 @@ are shared by all steps and all graphs: the stream orders them.
 A prompt is read for its keys and values, and for the hidden state of its last token. So of most tokens the last layer
 computes keys and values alone; the picked ones then go through it by themselves, as rows of a decode step do.
 
-T packed tokens    R rows    Q picked tokens    D hidden    V vocab    K KV heads    H head dim    P blocks    B block size
+T packed tokens    R rows    Q picked tokens    D hidden    V vocab    K KV heads    H head dim
+P blocks    B block size
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from triode.models.weights import DecoderWeights
 
 # States of programs that share a long context between the tiles of a short chunk.
 _WORKSPACE_BYTES = 256 << 20
-# Up to so many tokens, what the last layer would not compute for each takes no longer than computing the picked ones again.
+# So few tokens go through the last layer together: to pick some of them is to launch more kernels for less work.
 _FEW_TOKENS = 64
 
 
@@ -110,6 +111,7 @@ class CudaDecoder:
         eps = self.config.rms_norm_eps
         rms_norm(buffers.residual_TD, self._weights.layers[0].input_norm_D, eps, buffers.hidden_TD, self.traits)
         if places.num_tokens == 1 and self._one_token is not None:
+            assert picked is None, "a step of one token that picks"
             buffers = self._forward_one(self._one_token, places, keys_PBKH, values_PBKH, buffers)
         else:
             buffers = self._forward_many(places, keys_PBKH, values_PBKH, picked, buffers)
@@ -126,7 +128,7 @@ class CudaDecoder:
         picked: PickedTokens | None,
         buffers: Buffers,
     ) -> Buffers:
-        """From the first norm to `x` of the last layer; returns what holds it and the residual it is yet to be added to."""
+        """From the first norm to `x` of the last layer; returns what holds it and the residual it is to be added to."""
         for index, (layer, key_PBKH, value_PBKH) in enumerate(zip(self._layers, keys_PBKH, values_PBKH, strict=True)):
             if index > 0:
                 layer.add_input_norm(buffers)

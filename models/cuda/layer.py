@@ -113,6 +113,7 @@ class CudaLayer:
         self._window_tokens = config.window_tokens(index) or 0
         # The bias of queries, keys and values is added after the product, by the kernel that rotates them.
         self._qkv = decoder.linear(weights.qkv_ED, None)
+        # Of the last layer alone, but no layer knows that it is; this is a view, and all layers share a proof.
         self._kv = decoder.linear(weights.qkv_ED[config.q_size :], None)
         rotates_whole = 2 * decoder.rope.cos_XU.shape[1] == config.head_dim
         self._fuses_qkv = weights.q_norm_H is None and rotates_whole
@@ -182,7 +183,10 @@ class CudaLayer:
         self, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, places: TokenPlaces, buffers: Buffers
     ) -> None:
         """From `hidden`: keys and values alone."""
-        kv_TE, bias_E = buffers.qkv_TE[:, self._config.q_size :], self._weights.qkv_bias_E
+        num_tokens, width = len(buffers.hidden_TD), 2 * self._config.kv_size
+        # Side by side, as in the proof: cuBLASLt may choose another kernel for rows that lie farther apart.
+        kv_TE = buffers.qkv_TE.view(-1)[: num_tokens * width].view(num_tokens, width)
+        bias_E = self._weights.qkv_bias_E
         if bias_E is not None:
             bias_E = bias_E[self._config.q_size :]
         self._kv(buffers.hidden_TD, kv_TE)

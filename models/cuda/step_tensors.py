@@ -36,7 +36,7 @@ class PackedArrays:
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """What the kernels of one step hand to the next. Rows of one token are those of a decode step, and the picked ones."""
+    """What the kernels of one step hand to the next. Rows of one token are those of a decode step and the picked."""
 
     position_R: torch.Tensor
     kv_slot_R: torch.Tensor

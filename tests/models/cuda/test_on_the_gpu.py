@@ -12,7 +12,10 @@ pytest.importorskip("triton")
 from device_world import CUDA, DeviceWorld
 from guides import COLOURS, DIGITS, EOS, PERSON, tiny_guides
 from runner_world import RunnerWorld, Running, tiny_config
+from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.linear.blas import in_order
 from triode.models.config import ModelConfig
+from triode.models.cuda.linears import GpuLinear, Proofs
 from triode.models.random_model import random_config
 from triode.models.sampling import SamplingParams
 from triode.models.step import Output, StepResult, TokenLogprobs
@@ -33,8 +36,13 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [(seed * 7919 + index * 104_729 + 11) % 499 for index in range(length)]
 
 
+def of_4096(model: str) -> ModelConfig:
+    """A random model with a context of so many tokens."""
+    return msgspec.structs.replace(random_config(model), max_context_tokens=4096)
+
+
 def half_billion() -> ModelConfig:
-    return msgspec.structs.replace(random_config("qwen2.5-0.5b"), max_context_tokens=4096)
+    return of_4096("qwen2.5-0.5b")
 
 
 @pytest.mark.parametrize("params", KINDS)
@@ -196,11 +204,15 @@ def test_logprobs_do_not_depend_on_batch_chunks_prefix_or_preemption() -> None:
         assert differing == {}
 
 
-def test_rows_that_go_through_the_last_layer_alone_have_the_bits_of_rows_among_all_tokens() -> None:
-    """A prompt that is scored in the same step keeps all tokens. What is decoded shows the keys and values."""
+@pytest.mark.parametrize("model", ["qwen2.5-0.5b", "tiny-qwen2", "tiny-qwen3"])
+def test_rows_that_go_through_the_last_layer_alone_have_the_bits_of_rows_among_all_tokens(model: str) -> None:
+    """A prompt that is scored in the same step keeps all tokens. What is decoded shows the keys and values.
+
+    With a bias of queries, keys and values, with a window in the last layer, too, and with a norm of queries and keys.
+    """
     lengths = (3, 130, 700, 1)
     entries: list[list[tuple[TokenLogprobs, ...]]] = []
-    with DeviceWorld(half_billion(), torch.bfloat16, max_running=8) as world:
+    with DeviceWorld(of_4096(model), torch.bfloat16, max_running=8) as world:
         # The last way makes a step of fixed shape of the first one, which is captured when it comes again.
         for extra, is_scored in ((2000, True), (2000, False), (50, True), (50, False), (50, False), (50, False)):
             rows = [world.admit(slot, prompt(length, slot), SCORED, seed=slot) for slot, length in enumerate(lengths)]
@@ -215,6 +227,30 @@ def test_rows_that_go_through_the_last_layer_alone_have_the_bits_of_rows_among_a
     assert entries[0] == entries[1]
     assert all(entry == entries[2] for entry in entries[3:])
     assert entries[0][:-1] == entries[2][:-1]
+
+
+@pytest.mark.parametrize("model", ["qwen2.5-7b", "llama-3.1-8b", "qwen2.5-0.5b", "smollm2-135m"])
+def test_keys_and_values_by_themselves_have_the_bits_of_those_beside_queries(model: str) -> None:
+    """A prompt's are computed by themselves in the last layer, those of a token that goes on with its queries."""
+    config, traits = random_config(model), GpuTraits.of(CUDA)
+    counts = (1, 16, 65, 256, 1024, 4096)
+    weight = torch.randn(config.q_size + 2 * config.kv_size, config.hidden_size, device=CUDA).bfloat16() * 0.03
+    x = torch.randn(counts[-1], config.hidden_size, device=CUDA).bfloat16()
+    proofs = Proofs(traits)
+    outs: list[list[torch.Tensor]] = []
+    with in_order(CUDA):
+        for part in (weight, weight[config.q_size :]):
+            proof = proofs.of(part, None, part.dtype, counts[-1])
+            product = GpuLinear(part, None, proof.triton_tokens, traits)
+            outs.append([torch.full((count, len(part)), torch.nan, device=CUDA).bfloat16() for count in counts])
+            for count, out in zip(counts, outs[-1], strict=True):
+                product(x[:count], out)
+    differing = [
+        count
+        for count, qkv, kv in zip(counts, *outs, strict=True)
+        if not (torch.equal(kv, qkv[:, config.q_size :]) and torch.equal(kv, outs[1][-1][:count]))
+    ]
+    assert differing == []
 
 
 def test_steps_launched_ahead_give_the_tokens_of_steps_read_at_once() -> None:

@@ -30,7 +30,12 @@ class CountedProducts(AbsentWorld):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.products: list[tuple[int, int]] = []
 
-        def counted(x_MK: torch.Tensor, weight_NK: torch.Tensor, *_: object, **__: object) -> None:
+        def counted(
+            x_MK: torch.Tensor, weight_NK: torch.Tensor, out_MN: torch.Tensor, *_: object, **__: object
+        ) -> None:
+            # Kernels are chosen by strides, too: what runs is what was proved.
+            assert x_MK.is_contiguous()
+            assert out_MN.is_contiguous()
             self.products.append((len(weight_NK), len(x_MK)))
 
         monkeypatch.setattr(JITFunction, "run", lambda *_, **__: None)
