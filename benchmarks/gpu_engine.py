@@ -33,6 +33,7 @@ from triode.engine.statistics import EngineStatistics
 
 MODELS = ("random:qwen2.5-7b", "random:llama-3.1-8b")
 TESTS = ("starts", "latency", "ttft", "prefill", "prefix", "offline", "sampling")
+_KERNEL_CACHES = ("TRITON_CACHE_DIR", "XDG_CACHE_HOME")
 SETTINGS = {"max_running": 256, "max_step_tokens": 4096, "max_context_tokens": 8192}
 SMALL_SETTINGS = {"max_running": 16, "max_step_tokens": 256, "max_context_tokens": 2048}
 
@@ -152,7 +153,7 @@ async def runs(engine: Engine, workload: Workload, num_runs: int) -> tuple[list[
 
 def starts(model: str, flags: list[str], results: Results) -> None:
     """From the start of `triode run` to its first byte, kernels compiled anew and found compiled."""
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"TRITON_CACHE_DIR": folder}):
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, dict.fromkeys(_KERNEL_CACHES, folder)):
         for name in ("cold", "warm"):
             figures, _ = measure_startup(model, flags)
             assert figures.ttft_ms is not None
