@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runner_world import CPU, RunnerWorld, tiny_config, tiny_weights
+from runner_world import CPU, RunnerWorld, tiny_config, weights_of
 from triode.cache.config import CacheConfig
 from triode.cache.pool import KVPool
 from triode.kernels.gpu_traits import INTERPRETER
@@ -108,9 +108,17 @@ def interpreted_runner(
 class CudaWorld(RunnerWorld):
     """The same sequences through `CudaRunner`, interpreted."""
 
-    def __init__(self, *, max_running: int = 8, seed: int = 0, guides: GuideCompiler | None = None) -> None:
-        super().__init__(max_running=max_running, seed=seed, guides=guides)
+    def __init__(
+        self,
+        config: ModelConfig | None = None,
+        *,
+        max_running: int = 8,
+        seed: int = 0,
+        guides: GuideCompiler | None = None,
+    ) -> None:
+        config = config or tiny_config()
+        super().__init__(config, max_running=max_running, seed=seed, guides=guides)
         self.gpu = InterpretedGpu()
         with self.gpu.active():
-            decoder = CudaDecoder(tiny_config(), tiny_weights(), self.gpu.traits, max_tokens=512, max_rows=32)
+            decoder = CudaDecoder(config, weights_of(config), self.gpu.traits, max_tokens=512, max_rows=32)
         self.runner = CudaRunner(decoder, self.pool, self.gpu, max_running=max_running, guides=guides)

@@ -37,15 +37,22 @@ def tiny_config() -> ModelConfig:
 
 
 @cache
-def tiny_weights() -> DecoderWeights:
-    config = tiny_config()
+def weights_of(config: ModelConfig) -> DecoderWeights:
     return load_weights(config, RandomTensors(config, 0), torch.float32, CPU, NullProgress())
 
 
+def tiny_weights() -> DecoderWeights:
+    return weights_of(tiny_config())
+
+
 @cache
-def tiny_decoder() -> Decoder:
+def decoder_of(config: ModelConfig) -> Decoder:
     with torch.inference_mode():
-        return Decoder(tiny_config(), tiny_weights(), choose_kernels(CPU, torch.float32))
+        return Decoder(config, weights_of(config), choose_kernels(CPU, torch.float32))
+
+
+def tiny_decoder() -> Decoder:
+    return decoder_of(tiny_config())
 
 
 @dataclass
@@ -73,6 +80,7 @@ class RunnerWorld:
 
     def __init__(
         self,
+        config: ModelConfig | None = None,
         *,
         max_running: int = 8,
         seed: int = 0,
@@ -80,9 +88,9 @@ class RunnerWorld:
         native: NativeDecoder | None = None,
         ahead: bool = False,
     ) -> None:
-        """`native` computes instead of torch, and launches `ahead` if told."""
-        config = tiny_config()
-        decoder = native or tiny_decoder()
+        """`native` computes instead of torch, and launches `ahead` if told. `config` is the tiny one unless told."""
+        config = config or tiny_config()
+        decoder = native or decoder_of(config)
         self.pool = KVPool(
             128,
             block_size_tokens=BLOCK_SIZE_TOKENS,

@@ -1,20 +1,31 @@
-"""Steps whose last layer computes the rows that sample alone say what the CPU's runner says. Products of different numbers
-of tokens have the same bits on a GPU (`test_on_the_gpu.py`), and not in the interpreter."""
+"""Steps whose last layer computes the rows that sample alone say what the CPU's runner says.
+
+Products of different numbers of tokens have the same bits on a GPU (`test_on_the_gpu.py`), and not in the interpreter.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from cuda_world import CudaWorld
-from runner_world import RunnerWorld, Running
+from runner_world import RunnerWorld, Running, tiny_config
 from triode.kernels.step.gpu import pick
+from triode.models.config import ModelConfig
 from triode.models.sampling import SamplingParams
 from triode.models.step import Output
 
 SCORED = SamplingParams(temperature=0, logprobs=3)
 DRAWN = SamplingParams(temperature=0.9, top_k=40, logprobs=3)
+LLAMA = tiny_config()
+CONFIGS = {
+    "bias": msgspec.structs.replace(LLAMA, qkv_bias=True),
+    "norms": msgspec.structs.replace(LLAMA, qk_norm=True),
+    "window": msgspec.structs.replace(LLAMA, sliding_window_tokens=40, sliding_layers=(False, True)),
+    "one layer": msgspec.structs.replace(LLAMA, num_layers=1),
+}
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -42,9 +53,19 @@ def play_together(world: RunnerWorld) -> list[Running]:
     return [first, second, third, fourth]
 
 
-@pytest.mark.parametrize(("play", "num_rows"), [(play_alone, 1), (play_together, 4)])
+@pytest.mark.parametrize(
+    ("config", "play", "num_rows"),
+    [
+        (LLAMA, play_alone, 1),
+        (LLAMA, play_together, 4),
+        *[pytest.param(config, play_alone, 1, id=name) for name, config in CONFIGS.items()],
+    ],
+)
 def test_tokens_and_logprobs_are_those_of_the_eager_runner(
-    play: Callable[[RunnerWorld], list[Running]], num_rows: int, monkeypatch: pytest.MonkeyPatch
+    config: ModelConfig,
+    play: Callable[[RunnerWorld], list[Running]],
+    num_rows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     num_picked: list[int] = []
 
@@ -53,7 +74,7 @@ def test_tokens_and_logprobs_are_those_of_the_eager_runner(
         pick(token_Q, *rest)
 
     monkeypatch.setattr("triode.models.cuda.decoder.pick", watched)
-    got, want = play(CudaWorld()), play(RunnerWorld())
+    got, want = play(CudaWorld(config)), play(RunnerWorld(config))
     assert num_picked == [num_rows]
     for one, other in zip(got, want, strict=True):
         assert one.output == other.output
