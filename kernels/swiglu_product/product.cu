@@ -147,6 +147,16 @@ __device__ __forceinline__ void wait_for_products() {
 
 using Sums = float[SUBTILES][PARTS][COLUMNS / 2];
 
+// The compiler does not know that products are written behind its back: no use of sums may cross this line.
+__device__ __forceinline__ void hold(Sums &sums) {
+#pragma unroll
+    for (int s = 0; s < SUBTILES; ++s)
+#pragma unroll
+        for (int p = 0; p < PARTS; ++p)
+#pragma unroll
+            for (int i = 0; i < COLUMNS / 2; ++i) asm volatile("" : "+f"(sums[s][p][i])::"memory");
+}
+
 // One stage's products of a consumer, whose tokens begin at `tokens`.
 __device__ __forceinline__ void multiply_stage(Sums &sums, Address tokens, Address weight, bool begin) {
     begin_products();
@@ -339,6 +349,7 @@ __device__ __forceinline__ void consume(Ring ring, Tiles tiles, u16 *out, int nu
     asm volatile("griddepcontrol.wait;" ::: "memory");
     for (int index = first; index < tiles.count(); index += stride) {
         Address previous = 0;
+        hold(sums);
         for (int step = 0; step < num_steps; ++step, ring.advance()) {
             wait(ring.is_full(), ring.phase);
             multiply_stage(sums, ring.tokens() + first_token * STEP_BYTES, ring.weight(), step == 0);
@@ -347,6 +358,7 @@ __device__ __forceinline__ void consume(Ring ring, Tiles tiles, u16 *out, int nu
             previous = ring.is_empty();
         }
         wait_for_products<0>();
+        hold(sums);
         release(previous);
         Place place = tiles(index, rank);
 #pragma unroll
@@ -395,6 +407,8 @@ gate_up_swiglu(const __grid_constant__ TensorMap x_map, const __grid_constant__ 
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
         consume(ring, tiles, out, num_tokens, num_features, warp_group - 1, rank, first, stride, num_steps);
     }
+    // One thread of a warp has fetched, and the barrier takes whole warps.
+    __syncwarp();
     // The neighbour may still arrive at this program's barriers.
     wait_for_cluster();
 }
