@@ -1,6 +1,9 @@
 """The gate-up product with SwiGLU in one kernel has the bits of the two kernels for which it stands. `pytest -m gpu`."""
 
+import itertools
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,13 @@ pytest.importorskip("triton")
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.linear.blas import in_order, linear_blas
 from triode.kernels.linear.gpu import linear_sequential
-from triode.kernels.linear.tiles import swiglu_tile
+from triode.kernels.linear.tiles import LinearTile, swiglu_tile
+from triode.kernels.rms_norm.gpu import add_rms_norm, rms_norm
 from triode.kernels.swiglu.gpu import swiglu
 from triode.kernels.swiglu_product import product
 from triode.kernels.swiglu_product.product import swiglu_product
 from triode.kernels.swiglu_product.proof import prove_swiglu, tokens_of_tiles
-from triode.kernels.swiglu_product.tiles import MEASURED, SPEEDS, ProductTile, product_tile
+from triode.kernels.swiglu_product.tiles import CLUSTER, MEASURED, SPEEDS, ProductTile, product_tile
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 
@@ -70,6 +74,38 @@ def test_every_tile_has_the_bits_of_two_kernels_for_any_number_of_tokens(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", SPEEDS, ids=str)
+def test_programs_that_take_several_tiles_have_the_bits_of_few_tokens_at_odd_ends(
+    tile: ProductTile, dtype: torch.dtype, traits: GpuTraits
+) -> None:
+    # Features that no tile divides; steps that never fill the ring, and steps that end in its midst.
+    num_features, most_tokens = 20008, 513
+    for in_features in (136, 520):
+        weight, x = weight_of(num_features, in_features, dtype), random(most_tokens, in_features, dtype=dtype)
+        expected, few = x.new_empty(most_tokens, num_features), swiglu_tile(num_features, in_features, 16)
+        linear_sequential(x, weight, expected, few, traits, swiglu=True)
+        for num_tokens in (40, most_tokens):
+            assert tile.num_clusters(num_tokens, num_features) > traits.num_sms // CLUSTER
+            found = by_one(x[:num_tokens], weight, tile, traits)
+            assert torch.equal(found, expected[:num_tokens]), (in_features, num_tokens)
+
+
+def test_no_product_takes_what_was_prepared_for_another_of_its_size(traits: GpuTraits) -> None:
+    num_tokens, num_features, in_features = 200, 2048, 512
+    tile = product_tile(num_tokens, num_features, traits.num_sms)
+    xs = [random(num_tokens, in_features, dtype=torch.bfloat16) for _ in range(2)]
+    weights = [weight_of(num_features, in_features, torch.bfloat16) for _ in range(2)]
+    outs = [xs[0].new_empty(num_tokens, num_features) for _ in range(2)]
+    expected = [[by_two_kernels(x, weight, traits) for weight in weights] for x in xs]
+    for i, j, k in 2 * list(itertools.product(range(2), repeat=3)):
+        for out in outs:
+            out.fill_(torch.nan)
+        swiglu_product(xs[i], weights[j], outs[k], tile, traits)
+        assert torch.equal(outs[k], expected[i][j]), (i, j, k)
+        assert outs[1 - k].isnan().all(), (i, j, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", MEASURED, ids=str)
 def test_a_token_has_its_bits_in_every_step_of_the_large_models(
     sizes: tuple[int, int], dtype: torch.dtype, traits: GpuTraits
@@ -102,7 +138,6 @@ def test_replays_of_a_graph_take_what_is_in_place_by_then(traits: GpuTraits) -> 
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        # What is written right before is what is read: the kernel may begin early, and waits.
         x.mul_(2)
         for _ in range(3):
             swiglu_product(x, weight, out, tile, traits)
@@ -112,6 +147,78 @@ def test_replays_of_a_graph_take_what_is_in_place_by_then(traits: GpuTraits) -> 
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, by_two_kernels(twice, weight, traits))
+
+
+class Chain:
+    """Kernels that all start while their predecessors run: two inputs by turns go through the same x and out."""
+
+    NUM_FEATURES, HIDDEN, SOURCE, LAST, EPS = 8192, 512, 16384, 256, 1e-6
+    TILE = LinearTile(64, 64, 64, 4, 3)
+    """Of products whose few programs walk over long rows: for as long, what waits for them has multiprocessors."""
+
+    def __init__(self, num_tokens: int, *, norms: bool, traits: GpuTraits) -> None:
+        """With `norms`, one stands between the slow product and the x that it leads to."""
+        self._norms, self._traits = norms, traits
+        self._tile = product_tile(num_tokens, self.NUM_FEATURES, traits.num_sms)
+        empty, tokens = partial(torch.empty, dtype=torch.bfloat16, device=CUDA), num_tokens
+        self._sources = [random(tokens, self.SOURCE, dtype=torch.bfloat16) for _ in range(2)]
+        self._residual_before = random(tokens, self.HIDDEN, dtype=torch.bfloat16)
+        self._first = random(self.HIDDEN, self.SOURCE, dtype=torch.bfloat16) * 0.01
+        self._weight = weight_of(self.NUM_FEATURES, self.HIDDEN, torch.bfloat16)
+        self._last = random(self.LAST, self.NUM_FEATURES, dtype=torch.bfloat16) * 0.02
+        self._norm, self._out_norm = (random(n, dtype=torch.bfloat16) for n in (self.HIDDEN, self.NUM_FEATURES))
+        self._hidden, self._residual, self._x = (empty(tokens, self.HIDDEN) for _ in range(3))
+        self._out = empty(tokens, self.NUM_FEATURES)
+        self._normal = [empty(tokens, self.NUM_FEATURES) for _ in range(2)]
+        self._results = [empty(tokens, self.LAST) for _ in range(2)]
+
+    def kernels(self) -> list[Callable[[], object]]:
+        """In order, yet to be launched."""
+        turns = (self._turn(*each) for each in zip(self._sources, self._normal, self._results, strict=True))
+        begin = partial(torch.mul, self._residual_before, 1, out=self._residual)
+        return [begin, *itertools.chain.from_iterable(turns)]
+
+    def _turn(self, source: torch.Tensor, normal: torch.Tensor, result: torch.Tensor) -> list[Callable[[], object]]:
+        linear, traits = partial(linear_sequential, tile=self.TILE, traits=self._traits), self._traits
+        before: list[Callable[[], object]] = [partial(linear, source, self._first, self._x)]
+        if self._norms:
+            added = (self._hidden, self._residual, self._norm, self.EPS, self._x, traits)
+            before = [partial(linear, source, self._first, self._hidden), partial(add_rms_norm, *added)]
+        return [
+            *before,
+            partial(swiglu_product, self._x, self._weight, self._out, self._tile, traits),
+            partial(rms_norm, self._out, self._out_norm, self.EPS, normal, traits),
+            partial(linear, self._out, self._last, result),
+        ]
+
+    def run(self) -> None:
+        """Launch all."""
+        for launch in self.kernels():
+            launch()
+
+    def written(self) -> list[torch.Tensor]:
+        """All that a run leaves behind."""
+        return [self._x, self._out, *self._normal, *self._results, *([self._residual] if self._norms else [])]
+
+
+@pytest.mark.parametrize(("num_tokens", "norms"), [(48, True), (200, False), (2000, True), (4096, False)])
+def test_among_kernels_that_start_early_all_is_as_if_each_waited_for_the_last(
+    num_tokens: int, norms: bool, traits: GpuTraits
+) -> None:
+    chain = Chain(num_tokens, norms=norms, traits=traits)
+    for launch in chain.kernels():
+        launch()
+        torch.cuda.synchronize()
+    expected = [each.clone() for each in chain.written()]
+    assert all(each.isfinite().all() for each in expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain.run()
+    for run in (chain.run, graph.replay) * 3:
+        for each in chain.written():
+            each.fill_(torch.nan)
+        run()
+        assert all(map(torch.equal, chain.written(), expected))
 
 
 def test_proofs_and_launches_hold_no_memory(traits: GpuTraits) -> None:
