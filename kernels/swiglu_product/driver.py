@@ -12,7 +12,8 @@ import torch
 
 from triode.kernels.swiglu_product.errors import ProductUnavailable
 
-_TENSOR_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+TENSOR_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+"""What the copy engine calls the types that the kernel takes."""
 _NOT_INTERLEAVED, _SWIZZLE_128_BYTES, _FETCH_256_BYTES, _ZEROS_OUTSIDE = 0, 3, 3, 0
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 _MOST_DYNAMIC_SHARED_BYTES = 8
@@ -60,7 +61,7 @@ class TensorMap:
         driver().call(
             "cuTensorMapEncodeTiled",
             c_void_p(self.address),
-            _TENSOR_TYPES[dtype],
+            TENSOR_TYPES[dtype],
             c_uint32(rank),
             c_void_p(address),
             (c_uint64 * rank)(*sizes),

@@ -1,11 +1,13 @@
 """CUDA C++ to machine code by NVRTC, the compiler that torch's CUDA libraries bring along, and found again afterwards.
 
-NVRTC takes about a second for a kernel; what it made is kept in `$XDG_CACHE_HOME/triode/cuda`, by a digest of all that
-determines it, so nothing stale is ever loaded. Functions and numbers are those of `nvrtc.h`.
+NVRTC takes up to a second for a kernel; what it made is kept in `$XDG_CACHE_HOME/triode/cuda`, by a digest of all that
+determines it, so nothing stale is ever loaded, and behind its own digest, so nothing that was cut short is either. A cache
+that cannot be read or written costs time alone. Functions and numbers are those of `nvrtc.h`.
 """
 
 import ctypes
 import functools
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,9 +20,11 @@ import torch
 from triode.kernels.linear.cublaslt import loaded_library
 from triode.kernels.swiglu_product.errors import ProductUnavailable
 
+_LOG = logging.getLogger("triode.kernels")
 _COMPILATION = 6
 """`NVRTC_ERROR_COMPILATION`: the log says why."""
 _MOST_SAID = 500
+_DIGEST_BYTES = sha256().digest_size
 
 
 class Nvrtc:
@@ -93,9 +97,14 @@ def find_nvrtc() -> Nvrtc:
         raise ProductUnavailable("torch is built without CUDA")
     name = f"libnvrtc.so.{cuda.partition('.')[0]}"
     blas = loaded_library("libcublasLt.so")
-    beside = [] if blas is None else [str(Path(blas).with_name(name))]
-    found = [loaded_library(name), *(path for path in beside if Path(path).exists())]
-    return Nvrtc(next((path for path in found if path), name))
+    found = loaded_library(name) or (_beside(Path(blas), name) if blas else None)
+    return Nvrtc(found or name)
+
+
+def _beside(blas: Path, name: str) -> str | None:
+    """CUDA 13's packages share a folder; those of CUDA 12, `nvidia/cublas/lib` and `nvidia/cuda_nvrtc/lib`, do not."""
+    places = (blas.with_name(name), blas.parent.parent.parent / "cuda_nvrtc" / "lib" / name)
+    return next((str(place) for place in places if place.exists()), None)
 
 
 def describe_nvrtc() -> str:
@@ -116,23 +125,51 @@ def compiled(
         nvrtc: a compiler other than torch's.
 
     Raises:
-        ProductUnavailable: it cannot be compiled, or not be kept.
+        ProductUnavailable: it cannot be compiled.
     """
     nvrtc = nvrtc or find_nvrtc()
     digest = sha256("\0".join((nvrtc.version, source, *headers, *headers.values(), *options)).encode()).hexdigest()[:16]
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(base) / "triode" / "cuda" / f"{name}-{digest}.cubin"
+    file_name = f"{name}-{digest}.cubin"
+    if code := _kept(file_name):
+        return code
+    code, _ = nvrtc.compile(source, headers, options)
     try:
-        if target.exists():
-            return target.read_bytes()
-        code, _ = nvrtc.compile(source, headers, options)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside its final place and renamed, so that nobody ever loads half a file.
-        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".tmp", delete=False) as file:
-            file.write(code)
-        Path(file.name).replace(target)
+        _keep(code, file_name)
     except OSError as error:
-        raise ProductUnavailable(
-            f"cannot keep compiled kernels in {target.parent} (set XDG_CACHE_HOME): {error}"
-        ) from error
+        _say_once(error.strerror or "cannot be written")
+    except RuntimeError as error:
+        _say_once(str(error))
     return code
+
+
+def _folder() -> Path:
+    """Raises RuntimeError where a user has no home."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "triode" / "cuda"
+
+
+def _kept(file_name: str) -> bytes | None:
+    """None, too, for a file that cannot be read, or is not what was written: the driver would read past its end."""
+    try:
+        kept = (_folder() / file_name).read_bytes()
+    except (OSError, RuntimeError):
+        return None
+    digest, code = kept[:_DIGEST_BYTES], kept[_DIGEST_BYTES:]
+    return code if sha256(code).digest() == digest else None
+
+
+def _keep(code: bytes, file_name: str) -> None:
+    """Written beside its final place and renamed, so that nobody finds half a file; nothing is left of what fails."""
+    folder = _folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        written = Path(scratch) / file_name
+        written.write_bytes(sha256(code).digest() + code)
+        written.replace(folder / file_name)
+
+
+@functools.cache
+def _say_once(why: str) -> None:
+    _LOG.warning(
+        "compiled GPU kernels cannot be kept, and each start compiles them again (set XDG_CACHE_HOME): %s", why
+    )

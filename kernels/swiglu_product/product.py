@@ -9,7 +9,7 @@ from ctypes import c_int, c_void_p
 import torch
 
 from triode.kernels.gpu_traits import GpuTraits
-from triode.kernels.swiglu_product.driver import Kernel, Launch, TensorMap
+from triode.kernels.swiglu_product.driver import TENSOR_TYPES, Kernel, Launch, TensorMap
 from triode.kernels.swiglu_product.nvrtc import compiled
 from triode.kernels.swiglu_product.source import KERNEL, headers, options, source
 from triode.kernels.swiglu_product.tiles import CLUSTER, MEASURED, STEP_FEATURES, ProductTile
@@ -20,6 +20,8 @@ _GROUP_BYTES = 16
 _TOKEN_TILES_IN_L2 = 8
 """Cluster tiles of tokens whose inputs L2 holds while weights go by."""
 _REMEMBERED = 4096
+_MEASURED_SMS = 132
+"""Of an H100 SXM or H200. MEASURED's numbers of tokens are those that fill so many evenly."""
 
 
 def takes(weight: torch.Tensor, bias: torch.Tensor | None, traits: GpuTraits) -> bool:
@@ -27,6 +29,7 @@ def takes(weight: torch.Tensor, bias: torch.Tensor | None, traits: GpuTraits) ->
     num_rows, in_features = weight.shape
     return (
         traits.warp_group_products
+        and traits.num_sms == _MEASURED_SMS
         and bias is None
         and weight.is_cuda
         and weight.dtype in (torch.bfloat16, torch.float16)
@@ -47,23 +50,41 @@ def swiglu_product(
         ValueError: the tensors are not laid out as the kernel reads them.
         ProductUnavailable: the kernel cannot be compiled, loaded or launched.
     """
-    num_tokens, in_features = x_MK.shape
-    if out_MF.shape != (num_tokens, weight_2FK.shape[0] // 2) or weight_2FK.shape[1] != in_features:
-        raise ValueError(f"out must be {(num_tokens, weight_2FK.shape[0] // 2)}, got {tuple(out_MF.shape)}")
-    if not (x_MK.is_contiguous() and weight_2FK.is_contiguous() and out_MF.is_contiguous()):
-        raise ValueError("x, weight and out must be contiguous")
+    _check(x_MK, weight_2FK, out_MF)
+    (num_tokens, in_features), num_features = x_MK.shape, out_MF.shape[1]
     device = out_MF.device
     launch = _prepared(
         x_MK.data_ptr(),
         weight_2FK.data_ptr(),
         out_MF.data_ptr(),
-        (num_tokens, weight_2FK.shape[0] // 2, in_features),
+        (num_tokens, num_features, in_features),
         x_MK.dtype,
         tile,
         traits,
         device,
     )
     launch(torch.cuda.current_stream(device).cuda_stream)
+
+
+def _check(x_MK: torch.Tensor, weight_2FK: torch.Tensor, out_MF: torch.Tensor) -> None:
+    (num_tokens, in_features), (num_rows, weight_features) = x_MK.shape, weight_2FK.shape
+    if num_tokens == 0:
+        raise ValueError("x must have at least one token, got 0")
+    if num_rows % (2 * _GROUP) or weight_features % _GROUP:
+        raise ValueError(f"weight must be a multiple of {2 * _GROUP} × {_GROUP}, got {num_rows} × {weight_features}")
+    if in_features != weight_features:
+        raise ValueError(f"x must have the weight's {weight_features} in features, got {in_features}")
+    if out_MF.shape != (num_tokens, num_rows // 2):
+        raise ValueError(f"out must be {(num_tokens, num_rows // 2)}, got {tuple(out_MF.shape)}")
+    for name, tensor in (("x", x_MK), ("weight", weight_2FK), ("out", out_MF)):
+        if tensor.dtype not in TENSOR_TYPES or tensor.dtype != weight_2FK.dtype:
+            raise ValueError(f"{name} must be float16 or bfloat16, and all of one type, got {tensor.dtype}")
+        if tensor.device != weight_2FK.device:
+            raise ValueError(f"{name} must be on {weight_2FK.device}, where the weight is, got {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+        if tensor.data_ptr() % _GROUP_BYTES:
+            raise ValueError(f"{name} must begin at a multiple of {_GROUP_BYTES} bytes, got {tensor.data_ptr():#x}")
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)

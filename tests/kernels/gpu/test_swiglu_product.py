@@ -60,7 +60,7 @@ def test_the_assembler_s_warnings_would_be_seen(compiler: Nvrtc) -> None:
 
 
 def test_what_does_not_compile_says_where(compiler: Nvrtc) -> None:
-    with pytest.raises(ProductUnavailable, match=r"NVRTC 13\.0: .*error"):
+    with pytest.raises(ProductUnavailable, match=r"NVRTC 13\.\d+: .*error"):
         compiler.compile("no C++", {}, ["--gpu-architecture=sm_90a"])
 
 
@@ -100,11 +100,92 @@ def test_what_is_compiled_is_found_again_until_anything_changes(
     assert {path.suffix for path in (tmp_path / "triode" / "cuda").iterdir()} == {".cubin"}
 
 
-def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "triode").write_text("not a folder")
+@pytest.mark.parametrize("num_bytes", [0, 10, 33])
+def test_a_file_that_was_cut_short_is_compiled_again_and_replaced(
+    num_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(ProductUnavailable, match="set XDG_CACHE_HOME"):
-        compiled("one", {}, [], name="n", nvrtc=cast(Nvrtc, CountingCompiler()))
+    counting = CountingCompiler()
+    compiler = cast(Nvrtc, counting)
+    compiled("one", {}, [], name="n", nvrtc=compiler)
+    (file,) = tmp_path.rglob("*.cubin")
+    file.write_bytes(file.read_bytes()[:num_bytes])
+    for _ in range(2):
+        assert compiled("one", {}, [], name="n", nvrtc=compiler) == b"one"
+    assert len(counting.compiled) == 2
+
+
+def _no_folder(folder: Path, _: pytest.MonkeyPatch) -> None:
+    folder.parent.mkdir()
+    folder.write_text("not a folder")
+
+
+def _no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, _: bytes) -> int:
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+
+
+def _no_home(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+
+
+@pytest.mark.parametrize("hinder", [_no_folder, _no_file, _no_home])
+def test_what_cannot_be_kept_serves_leaves_nothing_behind_and_is_told_once(
+    hinder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "triode" / "cuda"
+    hinder(folder, monkeypatch)
+    nvrtc._say_once.cache_clear()
+    for _ in range(2):
+        assert compiled("one", {}, [], name="n", nvrtc=cast(Nvrtc, CountingCompiler())) == b"one"
+    (record,) = caplog.records
+    assert "set XDG_CACHE_HOME" in record.getMessage()
+    assert not folder.is_dir() or not list(folder.iterdir())
+
+
+def test_a_file_that_may_not_be_read_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(_: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    for _ in range(2):
+        assert compiled("one", {}, [], name="n", nvrtc=cast(Nvrtc, CountingCompiler())) == b"one"
+
+
+def test_what_does_not_compile_is_not_taken_for_a_cache_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ProductUnavailable("NVRTC 13.0: error")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = CountingCompiler()
+    monkeypatch.setattr(compiler, "compile", fails)
+    with pytest.raises(ProductUnavailable, match=r"^NVRTC 13\.0: error$"):
+        compiled("one", {}, [], name="n", nvrtc=cast(Nvrtc, compiler))
+
+
+@pytest.mark.parametrize("place", ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"])
+def test_the_compiler_is_found_beside_the_other_libraries_of_its_packages(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blas = tmp_path / ("nvidia/cublas/lib" if "nvrtc" in place else place) / "libcublasLt.so.12"
+    library = tmp_path / place / "libnvrtc.so.12"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setattr(nvrtc, "loaded_library", lambda name: str(blas) if "cublas" in name else None)
+    monkeypatch.setattr(nvrtc, "Nvrtc", str)
+    assert nvrtc.find_nvrtc.__wrapped__() == cast(Nvrtc, str(library))
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
@@ -229,8 +310,51 @@ def test_it_serves_only_where_it_was_measured_and_weights_are_as_the_kernel_read
     assert not product.takes(weight, None, HOPPER)
     assert not serves(weight, torch.empty(2 * QWEN[0], device="meta"), HOPPER)
     assert not serves(weight, None, AMPERE)
+    # Another number of multiprocessors is filled evenly by other numbers of tokens.
+    assert not serves(weight, None, dataclasses.replace(HOPPER, num_sms=114))
     assert not serves(weight.float(), None, HOPPER)
     assert not serves(weight[: QWEN[0]], None, HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "out", "constraint"),
+    [
+        ((0, 64), (32, 64), (0, 16), "x must have at least one token, got 0"),
+        ((2, 64), (24, 64), (2, 12), "weight must be a multiple of 16 × 8, got 24 × 64"),
+        ((2, 60), (32, 60), (2, 16), "weight must be a multiple of 16 × 8, got 32 × 60"),
+        ((2, 56), (32, 64), (2, 16), "x must have the weight's 64 in features, got 56"),
+        ((2, 64), (32, 64), (2, 32), r"out must be \(2, 16\), got \(2, 32\)"),
+    ],
+)
+def test_sizes_that_the_kernel_does_not_read_are_refused(
+    x: tuple[int, int], weight: tuple[int, int], out: tuple[int, int], constraint: str
+) -> None:
+    x_MK, weight_2FK, out_MF = (torch.empty(size, dtype=BFLOAT16) for size in (x, weight, out))
+    with pytest.raises(ValueError, match=constraint):
+        product.swiglu_product(x_MK, weight_2FK, out_MF, next(iter(SPEEDS)), HOPPER)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "out"])
+@pytest.mark.parametrize(
+    ("change", "constraint"),
+    [
+        (lambda tensor: tensor.half(), "must be float16 or bfloat16, and all of one type"),
+        (lambda tensor: tensor.float(), "must be float16 or bfloat16, and all of one type"),
+        (lambda tensor: tensor.to("meta"), "must be on (cpu|meta), where the weight is"),
+        (lambda tensor: torch.empty(tensor.shape[::-1], dtype=BFLOAT16).T, "must be contiguous, got strides"),
+        (
+            lambda tensor: torch.empty(tensor.numel() + 1, dtype=BFLOAT16)[1:].view(tensor.shape),
+            "must begin at a multiple of 16 bytes, got 0x",
+        ),
+    ],
+    ids=["another type", "a type it does not have", "another device", "strided", "unaligned"],
+)
+def test_a_tensor_that_the_kernel_would_read_wrongly_is_refused(name: str, change: Any, constraint: str) -> None:
+    sizes = {"x": (2, 64), "weight": (32, 64), "out": (2, 16)}
+    tensors = {each: torch.empty(size, dtype=BFLOAT16) for each, size in sizes.items()}
+    tensors[name] = change(tensors[name])
+    with pytest.raises(ValueError, match=constraint):
+        product.swiglu_product(tensors["x"], tensors["weight"], tensors["out"], next(iter(SPEEDS)), HOPPER)
 
 
 class _OnGpu:
