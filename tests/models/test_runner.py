@@ -6,17 +6,21 @@ import weakref
 from random import Random
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 from native_steps import native_decoder, native_library
-from runner_world import RunnerWorld, tiny_config, tiny_weights
+from runner_world import RunnerWorld, tiny_config, tiny_decoder, tiny_weights
 from triode.cache.config import CacheConfig
 from triode.cache.messages import BlockCopy
 from triode.errors import InsufficientMemory
 from triode.kernels.threads import cpu_threads
 from triode.models import eager
+from triode.models.batch import StepBatch
 from triode.models.build import build_runner
+from triode.models.decoder import Decoder
+from triode.models.native import NativeDecoder
 from triode.models.quantization import plan_weights
 from triode.models.sampler import ALL_FORBIDDEN, SampledRows
 from triode.models.sampling import SamplingParams
@@ -232,6 +236,44 @@ def test_rows_that_read_one_hidden_state_or_all_or_none_share_a_step(program: st
         alone.prefill(running)
         alone.decode(running, num_tokens=len(got.output) - 1)
         assert got.output == running.output
+
+
+@pytest.mark.parametrize("program", ["torch", "compiled", "ahead"])
+def test_a_row_wants_the_token_that_it_samples_behind_or_all_that_are_read_or_none(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = None if program == "torch" else native_decoder(tiny_config(), tiny_weights())
+    decoder: Decoder | NativeDecoder = native or tiny_decoder()
+    seen: list[tuple[str, list[int]]] = []
+
+    def spy_on(name: str) -> None:
+        compute = getattr(decoder, name)
+
+        def spied(batch: StepBatch, *others: object) -> object:
+            seen.append((name, np.diff(batch.wanted_start_R1).tolist()))
+            return compute(batch, *others)
+
+        monkeypatch.setattr(decoder, name, spied)
+
+    spy_on("forward")
+    if native is not None:
+        spy_on("order")
+    world = RunnerWorld(native=native, ahead=program == "ahead")
+    chunked, decoding = world.admit(0, prompt(50)), world.admit(1, prompt(20, 1))
+    world.step((chunked, 10, Output.NONE), (decoding, 20, Output.SAMPLE))
+    world.step((chunked, 10, Output.NONE))
+    scored = world.admit(2, prompt(40, 2), SamplingParams(temperature=0, prompt_logprobs=2))
+    embedded = world.admit(3, prompt(33, 3), pooling=Pooling.MEAN)
+    world.step(
+        (chunked, 20, Output.NONE),
+        (scored, 25, Output.PROMPT_LOGPROBS),
+        (decoding, 1, Output.SAMPLE),
+        (embedded, 33, Output.HIDDEN),
+    )
+    world.step((scored, 15, Output.PROMPT_LOGPROBS_AND_SAMPLE), (chunked, 10, Output.SAMPLE))
+    # What is read by Python is computed at once.
+    plain = "order" if program == "ahead" else "forward"
+    assert seen == [(plain, [0, 1]), (plain, [0]), ("forward", [0, 25, 1, 33]), ("forward", [15, 1])]
 
 
 def test_mean_pooling_is_the_mean_of_the_last_tokens_of_all_prefixes() -> None:
