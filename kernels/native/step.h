@@ -3,8 +3,8 @@
 // The residual stream and the queries, keys and values before rotation are floats; what enters a product, and the cache,
 // is T. Each phase of a layer is a loop over items that any thread may take; no result depends on who took it.
 //
-// Behind the last layer's keys and values only those query tokens go on whose hidden states are wanted. Each phase gives a
-// row of a product the bits that it has in any company, so the others are not missed.
+// Behind the last layer's keys and values only those query tokens go on whose hidden states are wanted. Each phase
+// gives a row of a product the bits that it has in any company, so the others are not missed.
 #pragma once
 
 #include "buffers.h"
@@ -131,7 +131,7 @@ class Step {
                 for (long head = 0; head < model_.num_kv_heads; head++) rotate_and_store(pass.layer, token, head);
             });
         if (!pass.num_tokens) return;
-        if (!pass.are_all) worker.share(1, [&](long) { move_up(pass); });
+        if (!pass.are_all) move_up(worker, pass);
         if (is_split)
             share_segments(worker, mine, pass);
         else
@@ -140,13 +140,19 @@ class Step {
                     Ranks::ATTENTION);
     }
 
-    // The residual stream of tokens that go on moves to their places among each other, of which none comes before its own.
-    void move_up(const Pass& pass) const {
-        for (long row = 0; row < batch_.num_rows; row++)
-            for (long place = pass.start[row]; place < pass.start[row + 1]; place++) {
-                const long token = batch_.query_start[row + 1] - pass.start[row + 1] + place;
-                if (token > place) std::copy_n(residual(token), buffers_.hidden_stride, residual(place));
-            }
+    // The residual stream of tokens that go on moves to their places among each other, of which none is behind its own.
+    // Others are to go where it lies, so that tokens move in turn; a thread moves some of the features of them all.
+    void move_up(Worker& worker, const Pass& pass) const {
+        const long stride = buffers_.hidden_stride, threads = buffers_.num_threads;
+        const long width = rounded_up((stride + threads - 1) / threads, LANES);
+        worker.share((stride + width - 1) / width, [&](long item) {
+            const long first = item * width, count = std::min(width, stride - first);
+            for (long row = 0; row < batch_.num_rows; row++)
+                for (long place = pass.start[row]; place < pass.start[row + 1]; place++) {
+                    const long token = batch_.query_start[row + 1] - pass.start[row + 1] + place;
+                    if (token > place) std::copy_n(residual(token) + first, count, residual(place) + first);
+                }
+        });
     }
 
     void feed_forward(Worker& worker, const Private<T>& mine, const Pass& pass) const {

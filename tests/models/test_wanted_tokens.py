@@ -1,4 +1,4 @@
-"""Behind the last layer's cache a step computes wanted tokens alone, and gives them the bits that they have among all."""
+"""Behind the last layer's cache a step computes wanted tokens alone, with the bits that they have among all."""
 
 from dataclasses import replace
 from random import Random
@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from native_steps import ISAS, native_decoder
+from native_steps import EMULATES, ISAS, native_decoder
 from paged_decoding import PagedDecoding, PagedSequence
 from ranked_decoders import RankedDecoding, ranked
 from tiny_decoders import tiny_config, tiny_decoder, tiny_weights
 from triode.kernels.dispatch import choose_kernels
 from triode.kernels.linear.reference import AddingLinear, PreparedLinear
+from triode.kernels.threads import cpu_threads
 from triode.models.batch import build_batch
 from triode.models.config import ModelConfig
 from triode.models.decoder import Decoder
@@ -91,14 +92,25 @@ def test_the_compiled_step_does_in_every_format(
     check(native_decoder(config, tiny_weights(config, torch.bfloat16), isa, quantization), kv_dtype, num_storms=1)
 
 
+@pytest.mark.parametrize("name", ["llama", "ragged"])
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_threads_share_what_is_wanted(num_threads: int, name: str) -> None:
+    with cpu_threads(num_threads):
+        check(native_decoder(CONFIGS[name], tiny_weights(CONFIGS[name], torch.float32)))
+
+
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_threads_share_what_is_wanted(num_threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        check(native_decoder(CONFIGS["llama"], tiny_weights(CONFIGS["llama"], torch.float32)))
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("is_native", [False, True])
+def test_nearly_all_tokens_behind_a_few_that_nobody_wants_have_their_bits(is_native: bool, num_threads: int) -> None:
+    config = CONFIGS["ragged"]
+    weights = tiny_weights(config, torch.float32)
+    with cpu_threads(num_threads):
+        decoder = native_decoder(config, weights) if is_native else tiny_decoder(config)
+        expected = logits_of_all(PagedDecoding(decoder, 40))
+        rows = [(PagedSequence(tokens(number, config)), LENGTHS[number]) for number in (3, 0, 1)]
+        got = PagedDecoding(decoder, 40).step(rows, [0, LENGTHS[0], LENGTHS[1] - 1])
+    assert torch.equal(got[1], expected[0])
+    assert torch.equal(got[2], expected[1][1:])
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -158,6 +170,30 @@ def test_torch_multiplies_no_more_rows_behind_the_last_cache_than_are_wanted() -
     seen.clear()
     decoding.step([(first, 30), (second, 17)], [0, 0])
     assert seen == [48] * 3
+
+
+@pytest.mark.skipif(EMULATES, reason="the emulated machine works in memory of its own")
+@pytest.mark.parametrize(("wanted", "num_wanted"), [([1, 4], 5), ([0, 0], 0), ([0, 50], 50)])
+def test_the_compiled_step_works_for_no_more_rows_behind_the_last_cache_than_are_wanted(
+    wanted: list[int], num_wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of one layer, so that no other has written where the last one works.
+    config = CONFIGS["one layer"]
+
+    def num_words_written(wanted: list[int] | None) -> int:
+        """To the memory that a step works in, which is full of bytes 0xFF: no number that is computed here."""
+        decoder = native_decoder(config, tiny_weights(config, torch.float32))
+        with cpu_threads(1):
+            # The step alone: logits are computed in the same memory.
+            monkeypatch.setattr(decoder, "logits", lambda hidden_RD: hidden_RD)
+            rows = [(PagedSequence(tokens(0, config)), 30), (PagedSequence(tokens(1, config)), 50)]
+            PagedDecoding(decoder, 40).step(rows, wanted)
+        memory = decoder._scratch
+        return int(memory[: len(memory) // 4 * 4].view(torch.int32).ne(-1).sum())
+
+    # What attention gives, and what the gated product does.
+    a_row = config.num_heads * config.head_dim + config.intermediate_size
+    assert num_words_written(None) - num_words_written(wanted) >= (80 - num_wanted) * a_row
 
 
 def test_a_batch_says_where_wanted_tokens_are() -> None:
