@@ -10,8 +10,8 @@ The packed tokens are padded to a multiple that the kernels name (`Kernels.row_m
 a matrix product. A padding token is token 0 at position 0; it is written to block 0, which belongs to nobody, and no
 row's attention sees it.
 
-Behind the last layer's keys and values only those tokens are computed whose hidden states somebody reads: the last one of a
-row that samples, all of a row whose prompt is scored or embedded, none of a chunk in the middle of a prompt.
+Behind the last layer's keys and values only those tokens are computed whose hidden states somebody reads: the last one
+of a row that samples, all of a row whose prompt is scored or embedded, none of a chunk in the middle of a prompt.
 """
 
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class StepBatch:
     rows: AttentionRows
     """Which tokens attend to which blocks."""
     wanted_start_R1: IntArray
-    """int64: of row r the last `wanted_start_R1[r + 1] - wanted_start_R1[r]` query tokens are wanted, and these are their
-    places among all W."""
+    """int64: of row r the last `wanted_start_R1[r + 1] - wanted_start_R1[r]` query tokens are wanted, and these are
+    their places among all W."""
 
     @property
     def num_tokens(self) -> int:

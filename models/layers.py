@@ -51,7 +51,8 @@ class Attention:
         value_PBKH: torch.Tensor,
         context: StepContext,
     ) -> torch.Tensor:
-        """Store the tokens' keys and values. Those that go on attend to the cache, and add what comes out to their residual.
+        """Store the tokens' keys and values. Those that go on attend to the cache, and add what comes out to their
+        residual.
 
         Returns:
             Their residual stream, [W, D].

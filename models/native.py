@@ -1,8 +1,8 @@
 """NativeDecoder: a `Decoder` whose step is one call into compiled code.
 
 It takes and gives what `Decoder` does. Its numbers differ from the torch kernels' in the last bits (residual stream and
-logits are float32 throughout, sums run in another order), and keep the same promise: a token's result depends on its own
-sequence alone.
+logits are float32 throughout, sums run in another order), and keep the same promise: a token's result depends on its
+own sequence alone.
 
     T packed tokens     R rows     W wanted tokens     D hidden     V vocab     P blocks     B block size     K KV heads
     H head dim
@@ -136,7 +136,7 @@ class NativeDecoder:
         pending: PendingTokens,
         before: OrderedStep | None,
     ) -> tuple[OrderedStep, DecodingRun | None]:
-        """Have a step computed when those before it are done, and the likeliest tokens behind those that the batch wants.
+        """Have a step computed when those before it are done, and the likeliest tokens behind those that it wants.
 
         Args:
             batch: as for `forward`; tokens that are pending may be anything. The library may change its arrays.

@@ -1,6 +1,7 @@
 """What a runner needs of whatever computes its steps: torch operations (`Decoder`) or compiled code (`NativeDecoder`).
 
-T packed tokens     R rows     W wanted tokens     D hidden     V vocab     P blocks     B block size     K KV heads     H head dim
+T packed tokens     R rows     W wanted tokens     D hidden     V vocab
+P blocks     B block size     K KV heads     H head dim
 """
 
 from collections.abc import Sequence
@@ -38,11 +39,15 @@ class StepProgram(Protocol):
     def forward(
         self, batch: StepBatch, keys_PBKH: Sequence[torch.Tensor], values_PBKH: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """Compute one step and store its keys and values; the hidden states after the final norm that the batch wants, [W, D]."""
+        """Compute one step and store its keys and values.
+
+        Returns:
+            The hidden states after the final norm that the batch wants, [W, D].
+        """
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """float32 logits [R, V] of the rows that need them."""
 
     def likeliest(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """The token with the largest logit of each row, [R], int64, the lowest id among equals; `IMPOSSIBLE` where a logit
-        is NaN or the largest one is not finite."""
+        """The token with the largest logit of each row, [R], int64, the lowest id among equals; `IMPOSSIBLE` where a
+        logit is NaN or the largest one is not finite."""

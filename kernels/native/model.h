@@ -62,25 +62,25 @@ struct TriodeModel {
     const TriodeRanks* ranks;  // null if nobody shares the model, whose heads and inner features are all here then
 };
 
-// T query tokens packed row after row, R rows, C blocks in the longest table. Hidden states are wanted of W tokens, which are
-// the last ones of their rows.
+// T query tokens packed row after row, R rows, C blocks in the longest table. Hidden states are wanted of W tokens,
+// which are the last ones of their rows.
 struct TriodeBatch {
     int64_t num_tokens;
     int64_t num_rows;
     int64_t table_columns;
     int64_t block_size_tokens;
     int64_t num_blocks;
-    int64_t kv_is_int8;          // the cache holds signed bytes with their scales (`kv.h`); otherwise numbers like the weights
-    const int64_t* token_ids;    // [T]
-    const int64_t* positions;    // [T]: what the rotary embedding rotates by
-    const int64_t* slots;        // [T]: block * block size + offset, where key and value are stored
-    const int64_t* query_start;  // [R + 1]
-    const int64_t* start;        // [R]: the position in the cache of a row's first query token
-    const int64_t* block_table;  // [R, C]
-    void* const* keys;           // each layer's [blocks, block size, kv heads, head bytes]
+    int64_t kv_is_int8;           // the cache holds signed bytes with scales (`kv.h`); otherwise numbers like the weights
+    const int64_t* token_ids;     // [T]
+    const int64_t* positions;     // [T]: what the rotary embedding rotates by
+    const int64_t* slots;         // [T]: block * block size + offset, where key and value are stored
+    const int64_t* query_start;   // [R + 1]
+    const int64_t* start;         // [R]: the position in the cache of a row's first query token
+    const int64_t* block_table;   // [R, C]
+    void* const* keys;            // each layer's [blocks, block size, kv heads, head bytes]
     void* const* values;
-    const int64_t* wanted_start; // [R + 1]: where those that are wanted of a row begin among all W
-    void* hidden;                // out: [W, hidden_size]; worked with by an order
+    const int64_t* wanted_start;  // [R + 1]: where those that are wanted of a row begin among all W
+    void* hidden;                 // out: [W, hidden_size]; worked with by an order
 };
 
 // A step to be computed in its turn, down to the likeliest tokens behind those that are wanted.
