@@ -1,6 +1,6 @@
 """Attention of a short chunk behind a long context: how long it takes when programs share the context and when not.
 
-    PYTHONPATH=src python benchmarks/gpu_chunks.py
+    PYTHONPATH=src python benchmarks/gpu_chunks.py [--models qwen llama small] [--tokens 24 40] [--contexts 1000]
 
 Where `kernels/paged_attention/tiles.py` has its numbers from, on Hopper. Each number is checked to come with the bits of
 programs that share nothing. Times are of CUDA graph replays over the layers of a model, whose KV pools rotate.
@@ -8,9 +8,10 @@ programs that share nothing. Times are of CUDA graph replays over the layers of 
 T query tokens    N query heads    K KV heads    H head dim    P blocks    B block size    C blocks in a table
 """
 
+import argparse
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from gpu_timing import BLOCK, DEVICE, LLAMA, QWEN, Shape, graph_us, int32, random, unwritten
@@ -20,6 +21,7 @@ from triode.kernels.paged_attention.gpu import AttentionWorkspace, paged_attenti
 from triode.kernels.paged_attention.tiles import HOPPER_PAIRS, SEGMENT_TOKENS, splits_of_long_rows
 
 SMALL_QWEN = Shape("Qwen2.5-0.5B", 896, 14, 2, 64, 4864, 151936, 24)
+SHAPES = {"qwen": QWEN, "llama": LLAMA, "small": SMALL_QWEN}
 CHUNKS = (24, 40, 128, 256)
 CONTEXTS = (500, 1000, 2000, 3960, 8000)
 MAX_SEGMENTS = 17
@@ -75,9 +77,9 @@ class Chunk:
         return self.out_TNH.clone()
 
 
-def lines(shape: Shape, traits: GpuTraits) -> Iterator[str]:
-    for num_tokens in CHUNKS:
-        for context in CONTEXTS:
+def lines(shape: Shape, chunks: Sequence[int], contexts: Sequence[int], traits: GpuTraits) -> Iterator[str]:
+    for num_tokens in chunks:
+        for context in contexts:
             chunk = Chunk(shape, num_tokens, context, traits)
             sizes = [size for size in (2, 3, 4, 8, 16) if size <= chunk.num_segments]
             if any(not torch.equal(chunk.bits(size), chunk.bits(1)) for size in sizes):
@@ -89,13 +91,17 @@ def lines(shape: Shape, traits: GpuTraits) -> Iterator[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--tokens", type=int, nargs="+", default=CHUNKS)
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    args = parser.parse_args()
     torch.manual_seed(0)
     traits = GpuTraits.of(DEVICE)
-    print(
-        "| model | tokens | query tiles × KV heads | unshared µs | shared among | chosen | µs |\n|---|---|---|---|---|---|---|"
-    )
-    for shape in (QWEN, LLAMA, SMALL_QWEN):
-        for line in lines(shape, traits):
+    print("| model | tokens | query tiles × KV heads | unshared µs | shared among | chosen | µs |")
+    print("|---|---|---|---|---|---|---|")
+    for model in args.models:
+        for line in lines(SHAPES[model], args.tokens, args.contexts, traits):
             print(line, flush=True)
 
 

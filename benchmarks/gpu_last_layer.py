@@ -1,10 +1,11 @@
 """What a step saves when of most tokens the last layer computes keys and values alone (`CudaDecoder.gains_by_picking`).
 
-    PYTHONPATH=src:tests/support python benchmarks/gpu_last_layer.py [MODEL]
+    PYTHONPATH=src:tests/support python benchmarks/gpu_last_layer.py [MODEL [STEP ...]]
 
 Each kind of step runs with and without that in turns, over one decoder; its forward's device time is by its own events.
 Logits and the last layer's keys and values are checked to be there and to have the same bits: each of the two finds the
-pool as the other one found it, and no logits. MODEL is one of the random models.
+pool as the other one found it, and no logits. MODEL is one of the random models, STEP the name of a row of the table, such
+as "512 tokens"; without one all are timed.
 """
 
 import sys
@@ -147,8 +148,8 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {model}, {DTYPE}\n")
         print("| step | all of the last layer, ms | picked tokens alone, ms | saved µs | bits |")
         print("|---|---|---|---|---|")
-        for name, rows in STEPS.items():
-            compare(name, rows, whole, picking)
+        for name in sys.argv[2:] or STEPS:
+            compare(name, STEPS[name], whole, picking)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from triode.models.config import ModelConfig
 from triode.models.weights import DecoderWeights
 
 
-def in_transformers(config: ModelConfig, weights: DecoderWeights) -> LlamaForCausalLM:
-    """A model that shares the weights' memory."""
+def in_transformers(config: ModelConfig, weights: DecoderWeights, attention: str = "eager") -> LlamaForCausalLM:
+    """A model that shares the weights' memory. `attention` is transformers' name of an implementation."""
     settings = LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -20,7 +20,7 @@ def in_transformers(config: ModelConfig, weights: DecoderWeights) -> LlamaForCau
         rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
         max_position_embeddings=config.max_context_tokens,
         tie_word_embeddings=config.tie_word_embeddings,
-        attn_implementation="eager",
+        attn_implementation=attention,
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(settings)
