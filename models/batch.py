@@ -11,7 +11,8 @@ a matrix product. A padding token is token 0 at position 0; it is written to blo
 row's attention sees it.
 
 Behind the last layer's keys and values only those tokens are computed whose hidden states somebody reads: the last one
-of a row that samples, all of a row whose prompt is scored or embedded, none of a chunk in the middle of a prompt.
+of a row that samples or whose last token is its embedding, all of a row whose prompt is scored or whose mean is its
+embedding, none of another chunk in the middle of a prompt.
 """
 
 from dataclasses import dataclass

@@ -32,7 +32,7 @@ from triode.models.program import StepProgram
 from triode.models.runner import RunnerStatistics
 from triode.models.sampler import SampledRows, Samples, likeliest, sample
 from triode.models.slots import IntArray, Slots
-from triode.models.step import Output, RowError, StepPlan, StepResult, TokenLogprobs
+from triode.models.step import Output, Pooling, RowError, StepPlan, StepResult, TokenLogprobs
 
 _SAMPLING = frozenset({Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE})
 _SCORING = frozenset({Output.PROMPT_LOGPROBS, Output.PROMPT_LOGPROBS_AND_SAMPLE})
@@ -56,6 +56,7 @@ class RowSet:
         """Of how many of its last query tokens each row needs the hidden states, if it has so many."""
         self.most_wanted_R[self.sampled] = 1
         self.most_wanted_R[self.scored + self.pooled] = np.iinfo(np.int64).max
+        self.most_wanted_R[[row for row in self.pooled if self.states[row].pooling is Pooling.LAST]] = 1
 
 
 def _row_key(plan: StepPlan) -> tuple[tuple[SlotId, ...], tuple[int, ...], tuple[Output, ...]]:
@@ -249,8 +250,8 @@ class EagerRunner:
         for row in rows.pooled:
             pooled = self._pooled.setdefault(plan.slots[row], PooledHidden(rows.states[row].pooling))
             assert pooled.num_positions == plan.start_positions[row], "pooled positions are consecutive"
-            first = int(batch.wanted_start_R1[row])
-            pooled.add(hidden_WD[first : first + plan.num_query_tokens[row]])
+            first, end = batch.wanted_start_R1[row : row + 2].tolist()
+            pooled.add(hidden_WD[first:end], plan.num_query_tokens[row])
             if pooled.num_positions == rows.states[row].num_tokens:
                 embeddings[row] = pooled.result()
         return tuple(embeddings)

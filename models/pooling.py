@@ -1,6 +1,6 @@
 """One vector for a whole sequence, gathered chunk by chunk.
 
-T query positions of a chunk        D hidden
+T query positions of a chunk        W of them whose hidden states are read: the last ones        D hidden
 """
 
 import torch
@@ -17,16 +17,18 @@ class PooledHidden:
         self._state_D: torch.Tensor | None = None
         self.num_positions = 0
 
-    def add(self, hidden_TD: torch.Tensor) -> None:
-        """The hidden states of the next positions."""
-        self.num_positions += len(hidden_TD)
+    def add(self, hidden_WD: torch.Tensor, num_positions: int) -> None:
+        """The next T = `num_positions` positions, and the hidden states of the last W: of all, or, if the last of the sequence
+        is its embedding, of at least one."""
+        self.num_positions += num_positions
         if self._pooling is Pooling.LAST:
-            self._state_D = hidden_TD[-1].double()
+            self._state_D = hidden_WD[-1].double()
             return
+        assert len(hidden_WD) == num_positions, "the mean is of all positions"
         if self._state_D is None:
-            self._state_D = torch.zeros(hidden_TD.shape[1], dtype=torch.float64, device=hidden_TD.device)
+            self._state_D = torch.zeros(hidden_WD.shape[1], dtype=torch.float64, device=hidden_WD.device)
         # One position after the other: a sum over the chunk would add in an order that depends on the chunking.
-        for hidden_D in hidden_TD:
+        for hidden_D in hidden_WD:
             self._state_D += hidden_D
 
     def result(self) -> tuple[float, ...]:

@@ -58,7 +58,7 @@ class Embeddings:
             if plan.outputs[row] is Output.HIDDEN:
                 pooled = self._pooled.setdefault(plan.slots[row], PooledHidden(states[row].pooling))
                 assert pooled.num_positions == plan.start_positions[row], "pooled positions are consecutive"
-                pooled.add(rows_hidden_TD)
+                pooled.add(rows_hidden_TD, len(rows_hidden_TD))
                 if pooled.num_positions == states[row].num_tokens:
                     embeddings[row] = self._pooled.pop(plan.slots[row]).result()
         return tuple(embeddings)

@@ -3,6 +3,8 @@
 import gc
 import math
 import weakref
+from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 import msgspec
@@ -199,6 +201,26 @@ def test_an_embedding_does_not_depend_on_chunks_or_neighbours(pooling: Pooling, 
     assert len(running.embedding) == tiny_config().hidden_size
 
 
+@pytest.mark.parametrize("program", ["torch", "compiled"])
+def test_a_last_token_that_is_computed_alone_has_the_bits_that_it_has_among_all(program: str) -> None:
+    native = None if program == "torch" else native_decoder(tiny_config(), tiny_weights())
+    decoder: Decoder | NativeDecoder = native or tiny_decoder()
+    compute, seen = decoder.forward, []
+
+    def spied(batch: StepBatch, *pool: Sequence[torch.Tensor]) -> torch.Tensor:
+        seen.append(compute(replace(batch, wanted_start_R1=batch.rows.query_start_R1), *pool)[: batch.num_tokens])
+        return compute(batch, *pool)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "forward", spied)
+        world = RunnerWorld(native=native)
+        running = world.admit(0, prompt(33), pooling=Pooling.LAST)
+        world.step((running, 20, Output.HIDDEN))
+        world.step((running, 13, Output.HIDDEN))
+    assert [len(hidden_TD) for hidden_TD in seen] == [20, 13]
+    assert running.embedding == tuple(seen[-1][-1].double().tolist())
+
+
 @pytest.mark.parametrize("program", ["torch", "compiled", "ahead"])
 def test_rows_that_read_one_hidden_state_or_all_or_none_share_a_step(program: str) -> None:
     native = None if program == "torch" else native_decoder(tiny_config(), tiny_weights())
@@ -270,10 +292,18 @@ def test_a_row_wants_the_token_that_it_samples_behind_or_all_that_are_read_or_no
         (decoding, 1, Output.SAMPLE),
         (embedded, 33, Output.HIDDEN),
     )
-    world.step((scored, 15, Output.PROMPT_LOGPROBS_AND_SAMPLE), (chunked, 10, Output.SAMPLE))
+    last = world.admit(4, prompt(12, 4), pooling=Pooling.LAST)
+    world.step((scored, 15, Output.PROMPT_LOGPROBS_AND_SAMPLE), (last, 8, Output.HIDDEN), (chunked, 10, Output.SAMPLE))
+    world.step((last, 4, Output.HIDDEN))
     # What is read by Python is computed at once.
     plain = "order" if program == "ahead" else "forward"
-    assert seen == [(plain, [0, 1]), (plain, [0]), ("forward", [0, 25, 1, 33]), ("forward", [15, 1])]
+    assert seen == [
+        (plain, [0, 1]),
+        (plain, [0]),
+        ("forward", [0, 25, 1, 33]),
+        ("forward", [15, 1, 1]),
+        ("forward", [1]),
+    ]
 
 
 def test_mean_pooling_is_the_mean_of_the_last_tokens_of_all_prefixes() -> None:
