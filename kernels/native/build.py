@@ -94,7 +94,10 @@ def flags_for(isa: InstructionSet) -> tuple[str, ...]:
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise NativeUnavailable(f"there is no place for compiled kernels (set XDG_CACHE_HOME): {error}") from error
     folder = Path(base) / "triode" / "native"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -105,6 +105,16 @@ def test_a_cache_that_cannot_be_written_is_named(compiler: FakeCompiler, tmp_pat
         build(PORTABLE, nothing)
 
 
+def test_without_a_home_the_reason_is_said(compiler: FakeCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(NativeUnavailable, match=r"set XDG_CACHE_HOME.*home directory"):
+        build(PORTABLE, nothing)
+
+
 def test_the_environment_forces_an_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "portable")
     assert candidates() == (PORTABLE,)
