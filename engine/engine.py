@@ -133,6 +133,8 @@ class Engine:
             EngineBusy: if the queue is full.
             EngineClosed: if the engine has ended.
         """
+        # Before anything else: the worker takes as long to wake as a step to be planned.
+        self._hub.wake()
         request = build_request(
             prompt, params, priority=priority, adapter=adapter, cache_salt=cache_salt, deadline_s=deadline_s
         )

@@ -71,6 +71,7 @@ class Hub:
         self._waiting_for_guide = trio.lowlevel.ParkingLot()
         self._ids = itertools.count()
         self._num_submitted = 0
+        self._is_woken = False
         self._max_queued = parts.config.scheduler.max_queued
 
     # What a caller may ask
@@ -78,6 +79,14 @@ class Hub:
     def new_request_id(self) -> RequestId:
         """An id that this engine has not made before. May be called from any thread."""
         return RequestId(f"request-{next(self._ids)}")
+
+    @trio.lowlevel.enable_ki_protection
+    def wake(self) -> None:
+        """A request is on its way. If nobody waits for a step the executor sleeps: let it get ready while the prompt is read
+        and the step is planned, once for all requests until one has been submitted."""
+        if not self._is_woken and not len(self.mailboxes) and self.ended_by is None:
+            self._is_woken = True
+            self.parts.executor.wake()
 
     @trio.lowlevel.enable_ki_protection
     def submit(self, mailbox: Mailbox, request: Request) -> None:
@@ -91,11 +100,9 @@ class Hub:
         self._check_open()
         if self.is_full:
             raise EngineBusy(f"unfinished requests must be <= max_queued = {self._max_queued}; try again later")
-        is_first = not len(self.mailboxes)
+        self.wake()
         self.mailboxes.add(mailbox)
-        if is_first:
-            # Nobody waits for a step, and the executor sleeps: let it get ready while the prompt is read and the step is planned.
-            self.parts.executor.wake()
+        self._is_woken = False
         mailbox.arrival = self._num_submitted
         self._num_submitted += 1
         seed = request.params.seed

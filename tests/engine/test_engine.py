@@ -249,6 +249,23 @@ async def test_the_executor_is_woken_for_a_request_that_comes_to_an_engine_at_re
         await third.result()
 
 
+async def test_the_executor_is_woken_before_anything_else_and_once_until_a_request_is_there() -> None:
+    async with open_gated() as (engine, gate):
+        with pytest.raises(ValueError, match="prompt"):
+            engine.submit(b"")
+        assert gate.num_woken == 1
+        submissions = [engine.submit(PROMPT, greedy(3)) for _ in range(3)]
+        assert gate.num_woken == 1
+        gate.open()
+        for submission in submissions:
+            await (await submission).result()
+        # A rest lay before the second and the third one, too.
+        assert gate.num_woken == 3
+    with pytest.raises(triode.EngineClosed):
+        await engine.submit(PROMPT, greedy(3))
+    assert gate.num_woken == 3
+
+
 async def test_a_waiting_request_is_queued() -> None:
     async with open_gated(max_running=1) as (engine, gate):
         first = await engine.submit(PROMPT, greedy(3))
