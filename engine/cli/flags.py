@@ -8,7 +8,7 @@ import argparse
 import types
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
@@ -19,6 +19,14 @@ Config = TypeVar("Config", bound=msgspec.Struct)
 
 class Parser(argparse.ArgumentParser):
     """Reports a wrong command line in one line, in the words of every other error."""
+
+    # argparse's own signature; `Any` because a namespace may be of any class.
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what no flag knows here, where `prog` names the subcommand whose help lists the flags."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
@@ -50,7 +58,7 @@ def _add_flag(parser: argparse._ActionsContainer, field: msgspec.structs.FieldIn
         add(action=argparse.BooleanOptionalAction)
     elif get_origin(kind) is tuple and get_args(kind)[0] is str:
         # A text may hold any separator, so each comes with a flag of its own.
-        add(action="append", metavar="TEXT")
+        add(action="append", metavar="TEXT", help=f"{doc} The flag may come several times.".replace("%", "%%"))
     else:
         add(type=_reader(kind, field.type), metavar=_metavar(kind))
 
@@ -97,7 +105,7 @@ def _struct(annotation: object) -> type[msgspec.Struct] | None:
 def _default(default: object) -> str:
     if default is None or default is msgspec.NODEFAULT or default == ():
         return ""
-    return f"[{default}]"
+    return f"[{','.join(map(str, default))}]" if isinstance(default, tuple) else f"[{default}]"
 
 
 def _without_none(annotation: object) -> object:

@@ -26,7 +26,10 @@ class Everything(msgspec.Struct, frozen=True):
     share: float = 0.5
     is_on: bool = True
     texts: tuple[str, ...] = ()
+    """What ends it."""
     ids: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = (1, 16)
+    """Of each."""
     bias: Mapping[int, float] | None = None
     choices: dict[str, str] = {}
     """Which is which."""
@@ -97,6 +100,8 @@ def test_help_shows_the_docstring_and_the_default_of_each_field() -> None:
     assert "How many; 50 % is a lot." in help_text
     assert "--choices TEXT=TEXT,..." in help_text
     assert "Which is which.\n" in help_text
+    assert "Of each. [1,16]\n" in help_text
+    assert "What ends it. The flag may come several times.\n" in help_text
 
 
 def test_words_are_parsed_back_to_the_same_values() -> None:

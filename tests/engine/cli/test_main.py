@@ -47,8 +47,11 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["run"], "the following arguments are required: MODEL, -p/--prompt (see triode run --help)"),
         (["run", "m", "-p", "x", "--top-k", "many"], "argument --top-k: must be an integer, got 'many'"),
         (["run", "m", "-p", "x", "--dtype", "int3"], "argument --dtype: must be one of auto, float32, bfloat16"),
-        (["run", "m", "-p", "x", "--speed", "9"], "unrecognized arguments: --speed 9"),
-        (["bench", "latency", "m", "--percents", "3"], "unrecognized arguments: --percents 3"),
+        (["run", "m", "-p", "x", "--speed", "9"], "unrecognized arguments: --speed 9 (see triode run --help)"),
+        (
+            ["bench", "latency", "m", "--percents", "3"],
+            "unrecognized arguments: --percents 3 (see triode bench latency",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_status_2(
