@@ -137,4 +137,5 @@ async def _serve_on_trio(
 
 
 def _report(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    # A line of the log, which may be JSON.
+    logging.getLogger("triode.server").info("%s", text)

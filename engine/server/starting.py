@@ -77,9 +77,9 @@ def end_at_once(status: int, reason: str) -> NoReturn:
 
 
 def start_up_report(report: Report, config: ServerConfig, bound: socket.socket) -> str:
-    """What is served, where, to whom."""
+    """What is served, where, to whom; how it runs is in the log since the engine opened."""
     host, port = bound.getsockname()[:2]
     scheme = "http" if config.tls_certificate is None else "https"
     keys = f"{len(config.api_keys)} API keys" if config.api_keys else "no API key is asked for"
     name = config.served_name or report.model
-    return f'{report}\nserving "{name}" at {scheme}://{f"[{host}]" if ":" in host else host}:{port} ({keys})'
+    return f'serving "{name}" at {scheme}://{f"[{host}]" if ":" in host else host}:{port} ({keys})'

@@ -53,6 +53,16 @@ def serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             process.kill()
 
 
+def test_a_server_that_logs_json_says_nothing_else() -> None:
+    with serving("--log-format", "json") as (process, address):
+        httpx.get(f"{address}/health")
+        process.terminate()
+        assert process.stderr is not None
+        lines = process.stderr.readlines()
+    assert lines
+    assert all(json.loads(line)["logger"].startswith("triode") for line in lines)
+
+
 def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "serve.toml"
     file.write_text('port = 1\nserved_name = "file"\ndrain_s = 3.5\nmax_running = 8\n')
