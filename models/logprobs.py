@@ -10,8 +10,8 @@ import torch
 from triode.ids import TokenId
 from triode.models.step import TokenLogprobs
 
-# Positions whose logits exist at once: a long prompt never materialises T × V of them.
-_TILE_POSITIONS = 32
+SCORED_POSITIONS = 32
+"""Positions whose logits exist at once: a long prompt never materialises T × V of them."""
 
 
 def score(logprobs_RV: torch.Tensor, token_ids: Sequence[int], num_alternatives: Sequence[int]) -> list[TokenLogprobs]:
@@ -51,8 +51,8 @@ def score_positions(
     `head` makes logits of hidden states.
     """
     scores: list[TokenLogprobs] = []
-    for first in range(0, len(next_ids), _TILE_POSITIONS):
-        tile_ids = next_ids[first : first + _TILE_POSITIONS]
+    for first in range(0, len(next_ids), SCORED_POSITIONS):
+        tile_ids = next_ids[first : first + SCORED_POSITIONS]
         logprobs_TV = torch.log_softmax(head(hidden_TD[first : first + len(tile_ids)]), dim=-1)
         scores += score(logprobs_TV, tile_ids, [num_alternatives] * len(tile_ids))
     return tuple(scores)

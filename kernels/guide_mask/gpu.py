@@ -15,7 +15,8 @@ from triode.kernels.gpu_traits import GpuTraits
 _BLOCK_TOKENS = 4096
 
 
-@triton.jit
+# Masks are sent behind the numbers of their rows.
+@triton.jit(do_not_specialize_on_alignment=["mask_ptr"])
 def forbid_tokens(
     logits_ptr, row_ptr, mask_ptr, logits_stride, num_words, VOCAB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):

@@ -177,7 +177,11 @@ def arrives_last(arrivals, num_workers):
     return last
 
 
-@triton.jit(do_not_specialize=["num_rows", "table_stride", "max_segments", "num_states"])
+# Rows that are not the first of a step begin anywhere.
+@triton.jit(
+    do_not_specialize=["num_rows", "table_stride", "max_segments", "num_states"],
+    do_not_specialize_on_alignment=["table_ptr", "query_start_ptr", "start_ptr"],
+)
 def attend(
     q_ptr, key_ptr, value_ptr, table_ptr, query_start_ptr, start_ptr, out_ptr, state_ptr, partial_ptr, arrivals_ptr,
     num_rows, table_stride, max_segments, num_states, scale, q_stride, out_stride,

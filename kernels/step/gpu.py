@@ -176,7 +176,8 @@ def pick_tokens(
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ptr + row)
     copy_row(hidden_ptr, picked_hidden_ptr, token, row, HIDDEN, HIDDEN_PADDED)
-    copy_row(residual_ptr, picked_residual_ptr, token, row, HIDDEN, HIDDEN_PADDED)
+    if residual_ptr is not None:
+        copy_row(residual_ptr, picked_residual_ptr, token, row, HIDDEN, HIDDEN_PADDED)
 
 
 def scatter(state: torch.Tensor, pairs: torch.Tensor, traits: GpuTraits) -> None:
@@ -304,12 +305,12 @@ def place_last(
 def pick(
     token_Q: torch.Tensor,
     hidden_TD: torch.Tensor,
-    residual_TD: torch.Tensor,
+    residual_TD: torch.Tensor | None,
     picked_hidden_QD: torch.Tensor,
-    picked_residual_QD: torch.Tensor,
+    picked_residual_QD: torch.Tensor | None,
     traits: GpuTraits,
 ) -> None:
-    """Copy the hidden states and the residuals of some of the packed tokens. All are contiguous."""
+    """Copy the hidden states of some of the packed tokens, and their residuals if there are any. All are contiguous."""
     hidden = hidden_TD.shape[1]
     pick_tokens[(len(token_Q),)](
         token_Q,

@@ -23,11 +23,10 @@ from triode.models.cuda.programs import BUCKETS, PREFILL_TOKENS, bucket_for
 from triode.models.cuda.rehearsal import Rehearsal, compile_ahead
 from triode.models.cuda.runner import CudaRunner
 from triode.models.grammar import GuideCompiler
+from triode.models.logprobs import SCORED_POSITIONS
 from triode.models.step import StepPlan
 from triode.models.weights import DecoderWeights
 
-# Prompt logprobs take the head over tiles of so many positions.
-_LEAST_ROWS = 32
 # As the driver words CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE, of which Triton hands on the words alone.
 _NO_PLACE = "too many blocks in cooperative launch"
 
@@ -57,7 +56,7 @@ def build_cuda(
         EngineFault: the process may not use as much of the GPU as a kernel needs at once.
     """
     device = weights.embed_VD.device
-    max_rows = max(bucket_for(max_running), _LEAST_ROWS)
+    max_rows = max(bucket_for(max_running), SCORED_POSITIONS)
     with ExitStack() as resources, explained(max_step_tokens, max_running):
         resources.enter_context(in_order(device))
         gpu = CudaGpu(device)
@@ -72,6 +71,7 @@ def build_cuda(
             max_running=max_running,
             max_tokens=max_tokens,
             max_rows=max_rows,
+            device=device,
         )
         with gpu.active():
             decoder = CudaDecoder(config, weights, gpu.traits, max_tokens=max_tokens, max_rows=max_rows)
@@ -109,7 +109,7 @@ def _rehearse(
 
 def steps_to_rehearse(rehearsal: Rehearsal, max_running: int, max_step_tokens: int) -> Iterator[StepPlan]:
     """The largest steps. The last one repeats the one before it, and is the first that is captured."""
-    yield rehearsal.read(0, rehearsal.longest(max_step_tokens))
+    yield rehearsal.read(rehearsal.longest(max_step_tokens))
     if max_running > 1:
         # One token has a kernel of its own, which a GPU that is shared may refuse: now rather than while it serves.
         yield rehearsal.decode(1)

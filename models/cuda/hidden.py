@@ -4,6 +4,7 @@ T packed query tokens    D hidden
 """
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 
@@ -18,12 +19,16 @@ from triode.models.step import Output, StepPlan, TokenLogprobs
 _SCORING = frozenset({Output.PROMPT_LOGPROBS, Output.PROMPT_LOGPROBS_AND_SAMPLE})
 READING_HIDDEN = _SCORING | {Output.HIDDEN}
 """Outputs that are made here."""
+PromptScores: TypeAlias = tuple[tuple[TokenLogprobs, ...], ...]
+"""Per row of a plan."""
+RowEmbeddings: TypeAlias = tuple[tuple[float, ...], ...]
+"""Per row of a plan, the complete ones."""
 
 
 def score_prompts(
     decoder: CudaDecoder, hidden_TD: torch.Tensor, packed: PackedRows, plan: StepPlan, states: list[SlotState]
-) -> tuple[tuple[TokenLogprobs, ...], ...] | None:
-    """Per row of the plan; None when no row asks. Overwrites the decoder's logits."""
+) -> PromptScores | None:
+    """None when no row asks. Overwrites the decoder's logits."""
     if _SCORING.isdisjoint(plan.outputs):
         return None
     scores: list[tuple[TokenLogprobs, ...]] = [()] * len(states)
@@ -49,8 +54,8 @@ class Embeddings:
 
     def add(
         self, hidden_TD: torch.Tensor, packed: PackedRows, plan: StepPlan, states: list[SlotState]
-    ) -> tuple[tuple[float, ...], ...] | None:
-        """Per row of the plan its embedding where it is complete; None when no row asks."""
+    ) -> RowEmbeddings | None:
+        """None when no row asks."""
         if Output.HIDDEN not in plan.outputs:
             return None
         embeddings: list[tuple[float, ...]] = [()] * len(states)

@@ -6,7 +6,7 @@ needs, and captured the second time. Graphs share one memory pool, and all work 
 depend on the size alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from triode.models.cuda.gpu import Gpu
@@ -35,9 +35,33 @@ def prefill_shape(num_tokens: int, num_rows: int, max_rows: int) -> tuple[int, i
     return None if tokens is None else (tokens, min(rows, max_rows))
 
 
+def prefill_sizes(max_tokens: int, max_rows: int) -> Iterator[tuple[int, int]]:
+    """The fewest rows, and with them the most tokens, of each captured step of at most so many."""
+    for most_tokens in PREFILL_TOKENS:
+        num_tokens = min(most_tokens, max_tokens)
+        for num_rows in (1, *(size + 1 for size in PREFILL_ROWS)):
+            # At least one row has several tokens.
+            if num_rows < num_tokens and num_rows <= max_rows:
+                yield num_tokens, num_rows
+        if most_tokens >= max_tokens:
+            return
+
+
+def decode_sizes(max_rows: int) -> Iterator[int]:
+    """The most rows of each captured decode step of at most so many."""
+    num_rows = 0
+    while num_rows < max_rows:
+        num_rows = min(bucket_for(num_rows + 1), max_rows)
+        yield num_rows
+
+
 def segment_bucket_for(num_segments: int) -> int:
     """The smallest length that holds so many segments."""
     return next((bucket for bucket in SEGMENT_BUCKETS if num_segments <= bucket), num_segments)
+
+
+Kinds = tuple[tuple[tuple[int, ...], ...], ...]
+"""Launch parameters that occur, of each work."""
 
 
 class Programs:
@@ -47,6 +71,15 @@ class Programs:
         self._work = work
         self._gpu = gpu
         self._captured: dict[tuple[int, ...], Callable[[], None] | None] = {}
+
+    @property
+    def kinds(self) -> tuple[tuple[int, ...], ...]:
+        """The launch parameters that have occurred."""
+        return tuple(self._captured)
+
+    def capture(self, *sizes: int) -> None:
+        """What the work for these launch parameters needs has been compiled and loaded: capture it before it is done."""
+        self._captured[sizes] = self._gpu.capture(partial(self._work, *sizes))
 
     def forget(self) -> None:
         """Drop the graphs, and the work itself, which holds on to whoever holds this."""
@@ -59,7 +92,8 @@ class Programs:
             self._captured[sizes] = None
             self._work(*sizes)
             return
+        if self._captured[sizes] is None:
+            self.capture(*sizes)
         replay = self._captured[sizes]
-        if replay is None:
-            replay = self._captured[sizes] = self._gpu.capture(partial(self._work, *sizes))
+        assert replay is not None, "it has just been captured"
         replay()

@@ -3,7 +3,7 @@
 Sequences are zeros, and all of them are in block 1.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import msgspec
@@ -12,13 +12,19 @@ import numpy.typing as npt
 import torch
 
 from triode.cache.pool import KVPool
-from triode.ids import BlockId, SlotId, StepId, pack_tokens
+from triode.ids import TOKEN_BYTES, BlockId, SlotId, StepId
 from triode.kernels.compile_ahead import launches_only_compile
 from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.guide_mask.gpu import forbid
+from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS
 from triode.models.config import ModelConfig
+from triode.models.cuda.batch import PackedRows
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.gpu import Mark
+from triode.models.cuda.programs import PREFILL_TOKENS, SEGMENT_BUCKETS, Kinds, decode_sizes, prefill_sizes
 from triode.models.cuda.runner import CudaRunner
+from triode.models.cuda.steps import DeviceSteps
+from triode.models.logprobs import SCORED_POSITIONS
 from triode.models.sampling import SamplingParams
 from triode.models.step import Admission, Output, StepPlan, TableChange
 from triode.models.weights import allocate
@@ -28,65 +34,53 @@ _BLOCK = BlockId(1)
 # Each sequence has room for so many more tokens.
 _MOST_SAMPLES = 8
 _PARAMS = SamplingParams(temperature=1.0)
-# One token may have a kernel of its own, and the others have tiles for up to so many; beyond, sizes make no difference to
-# how they are compiled.
-_SIZES = (1, 2, 16, 32, 64)
-_SHORT_TOKENS = (64, 256)
+_EPOCH = 1
 
 
 class Rehearsal:
-    """Makes plans. A slot that is named for the first time is admitted, any other one decodes."""
+    """Makes plans. Of each the rows are new sequences, of which some tokens have been computed."""
 
     def __init__(self, block_size_tokens: int, max_context_tokens: int) -> None:
         self._block_size = block_size_tokens
-        self._max_context = max_context_tokens
-        self._known: dict[int, int] = {}
+        self.longest_tokens = max(2, max_context_tokens - _MOST_SAMPLES)
+        """Of any sequence."""
         self._num_steps = 0
 
     def longest(self, max_step_tokens: int) -> int:
         """Of the prompts that a step can read."""
-        return max(2, min(max_step_tokens, self._max_context - _MOST_SAMPLES))
+        return max(2, min(max_step_tokens, self.longest_tokens))
 
-    def read(self, slot: int, num_tokens: int, num_cached: int = 0) -> StepPlan:
-        """A prompt of so many tokens, of which the first ones need not be computed."""
-        self._known[slot] = num_tokens
-        return self._plan([slot], [num_cached], [num_tokens - num_cached], [slot])
+    def read(
+        self, num_tokens: int, *, num_before: int = 0, num_rows: int = 1, output: Output = Output.SAMPLE
+    ) -> StepPlan:
+        """So many tokens of a prompt, behind others, beside rows of one token; as many tokens and rows in all."""
+        return self._plan([(num_before, num_tokens - num_rows + 1)] + [(0, 1)] * (num_rows - 1), output)
 
-    def decode(self, num_rows: int) -> StepPlan:
-        """The first slots compute a token each."""
-        slots = range(num_rows)
-        new = [slot for slot in slots if slot not in self._known]
-        self._known.update(dict.fromkeys(new, 1))
-        starts = [0 if slot in new else self._known[slot] for slot in slots]
-        return self._plan(slots, starts, [1] * num_rows, new)
+    def decode(self, num_rows: int, *, num_before: int = 0) -> StepPlan:
+        """Rows of one token, the first of them behind others."""
+        return self._plan([(num_before, 1)] + [(0, 1)] * (num_rows - 1), Output.SAMPLE)
 
-    def read_beside(self, slot: int, num_tokens: int) -> StepPlan:
-        """A prompt, and a token of the first slot."""
-        self._known[slot] = num_tokens
-        return self._plan([0, slot], [self._known[0], 0], [1, num_tokens], [slot])
-
-    def _plan(self, slots: Sequence[int], starts: Sequence[int], nums: Sequence[int], new: Sequence[int]) -> StepPlan:
-        plan = StepPlan(
+    def _plan(self, rows: list[tuple[int, int]], output: Output) -> StepPlan:
+        """Of each row the tokens that have been computed, and those that are."""
+        slots = tuple(map(SlotId, range(len(rows))))
+        ends = [start + num for start, num in rows]
+        self._num_steps += 1
+        return StepPlan(
             step_id=StepId(self._num_steps),
-            slots=tuple(map(SlotId, slots)),
-            epochs=(1,) * len(slots),
-            start_positions=tuple(starts),
-            num_query_tokens=tuple(nums),
-            outputs=(Output.SAMPLE,) * len(slots),
-            admissions=tuple(self._admission(slot) for slot in new),
+            slots=slots,
+            epochs=(_EPOCH,) * len(rows),
+            start_positions=tuple(start for start, _ in rows),
+            num_query_tokens=tuple(num for _, num in rows),
+            outputs=(output,) * len(rows),
+            admissions=tuple(
+                Admission(slot, _EPOCH, bytes(TOKEN_BYTES * end), end, _PARAMS, 0, 0, ())
+                for slot, end in zip(slots, ends, strict=True)
+            ),
             table_changes=tuple(
-                TableChange(SlotId(slot), 0, (_BLOCK,) * -(-(self._known[slot] + _MOST_SAMPLES) // self._block_size))
-                for slot in new
+                TableChange(slot, 0, (_BLOCK,) * -(-(end + _MOST_SAMPLES) // self._block_size))
+                for slot, end in zip(slots, ends, strict=True)
             ),
         )
-        self._num_steps += 1
-        for slot, start, num in zip(slots, starts, nums, strict=True):
-            self._known[slot] = start + num
-        return plan
-
-    def _admission(self, slot: int) -> Admission:
-        length = self._known[slot]
-        return Admission(SlotId(slot), 1, pack_tokens([0] * length), length, _PARAMS, 0, 0, ())
 
 
 class _AbsentMark:
@@ -148,6 +142,18 @@ class AbsentGpu:
         return
 
 
+class _AbsentRunner(CudaRunner):
+    """A runner whose hidden states hold nothing."""
+
+    def _read_hidden(
+        self, steps: DeviceSteps, plan: StepPlan, packed: PackedRows, hidden_TD: torch.Tensor
+    ) -> tuple[None, None]:
+        """Positions are scored some at a time."""
+        for num_positions in decode_sizes(min(SCORED_POSITIONS, len(hidden_TD))):
+            steps.decoder.logits(hidden_TD[:num_positions])
+        return None, None
+
+
 def compile_ahead(
     config: ModelConfig,
     dtype: torch.dtype,
@@ -157,10 +163,18 @@ def compile_ahead(
     max_running: int,
     max_tokens: int,
     max_rows: int,
-) -> None:
-    """Compile what the steps of a model launch for the current device, all kernels at a time. Nothing runs."""
+    device: torch.device | None = None,
+) -> Kinds:
+    """Compile what the steps of a model launch for the current device, many kernels at a time. Nothing runs.
+
+    Args:
+        device: where all that is compiled is loaded, too; None loads nothing.
+
+    Returns:
+        The kinds of steps that can be captured.
+    """
     gpu = AbsentGpu(traits)
-    with launches_only_compile(), gpu.active():
+    with launches_only_compile(device), gpu.active():
         config = _first_layers(config)
         decoder = CudaDecoder(config, allocate(config, dtype, _META), traits, max_tokens=max_tokens, max_rows=max_rows)
         pool = KVPool(
@@ -172,22 +186,36 @@ def compile_ahead(
             dtype=dtype,
             device=_META,
         )
-        runner = CudaRunner(decoder, pool, gpu, max_running=max_running)
-        for plan in _every_kind(Rehearsal(block_size_tokens, config.max_context_tokens), max_running, max_tokens):
+        runner = _AbsentRunner(decoder, pool, gpu, max_running=max_running)
+        for plan in every_kind(Rehearsal(block_size_tokens, config.max_context_tokens), max_running, max_tokens):
             runner.launch(plan)
+        num_words = -(-config.vocab_size // 32)
+        row_G, mask_GW = torch.empty(1, dtype=torch.int32), torch.empty(1, num_words, dtype=torch.int32)
+        forbid(decoder.buffers.logits_RV, mask_GW.to(_META), row_G.to(_META), traits)
+        kinds = runner.kinds()
         runner.forget()
+    return kinds
 
 
-def _every_kind(rehearsal: Rehearsal, max_running: int, max_tokens: int) -> Iterator[StepPlan]:
-    """Prompts long and short, alone and beside others, with and without a long context, and batches of every size."""
-    longest = rehearsal.longest(max_tokens)
-    yield rehearsal.read(0, longest)
-    for num_tokens in _SHORT_TOKENS:
-        yield rehearsal.read(0, longest, max(0, longest - num_tokens))
-    if max_running > 1:
-        yield rehearsal.read_beside(1, longest - 1)
-    for num_rows in sorted({min(num_rows, max_running) for num_rows in (*_SIZES, max_running)}):
-        yield rehearsal.decode(num_rows)
+def every_kind(rehearsal: Rehearsal, max_running: int, max_tokens: int) -> Iterator[StepPlan]:
+    """Steps of each size that is captured, and of those that are not: with and without a long context, with and without
+    samples, with hidden states that are read."""
+    longest, farthest = rehearsal.longest(max_tokens), rehearsal.longest_tokens
+    for num_before in (0, farthest - longest):
+        yield rehearsal.read(longest, num_before=num_before)
+        yield rehearsal.read(longest, num_before=num_before, output=Output.NONE)
+        if max_running > 1:
+            yield rehearsal.read(longest, num_before=num_before, num_rows=2)
+    for num_tokens, num_rows in prefill_sizes(longest, max_running):
+        for num_before in (0, farthest - num_tokens):
+            yield rehearsal.read(num_tokens, num_before=num_before, num_rows=num_rows)
+    for num_tokens in decode_sizes(min(longest, PREFILL_TOKENS[-1])):
+        yield rehearsal.read(num_tokens, output=Output.PROMPT_LOGPROBS_AND_SAMPLE)
+    for num_rows in decode_sizes(max_running):
+        for num_segments in SEGMENT_BUCKETS:
+            yield rehearsal.decode(num_rows, num_before=min(num_segments * SEGMENT_TOKENS, farthest) - 1)
+            if num_segments * SEGMENT_TOKENS >= farthest:
+                break
 
 
 def _first_layers(config: ModelConfig) -> ModelConfig:

@@ -27,14 +27,14 @@ from triode.cache.pool import KVPool
 from triode.ids import TokenId
 from triode.kernels.guide_mask.gpu import forbid
 from triode.models.cuda.arena import Arena, Changes, Words, layout_for
-from triode.models.cuda.batch import HostBatch, is_decode
+from triode.models.cuda.batch import HostBatch, PackedRows, is_decode
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.flight import Flight
 from triode.models.cuda.gpu import Gpu, Mark
-from triode.models.cuda.hidden import READING_HIDDEN, Embeddings, score_prompts
+from triode.models.cuda.hidden import READING_HIDDEN, Embeddings, PromptScores, RowEmbeddings, score_prompts
 from triode.models.cuda.histories import Histories
 from triode.models.cuda.past import Ends
-from triode.models.cuda.programs import prefill_shape
+from triode.models.cuda.programs import Kinds, prefill_shape
 from triode.models.cuda.sampling import SampledSet
 from triode.models.cuda.steps import DeviceSteps
 from triode.models.cuda.waking import Waking
@@ -84,6 +84,17 @@ class CudaRunner:
     def release_guide(self, guide: Guide, num_requests: int = 1) -> None:
         """So many requests that had the guide have ended."""
         release_guide(self._guides, guide, num_requests)
+
+    def kinds(self) -> Kinds:
+        """The kinds of captured work that steps have asked for."""
+        assert self._steps is not None, "not asked behind close"
+        return self._steps.kinds()
+
+    def capture(self, kinds: Kinds) -> None:
+        """Capture work of these kinds before a step asks for it."""
+        assert self._steps is not None, "nothing is captured behind close"
+        with self._gpu.active():
+            self._steps.capture(kinds)
 
     def wake(self, has_come: Callable[[], bool]) -> None:
         """Go the way of a launch, without a step."""
@@ -198,10 +209,7 @@ class CudaRunner:
         prompt_logprobs, embeddings = None, None
         if reads_hidden:
             hidden_TD = steps.compute(packed, arrays)
-            # Both read hidden states and wait; the head's buffer is theirs until the sampling rows take it.
-            states = self._host.states(plan)
-            prompt_logprobs = score_prompts(steps.decoder, hidden_TD, packed, plan, states)
-            embeddings = self._embeddings.add(hidden_TD, packed, plan, states)
+            prompt_logprobs, embeddings = self._read_hidden(steps, plan, packed, hidden_TD)
             logits_QV = steps.logits(hidden_TD, arrays) if len(packed.sampled) else hidden_TD[:0]
         else:
             logits_QV = steps.compute_logits(packed, arrays)
@@ -216,6 +224,14 @@ class CudaRunner:
         )
         flight.prompt_logprobs, flight.embeddings = prompt_logprobs, embeddings
         return flight
+
+    def _read_hidden(
+        self, steps: DeviceSteps, plan: StepPlan, packed: PackedRows, hidden_TD: torch.Tensor
+    ) -> tuple[PromptScores | None, RowEmbeddings | None]:
+        """What is made of hidden states. Waits; the head's buffer is theirs until the sampling rows take it."""
+        states = self._host.states(plan)
+        prompt_logprobs = score_prompts(steps.decoder, hidden_TD, packed, plan, states)
+        return prompt_logprobs, self._embeddings.add(hidden_TD, packed, plan, states)
 
     def _finish(
         self,

@@ -13,13 +13,13 @@ from triode.cache.messages import BlockCopy
 from triode.cache.pool import KVPool
 from triode.kernels.paged_attention.tiles import SEGMENT_TOKENS, hopper_serves
 from triode.kernels.sample.gpu import SampleWorkspace, sample
-from triode.kernels.step.gpu import begin_decode, embed, gather_tables, place_last, scatter
+from triode.kernels.step.gpu import begin_decode, embed, gather_tables, pick, place_last, scatter
 from triode.models.cuda.arena import Arena, Changes, Words
 from triode.models.cuda.batch import PackedRows
 from triode.models.cuda.decoder import CudaDecoder, PickedTokens
 from triode.models.cuda.gpu import Gpu
 from triode.models.cuda.layer import RowGroup, TokenPlaces
-from triode.models.cuda.programs import Programs, bucket_for, segment_bucket_for
+from triode.models.cuda.programs import Kinds, Programs, bucket_for, segment_bucket_for
 from triode.models.cuda.step_tensors import NUM_PAIRS, PackedArrays, StepTensors
 
 
@@ -52,6 +52,16 @@ class DeviceSteps:
         """Drop what was captured. Memory then goes with the last reference, and waits for no collector."""
         for programs in self._programs:
             programs.forget()
+
+    def kinds(self) -> Kinds:
+        """The kinds of captured work that have been done."""
+        return tuple(programs.kinds for programs in self._programs)
+
+    def capture(self, kinds: Kinds) -> None:
+        """Capture work of these kinds."""
+        for programs, sizes in zip(self._programs, kinds, strict=True):
+            for each in sizes:
+                programs.capture(*each)
 
     def prepare(self, changes: Changes, copies: Sequence[BlockCopy]) -> None:
         """Bring the arena up to date, then copy blocks."""
@@ -99,9 +109,7 @@ class DeviceSteps:
         """Of the rows that sample, from the hidden states of all: a view that the next step overwrites."""
         # The residual stream has ended; its buffer is free.
         hidden_QD = self.decoder.buffers.x_TD[: len(arrays.sample_token_Q)]
-        # Where kernels are only compiled torch would import a great deal to tell the result's shape.
-        if not hidden_TD.is_meta:
-            torch.index_select(hidden_TD, 0, arrays.sample_token_Q, out=hidden_QD)
+        pick(arrays.sample_token_Q, hidden_TD, None, hidden_QD, None, self.decoder.traits)
         return self.decoder.logits(hidden_QD)
 
     def sample(self, logits_QV: torch.Tensor, arrays: PackedArrays) -> torch.Tensor:

@@ -32,8 +32,16 @@ MAX_CONTEXT_TOKENS = 8192
 class AbsentWorld(RunnerWorld):
     """`RunnerWorld` without results: `launch` instead of `step`."""
 
-    def __init__(self, model: str, dtype: torch.dtype, traits: GpuTraits) -> None:
-        config = _first_layers(random_config(model))
+    def __init__(
+        self,
+        model: str,
+        dtype: torch.dtype,
+        traits: GpuTraits,
+        *,
+        max_running: int = MAX_RUNNING,
+        max_context_tokens: int = MAX_CONTEXT_TOKENS,
+    ) -> None:
+        config = _first_layers(random_config(model), max_context_tokens)
         pool = KVPool(
             NUM_BLOCKS,
             block_size_tokens=16,
@@ -48,7 +56,7 @@ class AbsentWorld(RunnerWorld):
             decoder = CudaDecoder(
                 config, allocate(config, dtype, META), traits, max_tokens=LONG_TOKENS, max_rows=MAX_RUNNING
             )
-        self.runner = CudaRunner(decoder, pool, gpu, max_running=MAX_RUNNING)
+        self.runner = CudaRunner(decoder, pool, gpu, max_running=max_running)
         self.free = list(map(BlockId, range(1, NUM_BLOCKS)))
         self.num_steps = 0
         self.num_epochs = 0
@@ -81,10 +89,10 @@ class AbsentWorld(RunnerWorld):
             self.launch(*[(row, 1) for row in rows])
 
 
-def _first_layers(config: ModelConfig) -> ModelConfig:
+def _first_layers(config: ModelConfig, max_context_tokens: int) -> ModelConfig:
     return msgspec.structs.replace(
         config,
         num_layers=min(config.num_layers, MAX_LAYERS),
         sliding_layers=config.sliding_layers[:MAX_LAYERS],
-        max_context_tokens=min(config.max_context_tokens, MAX_CONTEXT_TOKENS),
+        max_context_tokens=min(config.max_context_tokens, max_context_tokens),
     )

@@ -1,27 +1,36 @@
-"""What a start compiles before anything is launched is what is launched then."""
+"""What a start compiles and captures before anything is launched is what is launched then."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 import triton
+from triton.runtime.jit import JITFunction
 
-from absent_world import AbsentWorld
+from absent_world import LONG_TOKENS, MAX_RUNNING, AbsentWorld
 from cross_compile import HOPPER, AbsentDriver
-from triode.kernels.compile_ahead import launches_only_compile
+from step_storms import Storm, StormRow
+from triode.ids import BlockId
+from triode.models.cuda.decoder import CudaDecoder
+from triode.models.cuda.programs import Kinds
 from triode.models.cuda.rehearsal import compile_ahead
+from triode.models.logprobs import SCORED_POSITIONS
 from triode.models.random_model import random_config
+from triode.models.sampling import SamplingParams
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 
 NEW_DEVICE = 1000
 """Other tests have compiled nothing for it."""
+NUM_STEPS = 60
 
 
 @contextmanager
@@ -39,19 +48,80 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         yield kernels
 
 
-@pytest.mark.parametrize("model", ["qwen2.5-7b", "tiny-qwen2"])
-def test_nothing_is_left_to_compile_for_steps_of_any_kind(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def every_launch_asks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, a launch asks for its kernel, whatever was asked for before, and launches nothing."""
+    run = JITFunction.run
+
+    def ask(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(kernel, *arguments, grid=grid, warmup=True, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", ask)
+        patch.setattr("triode.models.cuda.runner.score_prompts", score)
+        patch.setattr("triode.models.cuda.hidden.Embeddings.add", lambda *_: None)
+        yield
+
+
+def score(decoder: CudaDecoder, hidden_TD: torch.Tensor, *_: object) -> None:
+    """As much of it as is launched: nothing can be read."""
+    for first in range(0, len(hidden_TD), SCORED_POSITIONS):
+        decoder.logits(hidden_TD[first : first + SCORED_POSITIONS])
+
+
+def serve(world: AbsentWorld, rows: Sequence[StormRow]) -> None:
+    """A step of new sequences. They may share blocks: nothing is computed."""
+    params, blocks = SamplingParams(prompt_logprobs=0), list(world.free)
+    steps = []
+    for slot, row in enumerate(rows):
+        ends = row.output.name != "NONE"
+        running = world.admit(slot, [1] * (row.num_before + row.num_tokens + (not ends)), params)
+        running.num_computed = row.num_before
+        world.free = list(blocks)
+        world.give_blocks(running, row.num_before + row.num_tokens)
+        steps.append((running, row.num_tokens, row.output))
+    world.runner.launch(world.plan(*steps))
+    world.free = blocks
+
+
+@pytest.mark.parametrize(
+    ("model", "max_running", "max_context_tokens"),
+    [
+        ("qwen2.5-7b", 256, 8192),
+        ("llama-3.1-8b", 16, 131_072),
+        ("llama-3.1-8b", 8, 8192),
+        ("tiny-qwen2", 64, 8192),
+        ("qwen2.5-0.5b", 1, 8192),
+    ],
+)
+def test_nothing_is_left_to_compile_or_to_capture_for_steps_of_any_kind(
+    model: str, max_running: int, max_context_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = random_config(model)
+    config = msgspec.structs.replace(config, max_context_tokens=min(config.max_context_tokens, max_context_tokens))
     with asked_for(monkeypatch) as ahead:
-        compile_ahead(
-            random_config(model),
+        captured = compile_ahead(
+            config,
             torch.bfloat16,
             HOPPER,
             block_size_tokens=16,
-            max_running=256,
-            max_tokens=4096,
-            max_rows=256,
+            max_running=max_running,
+            max_tokens=LONG_TOKENS,
+            max_rows=MAX_RUNNING,
         )
-    with asked_for(monkeypatch) as later, launches_only_compile():
-        AbsentWorld(model, torch.bfloat16, HOPPER).play()
-    assert len(later) > 20
-    assert later <= ahead
+    with asked_for(monkeypatch) as later, every_launch_asks(monkeypatch):
+        world = AbsentWorld(
+            model, torch.bfloat16, HOPPER, max_running=max_running, max_context_tokens=config.max_context_tokens
+        )
+        world.free = list(map(BlockId, range(1, config.max_context_tokens // 16 + 1)))
+        storm = Storm(max_running, LONG_TOKENS, config.max_context_tokens)
+        for rows in storm.steps(Random(max_running), NUM_STEPS):
+            serve(world, rows)
+    assert len(later) > 15
+    assert later - ahead == set()
+    assert missing(world.runner.kinds(), captured) == []
+
+
+def missing(asked: Kinds, captured: Kinds) -> list[set[tuple[int, ...]]]:
+    """The kinds of work that steps have asked for and that were not captured."""
+    return [set(one) - set(other) for one, other in zip(asked, captured, strict=True) if set(one) - set(other)]

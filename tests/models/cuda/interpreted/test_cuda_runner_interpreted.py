@@ -118,7 +118,7 @@ def test_changes_travel_with_a_short_step_unless_there_are_too_many() -> None:
 def test_the_largest_steps_can_be_rehearsed_however_short_the_context_is(max_step_tokens: int) -> None:
     world = CudaWorld()
     rehearsal = Rehearsal(BLOCK_SIZE_TOKENS, tiny_config().max_context_tokens)
-    for plan in (rehearsal.read(0, rehearsal.longest(max_step_tokens)), rehearsal.decode(8), rehearsal.decode(8)):
+    for plan in (rehearsal.read(rehearsal.longest(max_step_tokens)), rehearsal.decode(8), rehearsal.decode(8)):
         world.runner.launch(plan)
         assert len(world.runner.collect().token_ids) == len(plan.slots)
 
