@@ -31,6 +31,8 @@ from gpu_timing import (
 )
 
 from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.hopper_product.product import swiglu_product, takes
+from triode.kernels.hopper_product.tiles import is_fastest, product_tile
 from triode.kernels.linear.blas import in_order, linear_blas, linear_torch
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.proof import Product
@@ -48,8 +50,6 @@ from triode.kernels.qkv_epilogue.fused import qkv_fused
 from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
 from triode.kernels.rms_norm.gpu import add_rms_norm
 from triode.kernels.swiglu.gpu import swiglu
-from triode.kernels.swiglu_product.product import swiglu_product, takes
-from triode.kernels.swiglu_product.tiles import is_fastest, product_tile
 
 
 def time_linear(shape: Shape, num_tokens: int, peak_tb_s: float, traits: GpuTraits) -> Iterator[str]:

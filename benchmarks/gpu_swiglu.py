@@ -16,12 +16,12 @@ from gpu_algorithms import Case, by_turns_us
 from gpu_timing import DEVICE, LLAMA, QWEN, Shape, unwritten
 
 from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.hopper_product.product import swiglu_product
+from triode.kernels.hopper_product.tiles import SPEEDS, ProductTile, product_tile
 from triode.kernels.linear.blas import describe_blas, in_order, linear_blas
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.tiles import swiglu_tile
 from triode.kernels.swiglu.gpu import swiglu
-from triode.kernels.swiglu_product.product import swiglu_product
-from triode.kernels.swiglu_product.tiles import SPEEDS, ProductTile, product_tile
 
 MODELS = {"qwen": QWEN, "llama": LLAMA}
 TRITON_TOKENS = 64

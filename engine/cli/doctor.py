@@ -55,10 +55,10 @@ def examine() -> Report:
     """Look at the machine and at the installation."""
     import torch
 
+    from triode.kernels.hopper_product.nvrtc import describe_nvrtc
     from triode.kernels.linear.blas import describe_blas
     from triode.kernels.native.cpus import allowed_cpus, usable_threads
     from triode.kernels.native.places import held_elsewhere
-    from triode.kernels.swiglu_product.nvrtc import describe_nvrtc
     from triode.models.cpu import describe_auto_kernels, find_native
     from triode.models.loader import resolve_device
 

@@ -2,7 +2,7 @@
 gate-up product on a Hopper GPU, one CUDA kernel that computes SwiGLU, too.
 
 Which of them serves how many tokens follows from the proofs that they agree bit for bit, made once for each shape when
-the model is loaded (`triode.kernels.linear.proof`, `triode.kernels.swiglu_product.proof`).
+the model is loaded (`triode.kernels.linear.proof`, `triode.kernels.hopper_product.proof`).
 
     T tokens    D in features    E out features    F half of a gate-up weight's out features
 """
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.hopper_product.product import swiglu_product, takes
+from triode.kernels.hopper_product.proof import SwigluProof, prove_swiglu
+from triode.kernels.hopper_product.tiles import is_fastest, product_tile
 from triode.kernels.linear.blas import linear_blas
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.proof import LinearProof, prove
 from triode.kernels.linear.tiles import linear_tile, swiglu_tile, swiglu_triton_tokens
 from triode.kernels.swiglu.gpu import swiglu
-from triode.kernels.swiglu_product.product import swiglu_product, takes
-from triode.kernels.swiglu_product.proof import SwigluProof, prove_swiglu
-from triode.kernels.swiglu_product.tiles import is_fastest, product_tile
 
 
 class Proofs:

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from triode.engine.cli import doctor
 from triode.kernels.linear import blas
-from triode.kernels.swiglu_product import nvrtc
+from triode.kernels.hopper_product import nvrtc
 from triode.models import loader
 
 

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from cross_compile import HOPPER
-from triode.kernels.swiglu_product.proof import SwigluProof
+from triode.kernels.hopper_product.proof import SwigluProof
 from triode.models.cuda import build, linears
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.linears import GpuLinear, Proofs

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from triode.kernels.swiglu_product.errors import ProductUnavailable
+from triode.kernels.hopper_product.errors import ProductUnavailable
 
 TENSOR_TYPES = {torch.float16: 6, torch.bfloat16: 9}
 """What the copy engine calls the types that the kernel takes."""

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from triode.kernels.hopper_product.errors import ProductUnavailable
 from triode.kernels.linear.cublaslt import loaded_library
-from triode.kernels.swiglu_product.errors import ProductUnavailable
 
 _LOG = logging.getLogger("triode.kernels")
 _COMPILATION = 6

@@ -13,13 +13,13 @@ pytest.importorskip("triton")
 
 from cross_compile import AMPERE, HOPPER
 from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.hopper_product import nvrtc, product, proof
+from triode.kernels.hopper_product.errors import ProductUnavailable
+from triode.kernels.hopper_product.nvrtc import Nvrtc, compiled
+from triode.kernels.hopper_product.proof import prove_swiglu, tokens_of_tiles
+from triode.kernels.hopper_product.source import headers, options, source
+from triode.kernels.hopper_product.tiles import MEASURED, MOST_SHARED_BYTES, SPEEDS, ProductTile, product_tile
 from triode.kernels.swiglu.reference import swiglu as swiglu_reference
-from triode.kernels.swiglu_product import nvrtc, product, proof
-from triode.kernels.swiglu_product.errors import ProductUnavailable
-from triode.kernels.swiglu_product.nvrtc import Nvrtc, compiled
-from triode.kernels.swiglu_product.proof import prove_swiglu, tokens_of_tiles
-from triode.kernels.swiglu_product.source import headers, options, source
-from triode.kernels.swiglu_product.tiles import MEASURED, MOST_SHARED_BYTES, SPEEDS, ProductTile, product_tile
 from triode.models.cuda import linears
 from triode.models.cuda.linears import GpuGateUp, GpuLinear, Proofs
 

@@ -9,10 +9,10 @@ from ctypes import c_int, c_void_p
 import torch
 
 from triode.kernels.gpu_traits import GpuTraits
-from triode.kernels.swiglu_product.driver import TENSOR_TYPES, Kernel, Launch, TensorMap
-from triode.kernels.swiglu_product.nvrtc import compiled
-from triode.kernels.swiglu_product.source import KERNEL, headers, options, source
-from triode.kernels.swiglu_product.tiles import CLUSTER, MEASURED, STEP_FEATURES, ProductTile
+from triode.kernels.hopper_product.driver import TENSOR_TYPES, Kernel, Launch, TensorMap
+from triode.kernels.hopper_product.nvrtc import compiled
+from triode.kernels.hopper_product.source import KERNEL, headers, options, source
+from triode.kernels.hopper_product.tiles import CLUSTER, MEASURED, STEP_FEATURES, ProductTile
 
 _GROUP = 8
 """Gates or ups side by side: F is a multiple, and so is K, whose rows begin at multiples of 16 bytes."""

@@ -12,15 +12,15 @@ import torch
 pytest.importorskip("triton")
 
 from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.hopper_product import product
+from triode.kernels.hopper_product.product import swiglu_product
+from triode.kernels.hopper_product.proof import prove_swiglu, tokens_of_tiles
+from triode.kernels.hopper_product.tiles import CLUSTER, MEASURED, SPEEDS, ProductTile, product_tile
 from triode.kernels.linear.blas import in_order, linear_blas
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.tiles import LinearTile, swiglu_tile
 from triode.kernels.rms_norm.gpu import add_rms_norm, rms_norm
 from triode.kernels.swiglu.gpu import swiglu
-from triode.kernels.swiglu_product import product
-from triode.kernels.swiglu_product.product import swiglu_product
-from triode.kernels.swiglu_product.proof import prove_swiglu, tokens_of_tiles
-from triode.kernels.swiglu_product.tiles import CLUSTER, MEASURED, SPEEDS, ProductTile, product_tile
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 

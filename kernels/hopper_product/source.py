@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from triode.kernels.swiglu_product.tiles import ProductTile
+from triode.kernels.hopper_product.tiles import ProductTile
 
 SOURCE = Path(__file__).with_name("product.cu")
 KERNEL = "gate_up_swiglu"

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 import torch
 
 from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.hopper_product.errors import ProductUnavailable
+from triode.kernels.hopper_product.product import swiglu_product
+from triode.kernels.hopper_product.tiles import ProductTile, product_tile
 from triode.kernels.linear.blas import in_order, linear_blas
 from triode.kernels.swiglu.gpu import swiglu
-from triode.kernels.swiglu_product.errors import ProductUnavailable
-from triode.kernels.swiglu_product.product import swiglu_product
-from triode.kernels.swiglu_product.tiles import ProductTile, product_tile
 
 
 @dataclasses.dataclass(frozen=True)
