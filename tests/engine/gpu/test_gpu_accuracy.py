@@ -5,6 +5,7 @@ them is reported beside that: how far apart it has them, and what transformers i
 So is how often transformers continues the prompts as it does itself when nothing changes but the order of its sums.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -91,28 +92,42 @@ def checkpoint() -> Checkpoint:
     return open_checkpoint(ModelOptions(model=MODEL, max_context_tokens=1024))
 
 
-def transformers_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: str, attention: str = "eager"
-) -> LlamaForCausalLM:
-    return in_transformers(checkpoint.config, checkpoint.load_weights(dtype, torch.device(device)), attention)
+@dataclass(frozen=True)
+class Oracles:
+    """transformers around one set of weights, each with roundings of its own."""
+
+    exact: LlamaForCausalLM
+    """The same weights, computed with in float32."""
+    theirs: LlamaForCausalLM
+    fused: LlamaForCausalLM
+    """The same but for torch's fused attention, which adds in another order."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: str, exact_device: str) -> "Oracles":
+        weights = checkpoint.load_weights(dtype, torch.device(device))
+        exact = changed(weights, lambda tensor: tensor.to(exact_device, torch.float32))
+        return cls(
+            exact=in_transformers(checkpoint.config, exact),
+            theirs=in_transformers(checkpoint.config, weights),
+            fused=in_transformers(checkpoint.config, weights, "sdpa"),
+        )
 
 
-def exact_model(checkpoint: Checkpoint, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The same weights, rounded to `dtype`, computed with in float32."""
-    weights = checkpoint.load_weights(dtype, torch.device("cpu"))
+def changed(weights: DecoderWeights, change: Callable[[torch.Tensor], torch.Tensor]) -> DecoderWeights:
+    """Each tensor of weights whose head is the embedding."""
     layers = tuple(
         replace(
             layer,
             **{
-                field.name: tensor.float()
+                field.name: change(tensor)
                 for field in fields(layer)
                 if (tensor := getattr(layer, field.name)) is not None
             },
         )
         for layer in weights.layers
     )
-    embed_VD = weights.embed_VD.float()
-    return in_transformers(checkpoint.config, DecoderWeights(embed_VD, layers, weights.final_norm_D.float(), embed_VD))
+    embed_VD = change(weights.embed_VD)
+    return DecoderWeights(embed_VD, layers, change(weights.final_norm_D), embed_VD)
 
 
 def judged(model: LlamaForCausalLM, window: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,15 +157,14 @@ async def test_logits_are_as_close_to_float32_as_in_transformers(
 ) -> None:
     token_ids = checkpoint.tokenizer.encode(TEXT.read_text())
     windows = [token_ids[index * WINDOW_TOKENS :][:WINDOW_TOKENS] for index in range(place.num_windows)]
-    exact, theirs = exact_model(checkpoint, dtype), transformers_model(checkpoint, dtype, place.device)
-    fused = transformers_model(checkpoint, dtype, place.device, attention="sdpa")
+    oracles = Oracles.of(checkpoint, dtype, place.device, exact_device="cpu")
     async with place.open(dtype) as engine:
         rows = [
             (
-                judged(exact, window),
+                judged(oracles.exact, window),
                 await judged_by_engine(engine, window),
-                judged(theirs, window),
-                judged(fused, window),
+                judged(oracles.theirs, window),
+                judged(oracles.fused, window),
             )
             for window in windows
         ]
@@ -181,12 +195,10 @@ class Tie:
     """How far apart transformers sees them, in units of its logits' last place."""
 
     @classmethod
-    def between(
-        cls, exact: LlamaForCausalLM, theirs: LlamaForCausalLM, prefix: list[int], our: int, their: int
-    ) -> "Tie":
-        exact_V, their_V = (next_logits(model, prefix) for model in (exact, theirs))
+    def between(cls, oracles: Oracles, prefix: list[int], our: int, their: int) -> "Tie":
+        exact_V, their_V = (next_logits(model, prefix) for model in (oracles.exact, oracles.theirs))
         _, exponent = torch.frexp(their_V[their].abs())
-        unit = torch.finfo(theirs.dtype).eps * 2.0 ** (float(exponent) - 1)
+        unit = torch.finfo(oracles.theirs.dtype).eps * 2.0 ** (float(exponent) - 1)
         return cls(
             margin=float(exact_V[their] - exact_V[our]),
             error=float((their_V - exact_V).abs().max()),
@@ -205,24 +217,23 @@ def next_logits(model: LlamaForCausalLM, prefix: list[int]) -> torch.Tensor:
 async def test_greedy_text_is_that_of_transformers_but_for_ties(
     place: Place, dtype: torch.dtype, checkpoint: Checkpoint, record_property: Record
 ) -> None:
-    exact, theirs = exact_model(checkpoint, dtype), transformers_model(checkpoint, dtype, place.device)
+    oracles = Oracles.of(checkpoint, dtype, place.device, exact_device=place.device)
     prompts = [checkpoint.tokenizer.encode(prompt) for prompt in PROMPTS[: place.num_prompts]]
     async with place.open(dtype) as engine:
         results = [(await engine.generate([prompt], greedy(place.num_new)))[0] for prompt in prompts]
     ours: list[list[int]] = [[*result.completion.token_ids] for result in results]
-    expected = one_by_one(theirs, prompts, place.num_new)
+    expected = one_by_one(oracles.theirs, prompts, place.num_new)
     ties = []
     for prompt, our_ids, their_ids in zip(prompts, ours, expected, strict=True):
         pairs = enumerate(zip(our_ids, their_ids, strict=True))
         if first := next(((index, *pair) for index, pair in pairs if pair[0] != pair[1]), None):
             index, our, their = first
-            ties.append(Tie.between(exact, theirs, prompt + our_ids[:index], our, their))
+            ties.append(Tie.between(oracles, prompt + our_ids[:index], our, their))
             record_property(f"differs after {index} tokens", ties[-1])
-    fused = transformers_model(checkpoint, dtype, place.device, attention="sdpa")
     for name, others in {
-        "float32": continued(exact, prompts, place.num_new),
-        "transformers with all prompts in one batch": continued(theirs, prompts, place.num_new),
-        "transformers with torch's fused attention": one_by_one(fused, prompts, place.num_new),
+        "float32": continued(oracles.exact, prompts, place.num_new),
+        "transformers with all prompts in one batch": continued(oracles.theirs, prompts, place.num_new),
+        "transformers with torch's fused attention": one_by_one(oracles.fused, prompts, place.num_new),
     }.items():
         record_property(name, f"Triode equal at {equal(ours, others)}, transformers at {equal(expected, others)}")
     num_equal = equal(ours, expected)
