@@ -1,24 +1,25 @@
 """Mailboxes: where the engine leaves what a request's caller will read.
 
-The detokenizer puts everything a step produced into the mailboxes and then flushes once, so that a reader wakes at most
-once a step however much arrived. A mailbox knows how to wake its reader through its *waker*; there is one kind for Trio
-tasks in the engine's own loop, one for asyncio loops and one for blocking threads (`engine/`). It never refers to the
-reader's stream, so a dropped stream is collected and can cancel its request.
+What a sample says is in its transcript, anything else that a reader must know is an item of mail. The detokenizer writes
+all that a step produced and then flushes once, so that a reader wakes at most once a step however much arrived. A mailbox
+knows how to wake its reader through its *waker*; there is one kind for Trio tasks in the engine's own loop, one for asyncio
+loops and one for blocking threads (`engine/`). It never refers to the reader's stream, so a dropped stream is collected and
+can cancel its request.
 """
 
 from collections import OrderedDict, deque
+from collections.abc import Awaitable, Iterable
 from typing import Protocol
 
 import trio
 
 from triode.actors.messages import Delta, Ended, Mail, Rejected, RequestStatus
+from triode.actors.transcript import Transcript
 from triode.errors import EngineFault
 from triode.ids import RequestId
 
 NUM_REMEMBERED = 4096
 """How many ended requests `MailboxRegistry.status` still knows."""
-NUM_PATIENT = 64
-"""A reader who waits for the end is woken by so many items all the same: kept unread, each takes some 250 bytes."""
 
 
 class Waker(Protocol):
@@ -30,12 +31,12 @@ class Waker(Protocol):
     def flush(self) -> None:
         """All notifications of this step have been made."""
 
-    async def wait(self, mailbox: "Mailbox") -> None:
-        """Called by the reader: sleep until something is in `mailbox`, or return at once if something is."""
+    def wait(self, mailbox: "Mailbox") -> Awaitable[None]:
+        """Called and awaited by the reader: sleep until `mailbox` has news, or return at once if it has some."""
 
 
 class Mailbox:
-    """One request's unread mail. Filled in the engine's thread, read in the caller's."""
+    """One request's transcripts and unread mail. Filled in the engine's thread, read in the caller's."""
 
     def __init__(self, request_id: RequestId, num_samples: int, waker: Waker) -> None:
         self.request_id = request_id
@@ -49,25 +50,37 @@ class Mailbox:
         self.reader: object | None = None
         """What the waker needs to wake the reader; None while nobody waits."""
         self.is_patient = False
-        """Set by a reader who wants the whole: it is woken at the end, and now and then to make room."""
+        """Set by a reader who wants the whole: it is woken at the end."""
+        self.transcripts = tuple([Transcript() for _ in range(num_samples)])
+        """Of each sample."""
         self._items: deque[Mail] = deque()
         self._num_unfinished = num_samples
+        # Counted by the writer alone, and looked at by the reader alone.
+        self._num_puts = 0
+        self._num_puts_seen = 0
 
-    def put(self, item: Mail) -> None:
-        """Add an item and keep the request's status."""
-        self._items.append(item)
+    def put(self, item: Mail | Delta) -> None:
+        """Add an item or write a delta down, and keep the request's status, which is final before its end can be read."""
         match item:
-            case Delta(finish_reason=reason):
-                if reason is not None:
+            case Delta():
+                if item.finish_reason is not None:
                     self._num_unfinished -= 1
                     if self._num_unfinished == 0:
                         self.status = RequestStatus.FINISHED
+                self.transcripts[item.index].add_delta(item)
             case Ended(status=status):
                 self.status = status
+                self._items.append(item)
             case Rejected():
                 self.status = RequestStatus.FAILED
+                self._items.append(item)
             case _:
-                pass
+                self._items.append(item)
+        self._num_puts += 1
+
+    def note(self) -> None:
+        """Something has been written in a transcript."""
+        self._num_puts += 1
 
     def refuse(self, error: Exception) -> None:
         """The request could not even be submitted; its reader raises `error`."""
@@ -77,15 +90,19 @@ class Mailbox:
         self.waker.flush()
 
     def take(self) -> list[Mail]:
-        """All unread items. Safe against a `put` in another thread: `popleft` and `append` are atomic."""
-        return [self._items.popleft() for _ in range(len(self._items))]
+        """All unread items; what the transcripts have is to be read after that.
+
+        Safe against a `put` in another thread: `popleft` and `append` are atomic, and what comes behind them is news again.
+        """
+        self._num_puts_seen = self._num_puts
+        return [self._items.popleft() for _ in range(len(self._items))] if self._items else []
 
     @property
     def has_news(self) -> bool:
         """Whether a reader has no need to wait."""
         if self.is_patient and not self.status.is_final:
-            return len(self._items) >= NUM_PATIENT
-        return bool(self._items) or self.error is not None
+            return False
+        return self._num_puts != self._num_puts_seen or self.error is not None
 
 
 class TrioWaker:
@@ -100,15 +117,15 @@ class TrioWaker:
     def flush(self) -> None:
         """Nothing is left to do: a Trio task is woken at once."""
 
-    async def wait(self, mailbox: Mailbox) -> None:
-        """Sleep until something is in `mailbox`.
+    def wait(self, mailbox: Mailbox) -> Awaitable[None]:
+        """Sleep until `mailbox` has news.
 
         Raises:
             BusyResourceError: if another task waits for it already.
         """
+        # The caller awaits what is returned: a coroutine of this would be made and walked through for every token.
         if mailbox.has_news:
-            await trio.lowlevel.checkpoint()
-            return
+            return trio.lowlevel.checkpoint()  # noqa: ASYNC105
         if mailbox.reader is not None:
             raise trio.BusyResourceError("another task is already reading this stream")
         mailbox.reader = trio.lowlevel.current_task()
@@ -117,7 +134,7 @@ class TrioWaker:
             mailbox.reader = None
             return trio.lowlevel.Abort.SUCCEEDED
 
-        await trio.lowlevel.wait_task_rescheduled(abort)
+        return trio.lowlevel.wait_task_rescheduled(abort)  # noqa: ASYNC105
 
 
 class MailboxRegistry:
@@ -155,7 +172,22 @@ class MailboxRegistry:
             while len(self._open) >= num_open:
                 await self._first_in_line.park()
 
-    def deliver(self, item: Mail) -> None:
+    def transcripts(self, request_id: RequestId) -> tuple[Transcript, ...]:
+        """Where an unfinished request's samples are to be written down; nowhere if there is no such request."""
+        mailbox = self._open.get(request_id)
+        return () if mailbox is None else mailbox.transcripts
+
+    def note(self, request_ids: Iterable[RequestId]) -> None:
+        """Something has been written in transcripts of these requests."""
+        mailboxes, dirty = self._open, self._dirty
+        for request_id in request_ids:
+            mailbox = mailboxes.get(request_id)
+            if mailbox is not None:
+                mailbox.note()
+                if not mailbox.is_patient:
+                    dirty[request_id] = mailbox
+
+    def deliver(self, item: Mail | Delta) -> None:
         """Put an item into its request's mailbox; mail for a request that has ended is dropped."""
         mailbox = self._open.get(item.request_id)
         if mailbox is None:

@@ -188,11 +188,11 @@ class Ended(Message, frozen=True):
     """Whether it failed because it asks for what cannot be had."""
 
 
-# ─ detokenizer → the request's mailbox
+# ─ the request's transcripts (`actors/transcript.py`) → caller
 
 
 class Delta(Message, frozen=True, gc=False):
-    """What one step added to one sample: text that is safe to show, and the tokens it was read from.
+    """What has been added to one sample: text that is safe to show, and the tokens it was read from.
 
     How the output is cut into deltas is not defined, only their concatenation. Text may lag behind the tokens: half a
     character, or what might become a stop string, is held back.
@@ -243,8 +243,8 @@ CacheInbox: TypeAlias = Match | Reserve | Launched | Release | Pin | Unpin | Cle
 ExecutorInbox: TypeAlias = StepPlan | ReleaseGuide
 DetokenizerInbox: TypeAlias = Opened | Rejected | Sampled | PromptScored | Embedded | StatusChanged | Ended
 
-Mail: TypeAlias = Opened | Rejected | Delta | PromptScored | Embedded | Ended
-"""What a request's mailbox receives."""
+Mail: TypeAlias = Opened | Rejected | PromptScored | Embedded | Ended
+"""What a request's mailbox receives, beside what its samples say."""
 
 __all__ = [
     "CacheInbox",

@@ -20,6 +20,7 @@ from null_model import TEXT, NullRunner, TimedExecutor, build_parts
 from rich.console import Console
 from rich.table import Table
 
+from triode.actors.executor.inline import InlineExecutor
 from triode.engine.config import EngineConfig
 from triode.engine.engine import Engine, serve
 from triode.models.config import ModelOptions
@@ -50,7 +51,8 @@ async def measure(
     num_blocks = 2 + batch * ((PROMPT_TOKENS + new_tokens) // 16 + 2)
     config = EngineConfig().override({"max_running": batch, "max_step_tokens": batch + 512, "executor": executor})
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-    parts = build_parts(runner, tokenizer, config, num_blocks)
+    made = InlineExecutor(runner) if executor == "inline" else TimedExecutor(runner)
+    parts = build_parts(made, tokenizer, config, num_blocks)
     async with serve(parts) as engine:
         async with trio.open_nursery() as nursery:
             for index in range(batch):
@@ -61,7 +63,7 @@ async def measure(
     steps_ms = [(end - begin) * 1e3 / SPAN_STEPS for begin, end in zip(marks, marks[SPAN_STEPS:], strict=False)]
     total_steps = statistics.scheduler.num_steps
     busy_ms = {name: getattr(statistics.actors, name).busy_s * 1e3 / total_steps for name in ACTORS}
-    turnarounds_s = parts.executor.turnarounds_s if isinstance(parts.executor, TimedExecutor) else []
+    turnarounds_s = made.turnarounds_s if isinstance(made, TimedExecutor) else []
     return {
         "p10": quantiles(steps_ms, n=10)[0],
         "to launch": median(turnarounds_s) * 1e3 if turnarounds_s else 0.0,

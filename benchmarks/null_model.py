@@ -5,7 +5,7 @@ from collections.abc import Callable
 from time import perf_counter, process_time, sleep, thread_time
 
 from triode.actors.channels import Put
-from triode.actors.executor.inline import InlineExecutor
+from triode.actors.executor.actor import Executor
 from triode.actors.executor.thread import ThreadExecutor
 from triode.actors.tokenizer.prepare import Limits
 from triode.cache.manager import CacheManager
@@ -94,15 +94,15 @@ class TimedExecutor(ThreadExecutor):
         super().launch(plan)
 
 
-def build_parts(runner: NullRunner, tokenizer: Tokenizer, config: EngineConfig, num_blocks: int) -> EngineParts:
-    """An engine around the null runner."""
+def build_parts(executor: Executor, tokenizer: Tokenizer, config: EngineConfig, num_blocks: int) -> EngineParts:
+    """An engine around what costs nothing."""
     size = config.cache.block_size_tokens
     max_context_tokens = (num_blocks - 1) * size
     return EngineParts(
         config=config,
         tokenizer=tokenizer,
         cache=CacheManager(num_blocks, config.cache),
-        executor=InlineExecutor(runner) if config.executor == "inline" else TimedExecutor(runner),
+        executor=executor,
         limits=Limits(max_context_tokens, (num_blocks - 1) * size, size, tokenizer.vocab_size, eos_token_ids=()),
         report=Report(
             model="null",

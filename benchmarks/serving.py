@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import triode
+from triode.actors.executor.thread import ThreadExecutor
 from triode.engine import host
 from triode.engine.aio import Engine
 from triode.engine.cli.opening import settle
@@ -87,7 +88,10 @@ async def measure(connections: int, tokens: int, runs: int) -> list[Table]:
 
     async def load_null(config: EngineConfig, _: Progress | None) -> EngineParts:
         return build_parts(
-            NullRunner(connections, text_ids), tokenizer, config, max(2 + connections * (tokens // 16 + 3), 4000)
+            ThreadExecutor(NullRunner(connections, text_ids)),
+            tokenizer,
+            config,
+            max(2 + connections * (tokens // 16 + 3), 4000),
         )
 
     settings: dict[str, Any] = {"max_running": connections, "max_step_tokens": connections + 512, "executor": "thread"}

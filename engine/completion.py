@@ -1,6 +1,6 @@
 """What a caller gets: the finished texts of a request, gathered from its mail."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -15,6 +15,7 @@ from triode.actors.messages import (
     Rejected,
     RequestStatus,
 )
+from triode.actors.transcript import Transcript
 from triode.errors import EngineBusy, RequestFailed, RequestUnsatisfiable
 from triode.ids import RequestId, TokenId
 from triode.models.step import TokenLogprobs
@@ -79,75 +80,136 @@ def only(completions: tuple[Completion, ...]) -> Completion:
 
 
 class _Sample:
-    """One sample while it grows."""
+    """One sample as far as it has been read: a place in its transcript, which somebody else may be writing on."""
 
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.token_ids: list[TokenId] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: str | int | None = None
+    def __init__(self, request_id: RequestId, index: int, transcript: Transcript) -> None:
+        self._num_tokens = 0
+        self._finish_reason: FinishReason | None = None
+        self._request_id = request_id
+        self._index = index
+        self._transcript = transcript
+        self._num_texts = 0
 
-    def add(self, delta: Delta) -> None:
-        self.texts.append(delta.text)
-        self.token_ids.extend(delta.token_ids)
-        if delta.logprobs is not None:
-            self.logprobs.extend(delta.logprobs)
-        if delta.finish_reason is not None:
-            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+    def next_delta(self) -> Delta | None:
+        """All that has been written since the last call; None if no token has, and no end."""
+        transcript, start = self._transcript, self._num_tokens
+        token_ids, texts = transcript.token_ids, transcript.texts
+        # First of all: what is seen besides is then at least as new.
+        end = len(token_ids)
+        reason = transcript.finish_reason if end == transcript.num_final_tokens else None
+        if start == end and reason is self._finish_reason:
+            return None
+        num_texts, self._num_texts = self._num_texts, len(texts)
+        self._num_tokens, self._finish_reason = end, reason
+        is_single = end == start + 1 and self._num_texts == num_texts + 1
+        return Delta(
+            self._request_id,
+            self._index,
+            texts[num_texts] if is_single else "".join(texts[num_texts : self._num_texts]),
+            (token_ids[start],) if is_single else tuple(token_ids[start:end]),
+            tuple(transcript.logprobs[start:end]) if transcript.logprobs else None,
+            reason,
+            None if reason is None else transcript.stop_reason,
+        )
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the transcript has its end."""
+        return len(self._transcript.token_ids) == self._transcript.num_final_tokens
+
+    def num_read(self, *, counts_all: bool) -> int:
+        """Tokens read, or all that are there."""
+        return len(self._transcript.token_ids) if counts_all else self._num_tokens
+
+    def completion(self, opened: Opened, ended: FinishReason | None, usage: Usage, *, counts_all: bool) -> Completion:
+        """What has been read, or all that is there; `ended` says what ended the request, if not its tokens."""
+        transcript, end = self._transcript, self.num_read(counts_all=counts_all)
+        if transcript.num_final_tokens is None:
+            reason = ended
+        else:
+            reason = transcript.finish_reason if counts_all and self.is_written else self._finish_reason
+        return Completion(
+            index=self._index,
+            text="".join(transcript.texts if counts_all else transcript.texts[: self._num_texts]),
+            token_ids=tuple(transcript.token_ids[:end]),
+            finish_reason=reason,
+            stop_reason=None if reason is None else transcript.stop_reason,
+            logprobs=None if opened.params.logprobs is None else tuple(transcript.logprobs[:end]),
+            usage=usage,
+            seed=opened.seed,
+        )
 
 
 class Reply:
-    """Everything that has been read of one request. The three kinds of stream differ only in how they wait."""
+    """Everything that has been read of one request. The three kinds of stream differ only in how they wait.
 
-    def __init__(self, request_id: RequestId) -> None:
+    Mail is taken in by `read`, and what the samples have said by `next_delta` or `deltas`.
+    """
+
+    def __init__(self, request_id: RequestId, transcripts: Sequence[Transcript]) -> None:
+        """`transcripts` may grow meanwhile."""
         self.request_id = request_id
         self.opened: Opened | None = None
         self.ended: Ended | None = None
         self.embedding: tuple[float, ...] | None = None
         self.failure: Exception | None = None
         """Why the request was refused (ValueError) or failed while it ran (RequestFailed)."""
-        self._samples: list[_Sample] = []
+        self.counts_all = False
+        """Set to count as read whatever the transcripts hold, though it was in no delta."""
+        self._samples = [_Sample(request_id, index, transcript) for index, transcript in enumerate(transcripts)]
+        self._turn = 0
         self._prompt_logprobs: list[TokenLogprobs] = []
-        self._num_unfinished = 1
+        self._num_unfinished = len(self._samples)
+        # By something else than the ends of its samples.
+        self._is_over = False
 
     @property
     def is_complete(self) -> bool:
-        """Whether no more mail will come."""
-        return self._num_unfinished == 0
+        """Whether nothing will come beyond what is in the transcripts. True, too, when the deltas with all ends were made."""
+        return self._is_over or self._num_unfinished == 0
 
-    def read(self, items: Iterable[Mail]) -> list[Delta]:
-        """Take in mail; returns the deltas in it."""
-        deltas: list[Delta] = []
+    @property
+    def is_written(self) -> bool:
+        """Whether the transcripts are all that there will be, in deltas or not."""
+        return self._is_over or all(sample.is_written for sample in self._samples)
+
+    def read(self, items: Iterable[Mail]) -> None:
+        """Take in mail."""
         for item in items:
             match item:
-                case Delta():
-                    self._samples[item.index].add(item)
-                    deltas.append(item)
-                    self._num_unfinished -= item.finish_reason is not None
                 case Opened():
                     self.opened = item
-                    self._samples = [_Sample() for _ in range(item.params.n)]
-                    self._num_unfinished = item.params.n
                 case PromptScored():
                     self._prompt_logprobs.extend(item.logprobs)
                 case Embedded():
                     self.embedding = item.embedding
-                    self._num_unfinished = 0
+                    self._is_over = True
                 case Rejected():
-                    self._num_unfinished = 0
+                    self._is_over = True
                     self.failure = (EngineBusy if item.is_busy else ValueError)(item.reason)
                 case Ended():
                     self._end(item)
+
+    def next_delta(self) -> Delta | None:
+        """What one sample has said since it was read last; the samples take turns. None if none has said anything."""
+        for _ in self._samples:
+            sample = self._samples[self._turn]
+            self._turn = (self._turn + 1) % len(self._samples)
+            if (delta := sample.next_delta()) is not None:
+                self._num_unfinished -= delta.finish_reason is not None
+                return delta
+        return None
+
+    def deltas(self) -> list[Delta]:
+        """What all samples have said since they were read last, at most one delta a sample."""
+        deltas = [delta for sample in self._samples if (delta := sample.next_delta()) is not None]
+        self._num_unfinished -= sum(delta.finish_reason is not None for delta in deltas)
         return deltas
 
     def _end(self, ended: Ended) -> None:
         self.ended = ended
-        self._num_unfinished = 0
-        is_failed = ended.status is RequestStatus.FAILED
-        for sample in self._samples:
-            sample.finish_reason = sample.finish_reason or (FinishReason.ERROR if is_failed else FinishReason.CANCELLED)
-        if is_failed:
+        self._is_over = True
+        if ended.status is RequestStatus.FAILED:
             kind = RequestUnsatisfiable if ended.is_unsatisfiable else RequestFailed
             self.failure = kind(f"request {self.request_id} failed: {ended.reason}")
 
@@ -155,7 +217,7 @@ class Reply:
         """Tokens read so far."""
         return Usage(
             prompt_tokens=0 if self.opened is None else self.opened.num_prompt_tokens,
-            completion_tokens=sum(len(sample.token_ids) for sample in self._samples),
+            completion_tokens=sum(sample.num_read(counts_all=self.counts_all) for sample in self._samples),
             cached_tokens=num_cached_tokens,
         )
 
@@ -163,20 +225,11 @@ class Reply:
         """The samples as far as they have been read."""
         if self.opened is None:
             return ()
-        usage = self.usage(num_cached_tokens)
-        wants_logprobs = self.opened.params.logprobs is not None
+        usage, ended = self.usage(num_cached_tokens), None
+        if self.ended is not None:
+            ended = FinishReason.ERROR if self.ended.status is RequestStatus.FAILED else FinishReason.CANCELLED
         return tuple(
-            Completion(
-                index=index,
-                text="".join(sample.texts),
-                token_ids=tuple(sample.token_ids),
-                finish_reason=sample.finish_reason,
-                stop_reason=sample.stop_reason,
-                logprobs=tuple(sample.logprobs) if wants_logprobs else None,
-                usage=usage,
-                seed=self.opened.seed,
-            )
-            for index, sample in enumerate(self._samples)
+            [sample.completion(self.opened, ended, usage, counts_all=self.counts_all) for sample in self._samples]
         )
 
     def result(self, num_cached_tokens: int) -> Result:

@@ -1,13 +1,12 @@
 """RequestStream: one request's output, read under Trio or asyncio alike: only the mailbox's waker knows how to wait."""
 
 import warnings
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 from triode.actors.mailbox import Mailbox
 from triode.actors.messages import Delta, RequestStatus
-from triode.engine.completion import Completion, Reply, Result, coalesce, only
+from triode.engine.completion import Completion, Reply, Result, only
 from triode.engine.hub import fresh
 from triode.errors import RequestFailed
 from triode.ids import RequestId
@@ -27,8 +26,7 @@ class RequestStream:
         self._mailbox = mailbox
         self._cancel = cancel
         self._cancel_soon = cancel_soon
-        self._reply = Reply(mailbox.request_id)
-        self._deltas: deque[Delta] = deque()
+        self._reply = Reply(mailbox.request_id, mailbox.transcripts)
         self._is_cancelled = False
 
     @property
@@ -65,21 +63,21 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> Delta:
-        while not self._deltas:
+        while (delta := self._reply.next_delta()) is None:
             if self._reply.is_complete:
                 self._check_well()
                 raise StopAsyncIteration
-            await self._receive()
-        return self._deltas.popleft()
+            await self._news()
+            self._reply.read(self._mailbox.take())
+        return delta
 
     async def batch(self) -> list[Delta]:
         """Everything since the last call, at most one delta a sample; empty when the request has ended."""
-        while not self._deltas and not self._reply.is_complete:
+        while not (deltas := self._reply.deltas()):
+            if self._reply.is_complete:
+                self._check_well()
+                break
             await self._receive()
-        if not self._deltas:
-            self._check_well()
-        deltas = coalesce(list(self._deltas))
-        self._deltas.clear()
         return deltas
 
     async def result(self) -> Result:
@@ -91,10 +89,11 @@ class RequestStream:
         """
         self._mailbox.is_patient = True
         try:
-            while not self._reply.is_complete:
+            while not self._reply.is_written:
                 await self._receive()
         finally:
             self._mailbox.is_patient = False
+        self._reply.counts_all = True
         self._check_well()
         return self._reply.result(self._mailbox.num_cached_tokens)
 
@@ -127,11 +126,15 @@ class RequestStream:
         return self
 
     async def _receive(self) -> None:
-        await self._mailbox.waker.wait(self._mailbox)
-        self._deltas.extend(self._reply.read(self._mailbox.take()))
-        if self._mailbox.error is not None and not self._reply.is_complete:
+        await self._news()
+        self._reply.read(self._mailbox.take())
+
+    def _news(self) -> Awaitable[None]:
+        """Wait for more than what has been read. The engine's fault comes after everything before it."""
+        if self._mailbox.error is not None:
             self._is_cancelled = True
             raise fresh(self._mailbox.error)
+        return self._mailbox.waker.wait(self._mailbox)
 
     def _check_well(self) -> None:
         """A failure comes after the deltas before it, and again whenever somebody asks."""

@@ -31,16 +31,17 @@ async def run_detokenizer(
 def _handle(message: DetokenizerInbox, core: Detokenizer, scheduler: Put[Stopped], mailboxes: MailboxRegistry) -> None:
     match message:
         case Sampled():
-            deltas, stopped = core.read(message)
-            for delta in deltas:
+            reading = core.read(message)
+            mailboxes.note(reading.written)
+            for delta in reading.last:
                 mailboxes.deliver(delta)
-            for stop in stopped:
+            for stop in reading.stopped:
                 scheduler(stop)
         case StatusChanged():
             for change in zip(message.request_ids, message.statuses, message.num_cached_tokens, strict=True):
                 mailboxes.set_status(*change)
         case Opened():
-            core.open(message)
+            core.open(message, mailboxes.transcripts(message.request_id))
             mailboxes.deliver(message)
         case PromptScored():
             mailboxes.deliver(message)

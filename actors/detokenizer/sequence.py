@@ -31,6 +31,7 @@ class SequenceText:
         """Tokens fed, the stop token included; those after a stop string do not count."""
         self.stopped: StoppedBy | None = None
         self._decoder = decoder
+        self._decode = decoder.feed
         self._matcher = StopMatcher(stops, include_stop=include_stop) if stops else None
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -42,7 +43,7 @@ class SequenceText:
         self.num_tokens += 1
         if is_stop_token and not self._include_stop:
             return ""
-        text = self._decoder.feed((token_id,))
+        text = self._decode(token_id)
         return text if self._matcher is None else self._watched(text)
 
     def finish(self) -> str:

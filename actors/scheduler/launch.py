@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from triode.actors.scheduler.request import Sequence
 from triode.actors.scheduler.wants import Want
-from triode.cache.messages import Reserved
-from triode.ids import SequenceId, SlotId, StepId
+from triode.cache.messages import Reserved, SequenceTable
+from triode.ids import SlotId, StepId
 from triode.models.step import Admission, Output, StepPlan, TableChange
 
 SAMPLING = frozenset({Output.SAMPLE, Output.PROMPT_LOGPROBS_AND_SAMPLE})
@@ -23,34 +23,43 @@ class Launch(NamedTuple):
 
 def build_plan(reserved: Reserved, wants: list[Want], admitted: list[Sequence]) -> tuple[Launch, StepPlan]:
     """The plan of one step. Counts the launched tokens into its sequences."""
-    slots: dict[SequenceId, SlotId] = {}
+    slots: list[SlotId] = []
     for want in wants:
-        sequence = want.sequence
-        assert sequence.slot is not None, "a launched row holds a slot"
-        slots[sequence.sequence_id] = sequence.slot
-        sequence.num_computed = want.num_computed + want.num_tokens
+        sequence, slot = want.sequence, want.sequence.slot
+        assert slot is not None, "a launched row holds a slot"
+        slots.append(slot)
+        sequence.num_computed = end = want.num_computed + want.num_tokens
         sequence.num_in_flight += 1
         # A row asked for before forced tokens were read ends before the last of them, and brings no other.
-        if want.output in SAMPLING and sequence.num_computed == sequence.num_total:
+        if want.output in SAMPLING and end == len(sequence.token_ids) + sequence.num_pending:
             sequence.num_pending += 1
     # Of lists, which are made faster than what a generator yields.
     epochs = tuple([want.sequence.epoch for want in wants])
     plan = StepPlan(
         step_id=reserved.step_id,
-        slots=tuple(slots.values()),
+        slots=tuple(slots),
         epochs=epochs,
         start_positions=tuple([want.num_computed for want in wants]),
         num_query_tokens=tuple([want.num_tokens for want in wants]),
         outputs=tuple([want.output for want in wants]),
         admissions=tuple(_admission(sequence) for sequence in admitted),
-        table_changes=tuple(
-            TableChange(slots[table.sequence_id], table.first_block, table.block_ids)
-            for table in reserved.tables
-            if table.sequence_id in slots
-        ),
+        table_changes=_table_changes(reserved.tables, wants, slots) if reserved.tables else (),
         copies=reserved.copies,
     )
     return Launch(reserved.step_id, wants, epochs), plan
+
+
+def _table_changes(
+    tables: tuple[SequenceTable, ...], wants: list[Want], slots: list[SlotId]
+) -> tuple[TableChange, ...]:
+    slot_of = {want.sequence.sequence_id: slot for want, slot in zip(wants, slots, strict=True)}
+    return tuple(
+        [
+            TableChange(slot_of[table.sequence_id], table.first_block, table.block_ids)
+            for table in tables
+            if table.sequence_id in slot_of
+        ]
+    )
 
 
 def _admission(sequence: Sequence) -> Admission:

@@ -76,6 +76,8 @@ class Scheduler:
         self._is_stalled = False
         # Such an event has come since the cache manager was asked: its refusals are out of date.
         self._is_outdated = False
+        # Some sequence has left its line since then.
+        self._has_left = False
         self._launched: deque[Launch] = deque()
         self._next_step = 0
         self._num_preemptions = 0
@@ -179,12 +181,13 @@ class Scheduler:
         is_outdated = self._is_outdated
         for sequence_id in reserved.preempted:
             self._preempt(sequence_id)
-        granted = [want for want, is_granted in zip(self._wants, reserved.granted, strict=True) if is_granted]
-        refused = [want for want, is_granted in zip(self._wants, reserved.granted, strict=True) if not is_granted]
+        granted, refused = self._wants, list[Want]()
+        if not all(reserved.granted):
+            granted = [want for want, is_granted in zip(self._wants, reserved.granted, strict=True) if is_granted]
+            refused = [want for want, is_granted in zip(self._wants, reserved.granted, strict=True) if not is_granted]
         if not is_outdated and any(want.sequence.slot is None for want in refused):
             self._is_blocked = True
-        # A sequence may have ended since the question was asked.
-        rows = [want for want in granted if want.sequence.is_active]
+        rows = [want for want in granted if want.sequence.is_active] if self._has_left else granted
         if rows:
             return self._launch(rows, reserved)
         if refused and not granted and not is_outdated:
@@ -202,7 +205,7 @@ class Scheduler:
             self._leave(sequence, RequestStatus.FINISHED)
         for request, error in reading.failed.items():
             self._end(request, RequestStatus.FAILED, error.reason, is_unsatisfiable=error.is_unsatisfiable)
-        self._retire([row.sequence for row in launch.rows])
+        self._retire([*reading.stale, *reading.ended])
 
     def statistics(self) -> SchedulerStatistics:
         """Counts of the moment."""
@@ -217,11 +220,11 @@ class Scheduler:
 
     # Details
 
-    def _pick(self, running: list[Ready]) -> list[Sequence]:
+    def _pick(self, running: Ready) -> list[Sequence]:
         budget = prompt_budget(running, self._config.max_step_tokens)
         return pick_candidates(self._lines.waiting, self._lines.num_free_slots, budget)
 
-    def _reserve(self, running: list[Ready], num_cached_tokens: tuple[int, ...], now_s: float) -> Reserve | None:
+    def _reserve(self, running: Ready, num_cached_tokens: tuple[int, ...], now_s: float) -> Reserve | None:
         candidates = [
             (sequence, num_cached)
             for sequence, num_cached in zip(self._candidates, num_cached_tokens, strict=True)
@@ -231,22 +234,21 @@ class Scheduler:
         if not self._wants:
             return None
         self._is_asking = True
-        self._is_outdated = False
+        self._is_outdated = self._has_left = False
         return build_reserve(StepId(self._next_step), self._wants, running, now_s)
 
     def _launch(self, rows: list[Want], reserved: Reserved) -> StepPlan:
-        admitted = [want.sequence for want in rows if want.sequence.slot is None]
-        for want in rows:
-            if want.sequence.slot is None:
-                self._admit(want)
+        admitted = [want for want in rows if want.sequence.slot is None]
+        for want in admitted:
+            self._admit(want)
         self._next_step += 1
-        launch, plan = build_plan(reserved, rows, admitted)
+        launch, plan = build_plan(reserved, rows, [want.sequence for want in admitted])
         self._launched.append(launch)
         for want in rows:
-            sequence, request = want.sequence, want.sequence.request
-            if want.num_computed < request.num_prompt_tokens:
+            sequence = want.sequence
+            if want.num_computed < sequence.request.num_prompt_tokens:
                 self.outbox.launched(sequence.sequence_id, sequence.num_computed)
-            self._fork(request)
+                self._fork(sequence.request)
         return plan
 
     def _admit(self, want: Want) -> None:
@@ -273,6 +275,7 @@ class Scheduler:
         self._lines.enqueue(sequence)
 
     def _leave(self, sequence: Sequence, status: RequestStatus) -> None:
+        self._has_left = True
         self._lines.leave(sequence, status)
         self.outbox.status_of(sequence.request)
         self._unblock()

@@ -18,6 +18,8 @@ class Reading(NamedTuple):
     """What a retired step brought to an end."""
 
     ended: list[Sequence]
+    stale: list[Sequence]
+    """Had ended, or lost their slot, before; for some of them this may have been the last step that they were in."""
     failed: dict[Request, RowError]
     """Requests with a row that should have a token and has none, and why."""
 
@@ -27,32 +29,69 @@ def read_step(launch: Launch, result: StepResult, outbox: Outbox) -> Reading:
 
     A row is stale, and its tokens are dropped, when its sequence has ended or lost its slot since the launch.
     """
-    reading = Reading([], {})
+    reading = Reading([], [], {})
     tokens: list[_NewToken] = []
     logprobs: list[TokenLogprobs | None] = []
     first = 0
+    # What else a row may bring, no row does in nearly every step.
+    is_plain = result.errors is None and result.logprobs is None
+    sample, decode = Output.SAMPLE, RequestStatus.DECODE
     rows = zip(launch.rows, result.slots, launch.epochs, result.num_accepted, strict=True)
     for index, (row, slot, epoch, num_accepted) in enumerate(rows):
-        row.sequence.num_in_flight -= 1
+        sequence = row.sequence
+        sequence.num_in_flight -= 1
         # Epochs count within a slot: another slot may have the same.
-        if row.sequence.slot == slot and row.sequence.epoch == epoch:
-            _score_prompt(row, index, result, outbox)
-            if row.output is Output.HIDDEN:
-                _read_embedding(row, index, result, outbox, reading.ended)
-            elif result.errors is not None and (error := result.errors[index]) is not None:
-                reading.failed[row.sequence.request] = error
-            elif row.output in SAMPLING:
-                num_before = len(tokens)
-                if _read_tokens(row.sequence, result.token_ids[first : first + num_accepted], tokens, outbox):
-                    reading.ended.append(row.sequence)
-                if result.logprobs is not None:
-                    logprobs.extend(result.logprobs[first : first + len(tokens) - num_before])
+        if sequence.slot != slot or sequence.epoch != epoch:
+            reading.stale.append(sequence)
+        elif is_plain and num_accepted == 1 and row.output is sample and sequence.status is decode:
+            if _read_token(sequence, result.token_ids[first], tokens):
+                reading.ended.append(sequence)
+        else:
+            _read_row(row, index, first, num_accepted, result, outbox, reading, tokens, logprobs)
         first += num_accepted
     if tokens:
         request_ids, sample_indices, token_ids, reasons = zip(*tokens, strict=True)
         scores = None if result.logprobs is None else tuple(logprobs)
         outbox.to_detokenizer(Sampled(result.step_id, request_ids, sample_indices, token_ids, reasons, scores))
     return reading
+
+
+def _read_row(
+    row: Want,
+    index: int,
+    first: int,
+    num_accepted: int,
+    result: StepResult,
+    outbox: Outbox,
+    reading: Reading,
+    tokens: list[_NewToken],
+    logprobs: list[TokenLogprobs | None],
+) -> None:
+    """Whatever a row may bring; its tokens are those from number `first` on."""
+    _score_prompt(row, index, result, outbox)
+    if row.output is Output.HIDDEN:
+        _read_embedding(row, index, result, outbox, reading.ended)
+    elif result.errors is not None and (error := result.errors[index]) is not None:
+        reading.failed[row.sequence.request] = error
+    elif row.output in SAMPLING:
+        num_before = len(tokens)
+        if _read_tokens(row.sequence, result.token_ids[first : first + num_accepted], tokens, outbox):
+            reading.ended.append(row.sequence)
+        if result.logprobs is not None:
+            logprobs.extend(result.logprobs[first : first + len(tokens) - num_before])
+
+
+def _read_token(sequence: Sequence, token_id: TokenId, tokens: list[_NewToken]) -> bool:
+    """Take the only new token of a sequence that has had some before. Returns whether it is the last."""
+    known, request, reason = sequence.token_ids, sequence.request, None
+    known.append(token_id)
+    num_tokens = len(known)
+    num_pending = sequence.num_computed - num_tokens + 1
+    sequence.num_pending = num_pending if num_pending > 0 else 0
+    if num_tokens >= request.max_total_tokens or token_id in request.stop_token_ids:
+        reason = sequence.finish_reason = finish_reason(request, token_id, num_tokens)
+    tokens.append((request.request_id, sequence.sample_index, token_id, reason))
+    return reason is not None
 
 
 def _read_tokens(sequence: Sequence, new: tuple[TokenId, ...], tokens: list[_NewToken], outbox: Outbox) -> bool:

@@ -1,12 +1,13 @@
 """Sharing a step's token budget, and the question to the cache manager that follows from it."""
 
 from bisect import bisect_right
+from typing import NamedTuple
 
 import msgspec
 
 from triode.actors.scheduler.request import Sequence
 from triode.cache.messages import Reserve, ReserveRow
-from triode.ids import SequenceId, StepId
+from triode.ids import StepId
 from triode.models.step import Output
 
 
@@ -19,35 +20,40 @@ class Want(msgspec.Struct, frozen=True, gc=False):
     output: Output
 
 
-class Ready(msgspec.Struct, frozen=True, gc=False):
-    """A running sequence and how many tokens it could compute: looked at several times a step, counted once."""
+class Ready(NamedTuple):
+    """The running sequences in order of service: looked at several times a step, counted once."""
 
-    sequence: Sequence
-    num_tokens: int
-
-
-def count_ready(running: list[Sequence]) -> list[Ready]:
-    """Each running sequence's ready tokens, in order of service."""
-    return [Ready(sequence, sequence.num_ready) for sequence in running]
+    sequences: list[Sequence]
+    nums_tokens: list[int]
+    """How many tokens each of them could compute."""
 
 
-def prompt_budget(running: list[Ready], budget_tokens: int) -> int:
+def count_ready(running: list[Sequence]) -> Ready:
+    """Each running sequence's ready tokens."""
+    return Ready(running, [sequence.num_ready for sequence in running])
+
+
+def prompt_budget(running: Ready, budget_tokens: int) -> int:
     """What single tokens of running sequences leave of the budget."""
-    return budget_tokens - sum(ready.num_tokens == 1 for ready in running)
+    return budget_tokens - running.nums_tokens.count(1)
 
 
-def share_budget(running: list[Ready], candidates: list[tuple[Sequence, int]], budget_tokens: int) -> list[Want]:
+def share_budget(running: Ready, candidates: list[tuple[Sequence, int]], budget_tokens: int) -> list[Want]:
     """Rows in order of service. Single tokens of running sequences come out of the budget first, then prompts.
 
-    `running` is in order of service; `candidates` are (sequence, cached tokens).
+    `candidates` are (sequence, cached tokens).
     """
     left = prompt_budget(running, budget_tokens)
     wants: list[Want] = []
-    for ready in running:
-        if ready.num_tokens == 1:
-            wants.append(_want(ready.sequence, ready.sequence.num_computed, 1))
-        elif ready.num_tokens and left > 0:
-            want = _want(ready.sequence, ready.sequence.num_computed, min(ready.num_tokens, left))
+    sample = Output.SAMPLE
+    for sequence, num_tokens in zip(running.sequences, running.nums_tokens, strict=True):
+        start = sequence.num_computed
+        if num_tokens == 1:
+            # Nearly every row of nearly every step: the token sampled last.
+            is_decoding = start >= sequence.request.num_prompt_tokens
+            wants.append(Want(sequence, start, 1, sample) if is_decoding else _want(sequence, start, 1))
+        elif num_tokens and left > 0:
+            want = _want(sequence, start, min(num_tokens, left))
             left -= want.num_tokens
             wants.append(want)
     for sequence, num_cached in candidates:
@@ -76,18 +82,14 @@ def _want(sequence: Sequence, start: int, num_tokens: int) -> Want:
     return Want(sequence, start, num_tokens, Output.SAMPLE if ends else Output.NONE)
 
 
-def build_reserve(step_id: StepId, wants: list[Want], running: list[Ready], now_s: float) -> Reserve:
+def build_reserve(step_id: StepId, wants: list[Want], running: Ready, now_s: float) -> Reserve:
     """The wants as a message, with the running sequences as victims, the last in order of service first.
 
     A sequence whose every token is on its way is no victim: it leaves by itself when its steps retire.
     """
-    victims: list[SequenceId] = []
-    num_behind: dict[SequenceId, int] = {}
-    for ready in reversed(running):
-        sequence_id = ready.sequence.sequence_id
-        num_behind[sequence_id] = len(victims)
-        if ready.num_tokens:
-            victims.append(sequence_id)
+    able = [sequence for sequence, num_tokens in zip(running.sequences, running.nums_tokens, strict=True) if num_tokens]
+    victims = [sequence.sequence_id for sequence in reversed(able)]
+    num_behind = dict(zip(victims, range(len(victims)), strict=True))
     priorities: list[int] | None = None
     rows = []
     for want in wants:
@@ -98,7 +100,7 @@ def build_reserve(step_id: StepId, wants: list[Want], running: list[Ready], now_
         else:
             num_table_tokens = len(sequence.token_ids)
             if priorities is None:
-                priorities = [ready.sequence.request.priority for ready in running if ready.num_tokens]
+                priorities = [each.request.priority for each in able]
             max_victims = len(priorities) - bisect_right(priorities, sequence.request.priority)
         rows.append(ReserveRow(sequence.sequence_id, want.num_computed, end, num_table_tokens, max_victims))
     return Reserve(step_id, tuple(rows), tuple(victims), now_s)

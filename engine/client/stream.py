@@ -9,6 +9,7 @@ import anyio
 import msgspec
 
 from triode.actors.messages import Delta, Ended, FinishReason, Opened, RequestStatus
+from triode.actors.transcript import Transcript
 from triode.engine.client.failures import error_of
 from triode.engine.completion import Completion, Reply, Result, coalesce, only
 from triode.engine.server.bridge_messages import (
@@ -36,7 +37,9 @@ class ClientStream:
     def __init__(self, submit: Submit, post: Callable[[FromClient], None]) -> None:
         self._submit = submit
         self._post = post
-        self._reply = Reply(RequestId(submit.id))
+        self._transcripts = [Transcript() for _ in range(submit.params.n)]
+        self._reply = Reply(RequestId(submit.id), self._transcripts)
+        self._reply.counts_all = True
         self._deltas: deque[Delta] = deque()
         self._news = anyio.Event()
         self._error: Exception | None = None
@@ -152,7 +155,8 @@ class ClientStream:
                 self._status = RequestStatus.DECODE
                 self._seq_received = message.seq
                 deltas = [self._delta(sample) for sample in message.samples]
-                self._reply.read(deltas)
+                for delta in deltas:
+                    self._transcripts[delta.index].add_delta(delta)
                 if not self._is_cancelled:
                     self._deltas.extend(deltas)
             case Finished():

@@ -4,10 +4,12 @@ import pytest
 import trio
 import trio.testing
 
-from triode.actors.mailbox import NUM_PATIENT, NUM_REMEMBERED, Mailbox, MailboxRegistry, TrioWaker
-from triode.actors.messages import Delta, Embedded, Ended, FinishReason, Rejected, RequestStatus
+from triode.actors.mailbox import NUM_REMEMBERED, Mailbox, MailboxRegistry, TrioWaker
+from triode.actors.messages import Delta, Embedded, Ended, FinishReason, Mail, PromptScored, Rejected, RequestStatus
+from triode.actors.transcript import Transcript
 from triode.errors import EngineFault
 from triode.ids import RequestId, TokenId
+from triode.models.step import TokenLogprobs
 
 
 class CountingWaker:
@@ -37,15 +39,55 @@ def opened(registry: MailboxRegistry, name: str, waker: CountingWaker, num_sampl
     return mailbox
 
 
+def num_tokens(mailbox: Mailbox, index: int = 0) -> int:
+    return len(mailbox.transcripts[index].token_ids)
+
+
 def test_mail_is_taken_once_and_in_order() -> None:
     registry, waker = MailboxRegistry(), CountingWaker()
     mailbox = opened(registry, "a", waker)
     assert mailbox.take() == []
-    for item in (first := delta("a"), second := delta("a", ends=True)):
+    entry = TokenLogprobs(TokenId(1), -0.5, 1)
+    items: list[Mail] = [
+        PromptScored(RequestId("a"), (entry,)),
+        Ended(RequestId("a"), RequestStatus.CANCELLED, "enough"),
+    ]
+    for item in items:
         registry.deliver(item)
     assert mailbox.has_news
-    assert mailbox.take() == [first, second]
+    assert mailbox.take() == items
     assert mailbox.take() == []
+    assert not mailbox.has_news
+
+
+def test_what_is_said_is_news_until_the_next_look() -> None:
+    registry, waker = MailboxRegistry(), CountingWaker()
+    mailbox = opened(registry, "a", waker, num_samples=2)
+    assert registry.transcripts(RequestId("a")) == mailbox.transcripts
+    assert registry.transcripts(RequestId("nobody")) == ()
+    mailbox.transcripts[1].add("x", TokenId(1), None)
+    registry.note([RequestId("a"), RequestId("nobody"), RequestId("a")])
+    assert mailbox.has_news
+    registry.flush()
+    assert waker.notified == ["a"]
+    assert mailbox.take() == []
+    registry.flush()
+    assert (waker.notified, mailbox.has_news) == (["a"], False)
+    registry.deliver(delta("a", 1))
+    assert (num_tokens(mailbox), num_tokens(mailbox, 1)) == (0, 2)
+
+
+def test_the_status_tells_an_end_before_the_transcript_does() -> None:
+    mailbox = Mailbox(RequestId("a"), 1, CountingWaker())
+    statuses = []
+
+    class Watched(Transcript):
+        def add_delta(self, delta: Delta) -> None:
+            statuses.append(mailbox.status)
+
+    mailbox.transcripts = (Watched(),)
+    mailbox.put(delta("a", ends=True))
+    assert statuses == [RequestStatus.FINISHED]
 
 
 def test_a_flush_wakes_each_reader_once_whatever_came() -> None:
@@ -80,7 +122,7 @@ def test_mail_for_a_request_that_has_ended_is_dropped() -> None:
     registry.deliver(Ended(RequestId("a"), RequestStatus.CANCELLED, "enough"))
     registry.deliver(delta("a"))
     registry.deliver(delta("nobody"))
-    assert len(mailbox.take()) == 1
+    assert (len(mailbox.take()), num_tokens(mailbox)) == (1, 0)
     assert registry.status(RequestId("a")) is RequestStatus.CANCELLED
 
 
@@ -138,28 +180,26 @@ def test_a_fault_reaches_every_open_mailbox_behind_its_mail() -> None:
     registry.deliver(delta("a"))
     fault = EngineFault("it broke")
     registry.fail_all(fault)
-    assert (len(mailbox.take()), mailbox.error, mailbox.status) == (1, fault, RequestStatus.FAILED)
+    assert (num_tokens(mailbox), mailbox.error, mailbox.status) == (1, fault, RequestStatus.FAILED)
+    assert mailbox.take() == []
     assert mailbox.has_news
     assert waker.notified == ["a"]
 
 
-def test_a_patient_reader_is_woken_at_the_end_and_to_make_room() -> None:
+def test_a_patient_reader_is_woken_at_the_end() -> None:
     registry, waker = MailboxRegistry(), CountingWaker()
     mailbox = opened(registry, "a", waker)
     mailbox.is_patient = True
-    for _ in range(NUM_PATIENT):
+    for _ in range(1000):
+        registry.deliver(delta("a"))
+        registry.note([RequestId("a")])
         assert not mailbox.has_news
         registry.flush()
-        assert waker.notified == []
-        registry.deliver(delta("a"))
-    registry.flush()
-    assert waker.notified == ["a"]
-    assert len(mailbox.take()) == NUM_PATIENT
-    registry.deliver(delta("a"))
+    assert waker.notified == []
     registry.deliver(delta("a", ends=True))
     registry.flush()
-    assert waker.notified == ["a", "a"]
-    assert len(mailbox.take()) == 2
+    assert waker.notified == ["a"]
+    assert num_tokens(mailbox) == 1001
 
 
 def test_what_came_while_a_reader_was_patient_is_news_when_it_no_longer_is() -> None:
@@ -250,7 +290,7 @@ async def test_a_trio_reader_sleeps_until_mail_comes() -> None:
         while mailbox.status is not RequestStatus.FINISHED or mailbox.has_news:
             await waker.wait(mailbox)
             num_wakes += 1
-            mailbox.take()
+            assert mailbox.take() == []
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(read)
@@ -279,7 +319,7 @@ async def test_a_cancelled_trio_reader_is_not_woken() -> None:
     registry.deliver(delta("a"))
     registry.flush()
     await waker.wait(mailbox)
-    assert len(mailbox.take()) == 1
+    assert num_tokens(mailbox) == 1
 
 
 async def test_a_second_trio_reader_is_refused() -> None:

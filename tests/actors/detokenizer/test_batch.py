@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from trained_tokenizers import byte_level_bpe, id_of
-from triode.actors.detokenizer.batch import Detokenizer
+from triode.actors.detokenizer.batch import Detokenizer, Reading
 from triode.actors.detokenizer.incremental import DecoderFactory
 from triode.actors.messages import Delta, FinishReason, Opened, Sampled, Stopped
+from triode.actors.transcript import Transcript
 from triode.ids import RequestId, StepId, TokenId
 from triode.models.sampling import SamplingParams
 from triode.models.step import TokenLogprobs
@@ -20,11 +21,43 @@ def ids(text: str) -> list[TokenId]:
     return [TokenId(token) for token in BACKEND.encode(text).ids]
 
 
-def detokenizer(**params: SamplingParams) -> Detokenizer:
-    core = Detokenizer(FACTORY)
-    for name, own in params.items():
-        core.open(Opened(RequestId(name), 1, 0, own, (TokenId(1),)))
-    return core
+class Reader:
+    """A detokenizer, and its transcripts as deltas."""
+
+    def __init__(self, params: dict[str, SamplingParams]) -> None:
+        self._core = Detokenizer(FACTORY)
+        self._samples: dict[tuple[str, int], Transcript] = {}
+        for name, own in params.items():
+            transcripts = [Transcript() for _ in range(own.n)]
+            self._core.open(Opened(RequestId(name), 1, 0, own, (TokenId(1),)), transcripts)
+            self._samples |= {(name, index): transcript for index, transcript in enumerate(transcripts)}
+
+    def __len__(self) -> int:
+        return len(self._core)
+
+    def forget(self, request_id: RequestId) -> None:
+        self._core.forget(request_id)
+
+    def read(self, message: Sampled) -> tuple[list[Delta], list[Stopped]]:
+        """What has been written for each row, or is to be written at an end, in the rows' order."""
+        before = {place: len(transcript.token_ids) for place, transcript in self._samples.items()}
+        reading = self._core.read(message)
+        deltas = []
+        for place in dict.fromkeys(zip(message.request_ids, message.sample_indices, strict=True)):
+            if place not in self._samples:
+                continue
+            transcript, begin = self._samples[place], before[place]
+            logprobs = tuple(transcript.logprobs[begin:])
+            for index in range(begin, len(transcript.token_ids)):
+                own = (logprobs[index - begin],) if logprobs else None
+                deltas.append(Delta(*place, transcript.texts[index], (transcript.token_ids[index],), own))
+            deltas += [delta for delta in reading.last if (delta.request_id, delta.index) == place]
+        assert reading.written == [delta.request_id for delta in deltas if delta.finish_reason is None]
+        return deltas, reading.stopped
+
+
+def detokenizer(**params: SamplingParams) -> Reader:
+    return Reader(params)
 
 
 Row = tuple[str, int, TokenId, FinishReason | None]
@@ -37,7 +70,7 @@ def sampled(*rows: Row, logprobs: Sequence[TokenLogprobs | None] | None = None) 
 
 
 def read_all(
-    core: Detokenizer, name: str, tokens: Sequence[TokenId], last: FinishReason
+    core: Reader, name: str, tokens: Sequence[TokenId], last: FinishReason
 ) -> tuple[list[Delta], list[Stopped]]:
     """One token a step, the last with its reason."""
     deltas, stopped = [], []
@@ -132,3 +165,11 @@ def test_half_a_character_is_held_until_it_is_whole_or_the_text_ends() -> None:
     assert [delta.text for delta in deltas] == [""] * (len(tokens) - 1) + ["👍"]
     cut, _ = read_all(core, "b", tokens[:-1], LENGTH)
     assert set("".join(delta.text for delta in cut)) == {"�"}
+
+
+def test_a_request_that_has_nowhere_to_write_has_ended() -> None:
+    core = Detokenizer(FACTORY)
+    core.open(Opened(RequestId("a"), 1, 0, SamplingParams(), (TokenId(1),)), ())
+    assert len(core) == 0
+    (x,) = ids("x")
+    assert core.read(sampled(("a", 0, x, LENGTH))) == Reading([], [], [])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from trained_tokenizers import byte_fallback_bpe, byte_fallback_from_gguf, byte_level_bpe, id_of, metaspace_unigram
-from triode.actors.detokenizer.incremental import REPLACEMENT, DecoderFactory
+from triode.actors.detokenizer.incremental import REPLACEMENT, DecoderFactory, IncrementalDecoder
 from triode.errors import UnsupportedModel
 from triode.models.gguf import GGUFFile
 from triode.models.gguf_tokenizer import read_tokenizer
@@ -64,9 +64,13 @@ def pieces_of(token_ids: list[int], sizes: list[int]) -> list[list[int]]:
     return pieces + [[token_id] for token_id in token_ids[start:]]
 
 
+def fed(decoder: IncrementalDecoder, token_ids: list[int]) -> str:
+    return "".join([decoder.feed(token_id) for token_id in token_ids])
+
+
 def streamed(tokenizer: Tokenizer, token_ids: list[int], sizes: list[int], *, skip_special_tokens: bool) -> list[str]:
     decoder = factory_of(tokenizer).start(skip_special_tokens=skip_special_tokens)
-    return [*(decoder.feed(piece) for piece in pieces_of(token_ids, sizes)), decoder.finish()]
+    return [*(fed(decoder, piece) for piece in pieces_of(token_ids, sizes)), decoder.finish()]
 
 
 @cache
@@ -155,7 +159,7 @@ def byte_ids(data: bytes) -> list[int]:
 def test_a_character_appears_with_its_last_token(make_tokenizer: Callable[[], Tokenizer], character: str) -> None:
     tokenizer = make_tokenizer()
     decoder = factory_of(tokenizer).start()
-    parts = [decoder.feed([token_id]) for token_id in tokenizer.encode(character).ids]
+    parts = [decoder.feed(token_id) for token_id in tokenizer.encode(character).ids]
     assert parts[-1].endswith(character[-1])
     assert "".join(parts).strip() == character
     assert decoder.finish() == ""
@@ -163,16 +167,16 @@ def test_a_character_appears_with_its_last_token(make_tokenizer: Callable[[], To
 
 def test_a_line_break_in_a_byte_token_is_not_held_back() -> None:
     decoder = factory_of(byte_fallback_bpe()).start()
-    assert decoder.feed(byte_ids(b"\n")) == "\n"
+    assert fed(decoder, byte_ids(b"\n")) == "\n"
 
 
 def test_an_unfinished_character_is_shown_at_the_end_as_decode_shows_it() -> None:
     for tokenizer in (byte_level_bpe(), byte_fallback_bpe()):
         token_ids = tokenizer.encode("\N{SNAKE}").ids[:-1]
         decoder = factory_of(tokenizer).start()
-        fed = decoder.feed(token_ids)
-        assert REPLACEMENT not in fed
-        assert fed + decoder.finish() == tokenizer.decode(token_ids)
+        shown = fed(decoder, token_ids)
+        assert REPLACEMENT not in shown
+        assert shown + decoder.finish() == tokenizer.decode(token_ids)
 
 
 def test_a_complete_character_survives_an_invalid_byte_after_it() -> None:
@@ -192,7 +196,7 @@ def test_one_leading_space_is_lost_and_no_other() -> None:
     tokenizer = byte_fallback_bpe()
     space = id_of(tokenizer, "▁")
     decoder = factory_of(tokenizer).start()
-    assert [decoder.feed([space]), decoder.feed([space]), decoder.feed([space])] == ["", " ", " "]
+    assert [decoder.feed(space), decoder.feed(space), decoder.feed(space)] == ["", " ", " "]
 
 
 def test_an_id_beyond_the_vocabulary_stands_for_no_text() -> None:

@@ -41,7 +41,7 @@ def test_a_stop_is_found_with_the_token_that_completes_it(
 
     decoder, plain, lengths = factory.start(), "", []
     for token_id in token_ids:
-        plain += decoder.feed([token_id])
+        plain += decoder.feed(token_id)
         lengths.append(len(plain))
     plain += decoder.finish()
     first_end = lengths[min_tokens - 1] if 0 < min_tokens <= len(lengths) else (0 if min_tokens == 0 else len(plain))
