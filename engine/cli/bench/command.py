@@ -83,6 +83,9 @@ def main(arguments: argparse.Namespace) -> int:
     """Run the chosen test."""
     if arguments.runs < 1:
         raise ValueError(f"runs must be >= 1, got {arguments.runs}")
+    if arguments.json is not None:
+        # Nobody shall wait for figures that cannot be written.
+        arguments.json.touch()
     rows: list[Row] = arguments.run(arguments)
     if not rows:
         return 130

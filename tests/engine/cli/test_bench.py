@@ -56,6 +56,14 @@ def test_prefix_has_a_row_for_each_share(tmp_path: Path) -> None:
     assert [row["test"] for row in rows] == ["prefix 0 %", "prefix 50 %"]
 
 
+def test_figures_that_cannot_be_written_are_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "nowhere" / "rows"
+    assert main(["bench", "latency", *TINY, "--json", str(path)]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == f"triode: error: [Errno 2] No such file or directory: '{path}'\n"
+
+
 def test_startup_runs_in_processes_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     assert main(["bench", "startup", *TINY[:-1], "1", "--json", str(path)]) == 0

@@ -88,6 +88,9 @@ def main(arguments: argparse.Namespace) -> int:
     _require("httpx")
     if arguments.plot is not None:
         _require("matplotlib")
+    for path in filter(None, (arguments.json, arguments.plot)):
+        # Nobody shall wait for figures that cannot be written.
+        path.touch()
     rows = trio.run(_measure, with_flags(arguments, Options()))
     if not rows:
         return 130
