@@ -31,8 +31,8 @@ from gpu_timing import (
 )
 
 from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.hopper_product.choice import swiglu_product_serves, swiglu_product_tile
 from triode.kernels.hopper_product.product import swiglu_product, takes
-from triode.kernels.hopper_product.tiles import is_fastest, product_tile
 from triode.kernels.linear.blas import in_order, linear_blas, linear_torch
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.proof import Product
@@ -250,8 +250,8 @@ class DecodeStep:
             self.linear(self.attended.view(num_rows, -1), self.weights["o"][layer], self.x)
             add_rms_norm(self.x, self.residual, self.norm_weight[0], 1e-6, self.hidden, traits)
             gate_up = self.weights["gate_up"][layer]
-            if takes(gate_up, None, traits) and is_fastest(num_rows, shape.intermediate, shape.hidden):
-                joined = product_tile(num_rows, shape.intermediate, traits.num_sms)
+            if takes(gate_up, None, traits) and swiglu_product_serves(num_rows, shape.intermediate, shape.hidden):
+                joined = swiglu_product_tile(num_rows, shape.intermediate, traits.num_sms)
                 swiglu_product(self.hidden, gate_up, self.half, joined, traits)
             elif num_rows <= swiglu_triton_tokens(shape.intermediate, shape.hidden):
                 tile = swiglu_tile(shape.intermediate, shape.hidden, num_rows)

@@ -16,8 +16,9 @@ from gpu_algorithms import Case, by_turns_us
 from gpu_timing import DEVICE, LLAMA, QWEN, Shape, unwritten
 
 from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.hopper_product.choice import SPEEDS, swiglu_product_tile
 from triode.kernels.hopper_product.product import swiglu_product
-from triode.kernels.hopper_product.tiles import SPEEDS, ProductTile, product_tile
+from triode.kernels.hopper_product.tiles import ProductTile
 from triode.kernels.linear.blas import describe_blas, in_order, linear_blas
 from triode.kernels.linear.gpu import linear_sequential
 from triode.kernels.linear.tiles import swiglu_tile
@@ -54,7 +55,7 @@ def measure(shape: Shape, num_tokens: int, traits: GpuTraits, options: argparse.
     case.out = unwritten(num_tokens, shape.intermediate)
     scratch = unwritten(num_tokens, 2 * shape.intermediate)
     both = functools.partial(two_kernels, traits, scratch)
-    chosen = product_tile(num_tokens, shape.intermediate, traits.num_sms)
+    chosen = swiglu_product_tile(num_tokens, shape.intermediate, traits.num_sms)
     tiles = SPEEDS if options.all else [chosen]
     both(case.x, case.weights[0], case.out)
     expected = case.out.clone()

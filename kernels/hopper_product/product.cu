@@ -1,16 +1,20 @@
-// x [M, K] times a gate-up weight [2F, K], and silu(gate) * up of it, [M, F], in one pass on a Hopper GPU.
+// x [M, K] times a weight, in one pass on a Hopper GPU: [N, K] gives [M, N], and may be added to a residual stream; a gate-up
+// weight [2F, K] gives silu(gate) * up of the product, [M, F].
 //
 // The idea. One thread has the copy engine fill a ring of stages in shared memory; a stage holds 64 in features of this
-// program's tokens and of its weight rows, eight gates and their eight ups by turns. Groups of four warps multiply 64 (or
-// twice 64) tokens each with all those rows. Since up j comes eight columns behind gate j, one thread holds both sums, and
-// SwiGLU takes place in registers: what would be written and read again, twice as wide as the result, never leaves them.
-// Programs come in clusters of two that read either the same weight rows or the same tokens. Each has one half of those
-// fetched, for both. A program takes one tile after the other, and the next one's stages are fetched while it still stores.
+// program's tokens and of its weight rows. Groups of four warps multiply 64 (or twice 64) tokens each with all those rows.
+// Programs come in clusters that read either the same weight rows or the same tokens. Each has its share of those
+// fetched, for all. A program takes one tile after the other, and the next one's stages are fetched while it still stores.
 //
-// Sums run over K in order, 16 in features an instruction, so that any tile gives the same bits.
+// Of a gate-up weight a stage holds eight gates and their eight ups by turns. Since up j comes eight columns behind gate j,
+// one thread holds both sums, and SwiGLU takes place in registers: what would be written and read again, twice as wide as
+// the result, never leaves them.
 //
-// What the compiler is told (tiles.py says what it means): CONSUMERS, SUBTILES, PARTS, COLUMNS, STAGES, SHARES_WEIGHT,
-// FLOAT16. "multiply.h" has the one instruction whose text depends on COLUMNS.
+// Sums run over K in order, 16 in features an instruction, so that any tile gives the same bits. A sum is rounded before
+// anything becomes of it, as it would be between two kernels.
+//
+// What the compiler is told (tiles.py and source.py say what it means): GATED, ADDS, CLUSTER, CONSUMERS, SUBTILES, PARTS,
+// COLUMNS, STAGES, SHARES_WEIGHT, BOX_GROUPS, FLOAT16. "multiply.h" has the one instruction whose text depends on COLUMNS.
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -20,15 +24,15 @@ using Address = u32;  // in shared memory
 
 #include "multiply.h"
 
-constexpr int CLUSTER = 2;
 constexpr int WARP = 32;
 constexpr int WARP_GROUP = 4 * WARP;
 constexpr int NUM_THREADS = WARP_GROUP * (1 + CONSUMERS);
 constexpr int TOKENS_AT_ONCE = 64;  // of an instruction
 constexpr int TOKENS = TOKENS_AT_ONCE * SUBTILES * CONSUMERS;
 constexpr int ROWS = PARTS * COLUMNS;
-constexpr int FEATURES = ROWS / 2;
-constexpr int GROUP = 8;  // gates, or ups, side by side
+constexpr int GROUP = 8;  // features side by side
+constexpr int ROWS_OF_FEATURE = GATED ? 2 : 1;
+constexpr int FEATURES = ROWS / ROWS_OF_FEATURE;
 constexpr int STEP = 64;  // in features of a stage
 constexpr int STEP_BYTES = STEP * 2;
 constexpr int K_AT_ONCE = 16;  // of an instruction
@@ -41,19 +45,22 @@ constexpr u16 EVERY_PROGRAM = (1 << CLUSTER) - 1;
 // What programs of a cluster have in common, and what is their own.
 constexpr int WEIGHT_SHARES = SHARES_WEIGHT ? CLUSTER : 1;
 constexpr int TOKEN_SHARES = SHARES_WEIGHT ? 1 : CLUSTER;
-// A multiprocessor's registers, first divided evenly among threads, go to those that hold sums.
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+// A multiprocessor's registers, first divided evenly among threads, go to those that hold sums. Of one group each may have
+// as many as there can be.
+constexpr bool MOVES_REGISTERS = CONSUMERS > 1;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 
-static_assert(CONSUMERS == 2 || CONSUMERS == 3, "registers are divided for two or three");
-static_assert(FEATURES % (GROUP * WEIGHT_SHARES) == 0, "each program fetches whole groups");
+static_assert(CONSUMERS <= 3, "registers are divided for three");
+static_assert(FEATURES % (GROUP * BOX_GROUPS) == 0, "rows are fetched by whole boxes");
+static_assert(TOKENS % (8 * TOKEN_SHARES) == 0, "tokens are fetched by whole atoms");
 
 // An address on the device that tensor maps are read from, as the driver lays them out.
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };
 
-// ---- Barriers of a stage: full once all its bytes are there, empty once all warps of both programs are done with it.
+// ---- Barriers of a stage: full once all its bytes are there, empty once all warps of the cluster are done with it.
 
 __device__ __forceinline__ Address shared_address(const void *pointer) { return __cvta_generic_to_shared(pointer); }
 
@@ -228,28 +235,56 @@ __device__ __forceinline__ void transpose_four(u32 (&pairs)[4]) {
     }
 }
 
+// A thread's two neighbouring features of a group whose first sum is given.
+__device__ __forceinline__ u32 finish_pair(const float *sums) {
+#if GATED
+    constexpr int TO_UPS = 4;
+    return swiglu_pair(sums, sums + TO_UPS);
+#else
+    return round_pair(sums[0], sums[1]);
+#endif
+}
+
+__device__ __forceinline__ u32 add_pair(u32 pair, u32 residual) {
+    return round_pair(__fadd_rn(widen(pair), widen(residual)), __fadd_rn(widen(pair >> 16), widen(residual >> 16)));
+}
+
 // One row of a part; four groups at a time are stored by 16 bytes a lane. Features from the end on are not stored.
-__device__ __forceinline__ void store_row(const float *sums, u16 *out, int feature, int num_features) {
-    constexpr int NUM_GROUPS = COLUMNS / (2 * GROUP), SUMS_OF_GROUP = 8, TO_UPS = 4;
-    int quarter = threadIdx.x % 4;
+__device__ __forceinline__ void store_row(const float *sums, u16 *out, const u16 *residual, int feature, int num_features) {
+    constexpr int NUM_GROUPS = COLUMNS / (ROWS_OF_FEATURE * GROUP), SUMS_OF_GROUP = 4 * ROWS_OF_FEATURE;
+    constexpr int NUM_FOURS = NUM_GROUPS / 4, NUM_LEFT = NUM_GROUPS % 4;
+    int quarter = threadIdx.x % 4, four = feature + quarter * GROUP, left = feature + NUM_FOURS * 4 * GROUP + quarter * 2;
+#if ADDS
+    // All of it is on its way before any is waited for.
+    uint4 to_fours[NUM_FOURS + 1];
+    u32 to_left[NUM_LEFT + 1];
 #pragma unroll
-    for (int group = 0; group + 4 <= NUM_GROUPS; group += 4) {
+    for (int i = 0; i < NUM_FOURS; ++i, four += 4 * GROUP)
+        if (four < num_features) to_fours[i] = *reinterpret_cast<const uint4 *>(residual + four);
+#pragma unroll
+    for (int i = 0; i < NUM_LEFT; ++i, left += GROUP)
+        if (left < num_features) to_left[i] = *reinterpret_cast<const u32 *>(residual + left);
+    four -= NUM_FOURS * 4 * GROUP, left -= NUM_LEFT * GROUP;
+#endif
+#pragma unroll
+    for (int i = 0; i < NUM_FOURS; ++i, four += 4 * GROUP) {
         u32 pairs[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float *gates = sums + (group + i) * SUMS_OF_GROUP;
-            pairs[i] = swiglu_pair(gates, gates + TO_UPS);
-        }
+        for (int j = 0; j < 4; ++j) pairs[j] = finish_pair(sums + (i * 4 + j) * SUMS_OF_GROUP);
         transpose_four(pairs);
-        int first = feature + (group + quarter) * GROUP;
-        if (first < num_features) *reinterpret_cast<uint4 *>(out + first) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+#if ADDS
+        pairs[0] = add_pair(pairs[0], to_fours[i].x), pairs[1] = add_pair(pairs[1], to_fours[i].y);
+        pairs[2] = add_pair(pairs[2], to_fours[i].z), pairs[3] = add_pair(pairs[3], to_fours[i].w);
+#endif
+        if (four < num_features) *reinterpret_cast<uint4 *>(out + four) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
 #pragma unroll
-    for (int group = NUM_GROUPS / 4 * 4; group < NUM_GROUPS; ++group) {
-        const float *gates = sums + group * SUMS_OF_GROUP;
-        u32 pair = swiglu_pair(gates, gates + TO_UPS);
-        int first = feature + group * GROUP;
-        if (first < num_features) *reinterpret_cast<u32 *>(out + first + 2 * quarter) = pair;
+    for (int i = 0; i < NUM_LEFT; ++i, left += GROUP) {
+        u32 pair = finish_pair(sums + (NUM_FOURS * 4 + i) * SUMS_OF_GROUP);
+#if ADDS
+        pair = add_pair(pair, to_left[i]);
+#endif
+        if (left < num_features) *reinterpret_cast<u32 *>(out + left) = pair;
     }
 }
 
@@ -295,12 +330,17 @@ struct Producer {
     const TensorMap &x_map, &weight_map;
     int rank, num_tokens;
 
+    // By boxes, which the programs that share them take by turns.
     __device__ __forceinline__ void begin_with_weight(const Ring &ring, Place place, int step) const {
-        constexpr int GROUPS = FEATURES / GROUP / WEIGHT_SHARES;
-        int share = SHARES_WEIGHT ? rank : 0;
+        constexpr int NUM_BOXES = FEATURES / (GROUP * BOX_GROUPS), BOX_BYTES = WEIGHT_BYTES / NUM_BOXES;
         arrive_and_expect(ring.is_full(), STAGE_BYTES);
-        fetch_weight<(WEIGHT_SHARES > 1)>(ring.weight() + share * (WEIGHT_BYTES / WEIGHT_SHARES), weight_map,
-                                          ring.is_full(), step * STEP, place.feature / GROUP + share * GROUPS);
+#pragma unroll
+        for (int first = 0; first < NUM_BOXES; first += WEIGHT_SHARES) {
+            int box = first + (SHARES_WEIGHT ? rank : 0);
+            if (NUM_BOXES % WEIGHT_SHARES == 0 || box < NUM_BOXES)
+                fetch_weight<(WEIGHT_SHARES > 1)>(ring.weight() + box * BOX_BYTES, weight_map, ring.is_full(), step * STEP,
+                                                  place.feature / GROUP + box * BOX_GROUPS);
+        }
     }
 
     __device__ __forceinline__ void end_with_tokens(const Ring &ring, Place place, int step) const {
@@ -333,15 +373,15 @@ __device__ __forceinline__ void produce(Ring ring, Producer producer, Tiles tile
     }
 }
 
-// Tell both programs that this warp is done with a stage.
+// Tell all programs that this warp is done with a stage.
 __device__ __forceinline__ void release(Address is_empty) {
     u32 lane = threadIdx.x % WARP;
     if (lane < CLUSTER) arrive_at(is_empty, lane);
 }
 
 // A group of warps multiplies its tokens of all tiles, and stores what becomes of them.
-__device__ __forceinline__ void consume(Ring ring, Tiles tiles, u16 *out, int num_tokens, int num_features, int consumer,
-                                        int rank, int first, int stride, int num_steps) {
+__device__ __forceinline__ void consume(Ring ring, Tiles tiles, u16 *out, const u16 *residual, int num_tokens,
+                                        int num_features, int consumer, int rank, int first, int stride, int num_steps) {
     Sums sums;
     int first_token = consumer * SUBTILES * TOKENS_AT_ONCE;
     int row = threadIdx.x % WARP_GROUP / WARP * 16 + threadIdx.x % WARP / 4;
@@ -370,15 +410,18 @@ __device__ __forceinline__ void consume(Ring ring, Tiles tiles, u16 *out, int nu
                     int token = place.token + first_token + s * TOKENS_AT_ONCE + row + half * 8;
                     // Neighbours store together: all lanes come along, and those past the end store nothing.
                     int end = token < num_tokens ? num_features : 0;
-                    store_row(sums[s][p] + half * 2, out + u64(token) * num_features, place.feature + p * (COLUMNS / 2), end);
+                    u64 row_at = u64(token) * num_features;
+                    int feature = place.feature + p * (COLUMNS / ROWS_OF_FEATURE);
+                    store_row(sums[s][p] + half * 2, out + row_at, residual + row_at, feature, end);
                 }
     }
 }
 
-// `out` is [num_tokens, num_features]; the maps are of x and of the weight as [K, 8, gates or ups, F / 8], innermost first.
+// `out` and `residual`, which is read only where it is added to, are [num_tokens, num_features]. The maps are of x and of the
+// weight as [K, 8, gates or ups, F / 8], or [K, 8, 1, N / 8], innermost first.
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
-gate_up_swiglu(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map, u16 *out,
-               int num_tokens, int num_features, int in_features, int tiles_in_l2) {
+product(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map, u16 *out,
+        const u16 *residual, int num_tokens, int num_features, int in_features, int tiles_in_l2) {
     extern __shared__ unsigned char memory[];
     __shared__ u64 full[STAGES], empty[STAGES];
     Ring ring = {(shared_address(memory) + ATOM_BYTES - 1) & ~(ATOM_BYTES - 1), shared_address(full), shared_address(empty)};
@@ -401,14 +444,14 @@ gate_up_swiglu(const __grid_constant__ TensorMap x_map, const __grid_constant__ 
     }
     wait_for_cluster();
     if (warp_group == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+        if (MOVES_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
         if (threadIdx.x == 0) produce(ring, Producer{x_map, weight_map, rank, num_tokens}, tiles, first, stride, num_steps);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-        consume(ring, tiles, out, num_tokens, num_features, warp_group - 1, rank, first, stride, num_steps);
+        if (MOVES_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+        consume(ring, tiles, out, residual, num_tokens, num_features, warp_group - 1, rank, first, stride, num_steps);
     }
     // One thread of a warp has fetched, and the barrier takes whole warps.
     __syncwarp();
-    // The neighbour may still arrive at this program's barriers.
+    // Neighbours may still arrive at this program's barriers.
     wait_for_cluster();
 }

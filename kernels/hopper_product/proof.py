@@ -1,26 +1,36 @@
-"""Does the product with SwiGLU give the bits of the two kernels for which it stands? Ask both, for a weight on this GPU.
+"""Does the kernel give the bits of the kernels for which it stands? Ask them, for a weight on this GPU.
 
-M tokens    K in features    F out features
+M tokens    K in features    N weight rows    F out features
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.hopper_product.choice import measured_tile, swiglu_product_tile
 from triode.kernels.hopper_product.errors import ProductUnavailable
-from triode.kernels.hopper_product.product import swiglu_product
-from triode.kernels.hopper_product.tiles import ProductTile, product_tile
+from triode.kernels.hopper_product.product import compile_tiles, hopper_product, swiglu_product
+from triode.kernels.hopper_product.tiles import Ending, ProductTile
 from triode.kernels.linear.blas import in_order, linear_blas
 from triode.kernels.swiglu.gpu import swiglu
 
+_COMPARED_TOKENS = 64
+"""At a time, so that no further buffer as large as a step's is asked for."""
+_WORDS = {
+    Ending.STORE: "it serves no product",
+    Ending.ADD: "it adds no product to the residual stream",
+    Ending.SWIGLU: "it serves no product with SwiGLU",
+}
+
 
 @dataclasses.dataclass(frozen=True)
-class SwigluProof:
+class ProductProof:
     """What was found for one weight."""
 
-    out_features: int
+    ending: Ending
+    num_rows: int
     in_features: int
     differing_tokens: tuple[int, ...] = ()
     """The numbers of tokens for which it differs."""
@@ -33,45 +43,82 @@ class SwigluProof:
         return not (self.differing_tokens or self.failure)
 
     def __str__(self) -> str:
-        why = self.failure or f"it differs at {self.differing_tokens} tokens"
-        shape = f"{2 * self.out_features} × {self.in_features}"
-        return f"{shape}: no product with SwiGLU in one kernel ({why}); cuBLASLt and a kernel for SwiGLU serve"
+        why = self.failure or f"its bits differ at {self.differing_tokens} tokens"
+        return f"{self.num_rows} × {self.in_features}: the CUDA C++ kernel is left out, {_WORDS[self.ending]} ({why})"
 
 
-def prove_swiglu(weight_2FK: torch.Tensor, traits: GpuTraits, served: Iterable[int]) -> SwigluProof:
-    """Compare both on one random input, with this weight's own values, by every tile that serves. Waits for the device.
+def tiles_of(
+    ending: Ending, num_rows: int, in_features: int, num_sms: int, served: Iterable[int]
+) -> list[tuple[int, ProductTile]]:
+    """Of the numbers of tokens that each tile serves, the least and the largest."""
+    numbers: dict[ProductTile, list[int]] = {}
+    for num_tokens in served:
+        if ending is Ending.SWIGLU:
+            tile: ProductTile | None = swiglu_product_tile(num_tokens, num_rows // 2, num_sms)
+        else:
+            tile = measured_tile(ending, num_tokens, num_rows, in_features)
+        if tile is not None:
+            numbers.setdefault(tile, []).append(num_tokens)
+    return [(num, tile) for tile, nums in numbers.items() for num in sorted({min(nums), max(nums)})]
+
+
+def prove_product(ending: Ending, weight_NK: torch.Tensor, traits: GpuTraits, served: Iterable[int]) -> ProductProof:
+    """Compare all on one random input, with this weight's own values, by every tile that serves. Waits for the device.
 
     Compiles and loads all of them, so that nothing is left to do while serving.
 
     Args:
         served: the numbers of tokens for which it is to serve.
     """
-    out_features, in_features = weight_2FK.shape[0] // 2, weight_2FK.shape[1]
-    asked = tokens_of_tiles(out_features, traits.num_sms, served)
+    num_rows, in_features = weight_NK.shape
+    asked = tiles_of(ending, num_rows, in_features, traits.num_sms, served)
     most_tokens = max((num_tokens for num_tokens, _ in asked), default=0)
-    x_MK = torch.randn(most_tokens, in_features, dtype=weight_2FK.dtype, device=weight_2FK.device)
-    product_M2F = x_MK.new_empty(most_tokens, 2 * out_features)
-    expected_MF, found_MF = (x_MK.new_empty(most_tokens, out_features) for _ in range(2))
+    x_MK = torch.randn(most_tokens, in_features, dtype=weight_NK.dtype, device=weight_NK.device)
+    product_MN = x_MK.new_empty(most_tokens, num_rows)
+    found_MF = x_MK.new_empty(most_tokens, num_rows // ending.rows_of_feature)
+    residual_MF = torch.randn_like(found_MF) if ending is Ending.ADD else None
     differing = []
-    with in_order(weight_2FK.device):
-        for num_tokens, tile in asked:
-            x, product, expected, found = (each[:num_tokens] for each in (x_MK, product_M2F, expected_MF, found_MF))
-            # No element keeps what another tile wrote.
-            found.fill_(torch.nan)
-            try:
-                swiglu_product(x, weight_2FK, found, tile, traits)
-            except ProductUnavailable as error:
-                return SwigluProof(out_features, in_features, failure=str(error))
-            linear_blas(x, weight_2FK, product)
-            swiglu(product, expected, traits)
-            if not torch.equal(expected, found):
-                differing.append(num_tokens)
-    return SwigluProof(out_features, in_features, tuple(differing))
+    try:
+        compile_tiles(ending, {tile: None for _, tile in asked}, weight_NK.dtype)
+        with in_order(weight_NK.device):
+            for num_tokens, tile in asked:
+                x, product, found = (each[:num_tokens] for each in (x_MK, product_MN, found_MF))
+                residual = None if residual_MF is None else residual_MF[:num_tokens]
+                # No element keeps what another tile wrote.
+                found.fill_(torch.nan)
+                if ending is Ending.SWIGLU:
+                    swiglu_product(x, weight_NK, found, tile, traits)
+                else:
+                    hopper_product(x, weight_NK, found, tile, traits, residual_MN=residual)
+                linear_blas(x, weight_NK, product)
+                if not _equal(found, product, residual, _finish(ending, traits)):
+                    differing.append(num_tokens)
+    except ProductUnavailable as error:
+        return ProductProof(ending, num_rows, in_features, failure=str(error))
+    return ProductProof(ending, num_rows, in_features, tuple(differing))
 
 
-def tokens_of_tiles(num_features: int, num_sms: int, served: Iterable[int]) -> list[tuple[int, ProductTile]]:
-    """Of the numbers of tokens that each tile serves, the least and the largest."""
-    numbers: dict[ProductTile, list[int]] = {}
-    for num_tokens in served:
-        numbers.setdefault(product_tile(num_tokens, num_features, num_sms), []).append(num_tokens)
-    return [(num, tile) for tile, nums in numbers.items() for num in sorted({min(nums), max(nums)})]
+Finish = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""From some tokens' products, and what they are added to."""
+
+
+def _finish(ending: Ending, traits: GpuTraits) -> Finish:
+    def finish(product: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        if residual is not None:
+            return (product.float() + residual.float()).to(product.dtype)
+        if ending is Ending.STORE:
+            return product
+        activated = product.new_empty(len(product), product.shape[1] // 2)
+        swiglu(product, activated, traits)
+        return activated
+
+    return finish
+
+
+def _equal(found: torch.Tensor, product: torch.Tensor, residual: torch.Tensor | None, finish: Finish) -> bool:
+    for first in range(0, len(found), _COMPARED_TOKENS):
+        some = slice(first, first + _COMPARED_TOKENS)
+        expected = finish(product[some], None if residual is None else residual[some])
+        if not torch.equal(found[some], expected):
+            return False
+    return True

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from triode.kernels.hopper_product.tiles import ProductTile
+from triode.kernels.hopper_product.tiles import Ending, ProductTile
 
 SOURCE = Path(__file__).with_name("product.cu")
-KERNEL = "gate_up_swiglu"
+KERNEL = "product"
 _TYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 _INSTRUCTION = """
@@ -49,15 +49,19 @@ def headers(tile: ProductTile, dtype: torch.dtype) -> Mapping[str, str]:
     return {"multiply.h": instruction}
 
 
-def options(tile: ProductTile, dtype: torch.dtype) -> list[str]:
+def options(tile: ProductTile, ending: Ending, dtype: torch.dtype) -> list[str]:
     """Of the compiler."""
     constants = {
+        "GATED": int(ending is Ending.SWIGLU),
+        "ADDS": int(ending is Ending.ADD),
+        "CLUSTER": tile.cluster,
         "CONSUMERS": tile.consumers,
         "SUBTILES": tile.subtiles,
         "PARTS": tile.parts,
         "COLUMNS": tile.columns,
         "STAGES": tile.num_stages,
         "SHARES_WEIGHT": int(tile.shares_weight),
+        "BOX_GROUPS": tile.box_groups(ending),
         "FLOAT16": int(dtype == torch.float16),
     }
     return ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{name}={value}" for name, value in constants.items())]

@@ -1,24 +1,34 @@
-"""Which tile `product.cu` is compiled with, for a weight and a number of tokens: what each of them computes in a
-microsecond, and how often all of the GPU takes one.
-
-Every tile gives the same bits, so a choice is only ever a matter of speed. Measured on an H100 80GB HBM3 by
-`benchmarks/gpu_swiglu.py`, for the weights of MEASURED; all others are left to cuBLASLt and the SwiGLU kernel.
-"""
+"""How programs share a product: what `product.cu` is compiled with. Every tile gives the same bits."""
 
 import dataclasses
-import functools
-import sys
+import enum
 
-CLUSTER = 2
-"""Programs that share what both of them read."""
 STEP_FEATURES = 64
 """In features of a stage: rows of 128 bytes."""
+GROUP = 8
+"""Features side by side that are fetched together; of gates, their ups come next."""
 _WARP_GROUP_THREADS = 128
 _INSTRUCTION_TOKENS = 64
 _MOST_COLUMNS = 256
+_MOST_CLUSTER = 4
 _ATOM_BYTES = 1024
 MOST_SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 16
+
+
+class Ending(enum.Enum):
+    """What becomes of a token's sums, each of which is rounded first."""
+
+    STORE = "product"
+    SWIGLU = "swiglu"
+    """Sums of gates and ups."""
+    ADD = "add"
+    """To a residual stream."""
+
+    @property
+    def rows_of_feature(self) -> int:
+        """Weight rows of an out feature."""
+        return 2 if self is Ending.SWIGLU else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +40,21 @@ class ProductTile:
     subtiles: int
     """Times 64 tokens, that each of them takes."""
     columns: int
-    """Weight rows of an instruction, eight gates and their eight ups by turns."""
+    """Weight rows of an instruction."""
     num_stages: int
     """Of shared memory, each 64 in features long."""
     parts: int = 1
     """Instructions side by side."""
     shares_weight: bool = False
     """Whether the programs of a cluster have the same weight rows, or the same tokens."""
+    cluster: int = 2
+    """Programs that share what all of them read."""
 
     def __post_init__(self) -> None:
-        if self.columns % 16 or self.columns > _MOST_COLUMNS:
-            raise ValueError(f"columns must be a multiple of 16 up to {_MOST_COLUMNS}, got {self.columns}")
-        if self.shares_weight and self.features // 8 % CLUSTER:
-            raise ValueError(f"features must be a multiple of 16 where weights are shared, got {self.features}")
+        if self.columns % GROUP or self.columns > _MOST_COLUMNS:
+            raise ValueError(f"columns must be a multiple of {GROUP} up to {_MOST_COLUMNS}, got {self.columns}")
+        if not 1 <= self.cluster <= _MOST_CLUSTER:
+            raise ValueError(f"cluster must be 1 to {_MOST_CLUSTER}, got {self.cluster}")
         if self.shared_bytes + self.num_stages * _BARRIER_BYTES > MOST_SHARED_BYTES:
             raise ValueError(f"shared memory must be at most {MOST_SHARED_BYTES} bytes, got {self.shared_bytes}")
 
@@ -57,19 +69,19 @@ class ProductTile:
         return self.parts * self.columns
 
     @property
-    def features(self) -> int:
-        """Out features of a program."""
-        return self.rows // 2
+    def fetched_tokens(self) -> int:
+        """Of a stage, by one program."""
+        return self.tokens // (1 if self.shares_weight else self.cluster)
 
     @property
     def cluster_tokens(self) -> int:
-        """Of both programs of a cluster."""
-        return self.tokens * (CLUSTER if self.shares_weight else 1)
+        """Of all programs of a cluster."""
+        return self.tokens * (self.cluster if self.shares_weight else 1)
 
     @property
-    def cluster_features(self) -> int:
-        """The same in out features."""
-        return self.features * (1 if self.shares_weight else CLUSTER)
+    def cluster_rows(self) -> int:
+        """The same in weight rows."""
+        return self.rows * (1 if self.shares_weight else self.cluster)
 
     @property
     def num_threads(self) -> int:
@@ -81,43 +93,19 @@ class ProductTile:
         """What stages take, and their alignment."""
         return (self.tokens + self.rows) * STEP_FEATURES * 2 * self.num_stages + _ATOM_BYTES
 
-    def num_clusters(self, num_tokens: int, num_features: int) -> int:
-        """Tiles of a cluster that a product has."""
-        return -(-num_tokens // self.cluster_tokens) * -(-num_features // self.cluster_features)
+    def num_clusters(self, num_tokens: int, num_rows: int) -> int:
+        """Tiles of a cluster that a product with so many weight rows has."""
+        return -(-num_tokens // self.cluster_tokens) * -(-num_rows // self.cluster_rows)
 
+    def box_groups(self, ending: Ending) -> int:
+        """Groups of features that are fetched at once: all of a stage, or whole fractions that programs take by turns.
 
-SPEEDS: dict[ProductTile, int] = {
-    ProductTile(consumers=2, subtiles=2, columns=192, num_stages=4): 850,
-    ProductTile(consumers=2, subtiles=2, columns=176, num_stages=4): 840,
-    ProductTile(consumers=2, subtiles=1, columns=256, num_stages=4, shares_weight=True): 835,
-    ProductTile(consumers=2, subtiles=1, columns=224, num_stages=5, shares_weight=True): 815,
-    ProductTile(consumers=2, subtiles=2, columns=144, num_stages=4): 810,
-    ProductTile(consumers=2, subtiles=1, columns=224, num_stages=5): 770,
-    ProductTile(consumers=2, subtiles=1, columns=144, num_stages=4, parts=2): 760,
-    ProductTile(consumers=3, subtiles=1, columns=144, num_stages=5): 770,
-    ProductTile(consumers=3, subtiles=1, columns=112, num_stages=5): 750,
-}
-"""TFLOP/s of a cool GPU all of whose multiprocessors have something to do."""
-
-MEASURED: dict[tuple[int, int], tuple[range, ...]] = {
-    # Qwen2.5-7B and Llama-3.1-8B, of whose features cuBLASLt has a tile that 384 tokens fill more evenly.
-    (18944, 3584): (range(33, sys.maxsize),),
-    (14336, 4096): (range(33, 257), range(385, sys.maxsize)),
-}
-"""(out features, in features) → the numbers of tokens for which this kernel is the fastest."""
-
-
-def is_fastest(num_tokens: int, num_features: int, in_features: int) -> bool:
-    """Whether this kernel should serve; the out features are those of one half."""
-    return any(num_tokens in served for served in MEASURED.get((num_features, in_features), ()))
-
-
-@functools.lru_cache(maxsize=8192)
-def product_tile(num_tokens: int, num_features: int, num_sms: int) -> ProductTile:
-    """The one that should be done first; the out features are those of one half."""
-
-    def cost(tile: ProductTile) -> float:
-        num_waves = -(-tile.num_clusters(num_tokens, num_features) // (num_sms // CLUSTER))
-        return num_waves * tile.tokens * tile.rows / SPEEDS[tile]
-
-    return min(SPEEDS, key=cost)
+        Raises:
+            ValueError: gates and ups do not fill whole groups.
+        """
+        group_rows = GROUP * ending.rows_of_feature
+        if self.columns % group_rows:
+            raise ValueError(f"columns must be a multiple of {group_rows} for {ending.value}, got {self.columns}")
+        num_groups = self.rows // group_rows
+        most = max(1, num_groups // (self.cluster if self.shares_weight else 1))
+        return max(number for number in range(1, most + 1) if num_groups % number == 0)

@@ -150,8 +150,8 @@ def _pool(num_blocks: int, decoder: CudaDecoder, cache_config: CacheConfig) -> K
 def _describe(decoder: CudaDecoder) -> str:
     exceptions = decoder.proofs.exceptions()
     kernels = f"Triton; {describe_blas(decoder.device)} for products of many tokens"
-    if decoder.proofs.swiglu_kernel():
-        kernels += ", CUDA C++ for those with SwiGLU"
+    if decoder.proofs.hopper_serves():
+        kernels += " or CUDA C++, which computes SwiGLU, too"
     return f"{kernels}, but for {'; '.join(exceptions)}" if exceptions else kernels
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from triode.kernels.gpu_traits import GpuTraits
+from triode.kernels.hopper_product.tiles import Ending
 from triode.kernels.paged_attention.gpu import AttentionWorkspace
 from triode.kernels.paged_attention.tiles import (
     HOPPER_PAIRS,
@@ -78,15 +79,16 @@ class CudaDecoder:
         self._one_token = OneTokenLayers.of(config, weights, self)
         self._head = self._bind_head(weights.head_VD)
 
-    def linear(self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None) -> GpuLinear:
-        """A product over the tokens of a step."""
+    def linear(self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, *endings: Ending) -> GpuLinear:
+        """A product over the tokens of a step, and what else may be asked of it."""
         proof = self.proofs.of(weight_ED, bias_E, self.dtype, self.max_tokens)
-        return GpuLinear(weight_ED, bias_E, proof.triton_tokens, self.traits)
+        product = GpuLinear(weight_ED, bias_E, proof.triton_tokens, self.traits)
+        hopper = (ending for ending in endings if self.proofs.hopper(ending, product, self.max_tokens))
+        return replace(product, hopper=frozenset(hopper))
 
     def gate_up(self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None) -> GpuGateUp:
         """A product whose out features are gates, then ups, and SwiGLU of it."""
-        product = self.linear(weight_ED, bias_E)
-        return GpuGateUp(product, self.proofs.joins_swiglu(product, self.max_tokens))
+        return GpuGateUp(self.linear(weight_ED, bias_E, Ending.SWIGLU))
 
     def gains_by_picking(self, num_tokens: int, num_picked: int) -> bool:
         """Whether a step of so many tokens, of which so many are wanted, is done sooner if it picks them."""
@@ -112,13 +114,8 @@ class CudaDecoder:
         rms_norm(buffers.residual_TD, self._weights.layers[0].input_norm_D, eps, buffers.hidden_TD, self.traits)
         if places.num_tokens == 1 and self._one_token is not None:
             assert picked is None, "a step of one token that picks"
-            buffers = self._forward_one(self._one_token, places, keys_PBKH, values_PBKH, buffers)
-        else:
-            buffers = self._forward_many(places, keys_PBKH, values_PBKH, picked, buffers)
-        if len(buffers.x_TD):
-            weight_D = self._weights.final_norm_D
-            add_rms_norm(buffers.x_TD, buffers.residual_TD, weight_D, eps, buffers.hidden_TD, self.traits)
-        return buffers.hidden_TD
+            return self._forward_one(self._one_token, places, keys_PBKH, values_PBKH, buffers)
+        return self._forward_many(places, keys_PBKH, values_PBKH, picked, buffers)
 
     def _forward_many(
         self,
@@ -127,17 +124,16 @@ class CudaDecoder:
         values_PBKH: Sequence[torch.Tensor],
         picked: PickedTokens | None,
         buffers: Buffers,
-    ) -> Buffers:
-        """From the first norm to `x` of the last layer; returns what holds it and the residual it is to be added to."""
-        for index, (layer, key_PBKH, value_PBKH) in enumerate(zip(self._layers, keys_PBKH, values_PBKH, strict=True)):
-            if index > 0:
-                layer.add_input_norm(buffers)
+    ) -> torch.Tensor:
+        """From behind the first norm to behind the last."""
+        norms = [*(layer.input_norm_D for layer in self._weights.layers[1:]), self._weights.final_norm_D]
+        for layer, key_PBKH, value_PBKH, norm_D in zip(self._layers, keys_PBKH, values_PBKH, norms, strict=True):
             if picked is not None and layer is self._layers[-1]:
                 layer.project_kv(key_PBKH, value_PBKH, places, buffers)
                 places, buffers = picked.places, self._pick(picked, buffers)
             if places.num_tokens:
-                layer.forward(key_PBKH, value_PBKH, places, buffers)
-        return buffers
+                buffers = layer.forward(key_PBKH, value_PBKH, places, buffers, norm_D)
+        return buffers.hidden_TD
 
     def _pick(self, picked: PickedTokens, buffers: Buffers) -> Buffers:
         """The hidden states and residuals of picked tokens, in buffers of their own."""
@@ -154,13 +150,15 @@ class CudaDecoder:
         keys_PBKH: Sequence[torch.Tensor],
         values_PBKH: Sequence[torch.Tensor],
         buffers: Buffers,
-    ) -> Buffers:
+    ) -> torch.Tensor:
         """The same, of one token."""
         self._layers[0].project_qkv(keys_PBKH[0], values_PBKH[0], places, buffers)
         for index, layer in enumerate(self._layers):
             layer.attend(keys_PBKH[index], values_PBKH[index], places, buffers)
             one_token.finish(index, keys_PBKH, values_PBKH, places, buffers)
-        return replace(buffers, residual_TD=one_token.residual(len(self._layers), buffers)[None])
+        residual_TD, weight_D = one_token.residual(len(self._layers), buffers)[None], self._weights.final_norm_D
+        add_rms_norm(buffers.x_TD, residual_TD, weight_D, self.config.rms_norm_eps, buffers.hidden_TD, self.traits)
+        return buffers.hidden_TD
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """float32 logits [R, V] of the rows that need them: a view that the next call overwrites."""

@@ -4,17 +4,19 @@ T packed tokens     R rows     D hidden     E q, k and v features     N query he
 F intermediate      V vocab    P blocks     B block size     X blocks of the longest table
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from triode.kernels.hopper_product.tiles import Ending
 from triode.kernels.linear.tiles import QKV_FUSED_TOKENS, qkv_tile
 from triode.kernels.paged_attention.gpu import paged_attention
 from triode.kernels.qkv_epilogue.fused import qkv_fused
 from triode.kernels.qkv_epilogue.gpu import qkv_epilogue
-from triode.kernels.rms_norm.gpu import add_rms_norm
+from triode.kernels.rms_norm.gpu import add_rms_norm, rms_norm
 from triode.models.config import ModelConfig
+from triode.models.cuda.linears import GpuLinear
 from triode.models.weights import LayerWeights
 
 if TYPE_CHECKING:
@@ -99,6 +101,10 @@ class Buffers:
             self.logits_RV,
         )
 
+    def swapped(self) -> "Buffers":
+        """With the residual where `x` was."""
+        return replace(self, residual_TD=self.x_TD, x_TD=self.residual_TD)
+
 
 class CudaLayer:
     """One transformer layer, bound to its weights and products."""
@@ -112,22 +118,29 @@ class CudaLayer:
         self._prefill_workspace = decoder.prefill_workspace
         self._window_tokens = config.window_tokens(index) or 0
         # The bias of queries, keys and values is added after the product, by the kernel that rotates them.
-        self._qkv = decoder.linear(weights.qkv_ED, None)
+        self._qkv = decoder.linear(weights.qkv_ED, None, Ending.STORE)
         # Of the last layer alone, but no layer knows that it is; this is a view, and all layers share a proof.
         self._kv = decoder.linear(weights.qkv_ED[config.q_size :], None)
         rotates_whole = 2 * decoder.rope.cos_XU.shape[1] == config.head_dim
         self._fuses_qkv = weights.q_norm_H is None and rotates_whole
-        self._o = decoder.linear(weights.o_DE, weights.o_bias_D)
+        self._o = decoder.linear(weights.o_DE, weights.o_bias_D, Ending.STORE, Ending.ADD)
         self._gate_up = decoder.gate_up(weights.gate_up_FD, weights.gate_up_bias_F)
-        self._down = decoder.linear(weights.down_DF, weights.down_bias_D)
+        self._down = decoder.linear(weights.down_DF, weights.down_bias_D, Ending.STORE, Ending.ADD)
 
-    def forward(self, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, places: TokenPlaces, buffers: Buffers) -> None:
-        """From `hidden` to `x`, which is yet to be added to the residual."""
+    def forward(
+        self,
+        key_PBKH: torch.Tensor,
+        value_PBKH: torch.Tensor,
+        places: TokenPlaces,
+        buffers: Buffers,
+        next_norm_D: torch.Tensor,
+    ) -> Buffers:
+        """From `hidden` to `hidden` of what comes next, whose norm is given. Returns what holds it, and the residual."""
         self.project_qkv(key_PBKH, value_PBKH, places, buffers)
         self.attend(key_PBKH, value_PBKH, places, buffers)
-        self.project_o(buffers)
-        self.add_post_norm(buffers)
-        self.feed_forward(buffers)
+        buffers = self._add(self._o, buffers.attended_TNH.flatten(1), self._weights.post_norm_D, buffers)
+        self._gate_up(buffers.hidden_TD, buffers.gate_up_TF2, buffers.activated_TF)
+        return self._add(self._down, buffers.activated_TF, next_norm_D, buffers)
 
     def attend(self, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, places: TokenPlaces, buffers: Buffers) -> None:
         """From queries in `qkv` to `attended`."""
@@ -149,10 +162,6 @@ class CudaLayer:
                 num_splits=group.num_splits,
                 workspace=self._workspace if group.max_query_tokens == 1 else self._prefill_workspace,
             )
-
-    def project_o(self, buffers: Buffers) -> None:
-        """From `attended` to `x`."""
-        self._o(buffers.attended_TNH.flatten(1), buffers.x_TD)
 
     def project_qkv(
         self, key_PBKH: torch.Tensor, value_PBKH: torch.Tensor, places: TokenPlaces, buffers: Buffers
@@ -218,19 +227,14 @@ class CudaLayer:
             eps=self._config.rms_norm_eps,
         )
 
-    def feed_forward(self, buffers: Buffers) -> None:
-        """From `hidden` to `x`: the gated network."""
-        self._gate_up(buffers.hidden_TD, buffers.gate_up_TF2, buffers.activated_TF)
-        self._down(buffers.activated_TF, buffers.x_TD)
-
-    def add_post_norm(self, buffers: Buffers) -> None:
-        """Add `x` to the residual; its norm becomes `hidden`."""
-        self._add_norm(self._weights.post_norm_D, buffers)
-
-    def add_input_norm(self, buffers: Buffers) -> None:
-        """The same before the layer."""
-        self._add_norm(self._weights.input_norm_D, buffers)
-
-    def _add_norm(self, weight_D: torch.Tensor, buffers: Buffers) -> None:
+    def _add(self, product: GpuLinear, input_TE: torch.Tensor, norm_D: torch.Tensor, buffers: Buffers) -> Buffers:
+        """Add a product to the residual, which may change its place; the norm of the sum becomes `hidden`."""
         eps = self._config.rms_norm_eps
-        add_rms_norm(buffers.x_TD, buffers.residual_TD, weight_D, eps, buffers.hidden_TD, self._traits)
+        if product.adds(len(input_TE)):
+            product.add(input_TE, buffers.residual_TD, buffers.x_TD)
+            buffers = buffers.swapped()
+            rms_norm(buffers.residual_TD, norm_D, eps, buffers.hidden_TD, self._traits)
+        else:
+            product(input_TE, buffers.x_TD)
+            add_rms_norm(buffers.x_TD, buffers.residual_TD, norm_D, eps, buffers.hidden_TD, self._traits)
+        return buffers

@@ -1,4 +1,4 @@
-"""The gate-up product with SwiGLU in one kernel has the bits of the two kernels for which it stands. `pytest -m gpu`."""
+"""Hopper's product kernel has the bits of the two kernels for which it stands. `pytest -m gpu`."""
 
 import itertools
 import os
@@ -13,12 +13,13 @@ pytest.importorskip("triton")
 
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.hopper_product import product
-from triode.kernels.hopper_product.product import swiglu_product
-from triode.kernels.hopper_product.proof import prove_swiglu, tokens_of_tiles
-from triode.kernels.hopper_product.tiles import CLUSTER, MEASURED, SPEEDS, ProductTile, product_tile
+from triode.kernels.hopper_product.choice import MEASURED, SPEEDS, SWIGLU_TOKENS, swiglu_product_tile
+from triode.kernels.hopper_product.product import hopper_product, swiglu_product
+from triode.kernels.hopper_product.proof import prove_product, tiles_of
+from triode.kernels.hopper_product.tiles import Ending, ProductTile
 from triode.kernels.linear.blas import in_order, linear_blas
 from triode.kernels.linear.gpu import linear_sequential
-from triode.kernels.linear.tiles import LinearTile, swiglu_tile
+from triode.kernels.linear.tiles import LinearTile, linear_tile, swiglu_tile
 from triode.kernels.rms_norm.gpu import add_rms_norm, rms_norm
 from triode.kernels.swiglu.gpu import swiglu
 
@@ -85,14 +86,14 @@ def test_programs_that_take_several_tiles_have_the_bits_of_few_tokens_at_odd_end
         expected, few = x.new_empty(most_tokens, num_features), swiglu_tile(num_features, in_features, 16)
         linear_sequential(x, weight, expected, few, traits, swiglu=True)
         for num_tokens in (40, most_tokens):
-            assert tile.num_clusters(num_tokens, num_features) > traits.num_sms // CLUSTER
+            assert tile.num_clusters(num_tokens, 2 * num_features) > traits.num_sms // tile.cluster
             found = by_one(x[:num_tokens], weight, tile, traits)
             assert torch.equal(found, expected[:num_tokens]), (in_features, num_tokens)
 
 
 def test_no_product_takes_what_was_prepared_for_another_of_its_size(traits: GpuTraits) -> None:
     num_tokens, num_features, in_features = 200, 2048, 512
-    tile = product_tile(num_tokens, num_features, traits.num_sms)
+    tile = swiglu_product_tile(num_tokens, num_features, traits.num_sms)
     xs = [random(num_tokens, in_features, dtype=torch.bfloat16) for _ in range(2)]
     weights = [weight_of(num_features, in_features, torch.bfloat16) for _ in range(2)]
     outs = [xs[0].new_empty(num_tokens, num_features) for _ in range(2)]
@@ -105,8 +106,72 @@ def test_no_product_takes_what_was_prepared_for_another_of_its_size(traits: GpuT
         assert outs[1 - k].isnan().all(), (i, j, k)
 
 
+def measured(ending: Ending) -> list[ProductTile]:
+    return [*dict.fromkeys(tile for by_tokens in MEASURED[ending].values() for tile in by_tokens.values() if tile)]
+
+
+PLAIN = [(ending, tile) for ending in MEASURED for tile in measured(ending)]
+
+
+def added(product: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    return product if residual is None else (product.float() + residual.float()).to(product.dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", MEASURED, ids=str)
+@pytest.mark.parametrize(("ending", "tile"), PLAIN, ids=str)
+def test_every_plain_tile_has_the_bits_of_few_tokens_and_of_an_addition_behind(
+    ending: Ending, tile: ProductTile, dtype: torch.dtype, traits: GpuTraits
+) -> None:
+    # Features that no tile divides, steps that never fill the ring or end in its midst; some take more than one tile each.
+    for num_features, in_features in ((1000, 520), (8, 64), (20008, 136)):
+        weight = random(num_features, in_features, dtype=dtype) * 0.02
+        x, stream = (random(TAILS[-1], size, dtype=dtype) for size in (in_features, num_features))
+        few = x.new_empty(TAILS[-1], num_features)
+        linear_sequential(x, weight, few, linear_tile(num_features, in_features, 16), traits)
+        for num_tokens in TAILS:
+            residual = stream[:num_tokens] if ending is Ending.ADD else None
+            out = x.new_full((num_tokens + 1, num_features), torch.nan)
+            hopper_product(x[:num_tokens], weight, out[:-1], tile, traits, residual_MN=residual)
+            assert torch.equal(out[:-1], added(few[:num_tokens], residual)), (num_features, num_tokens)
+            assert out[-1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ending", MEASURED, ids=str)
+def test_a_token_has_its_bits_in_every_plain_product_of_the_large_models(
+    ending: Ending, dtype: torch.dtype, traits: GpuTraits
+) -> None:
+    for sizes in MEASURED[ending]:
+        weight, x = random(*sizes, dtype=dtype) * 0.02, random(4096, sizes[1], dtype=dtype)
+        whole, few = x.new_empty(4096, sizes[0]), x.new_empty(16, sizes[0])
+        with in_order(CUDA):
+            linear_blas(x, weight, whole)
+        linear_sequential(x[:16], weight, few, linear_tile(*sizes, 16), traits)
+        assert torch.equal(few, whole[:16])
+        stream = random(4096, sizes[0], dtype=dtype) if ending is Ending.ADD else None
+        for num_tokens, tile in tiles_of(ending, *sizes, traits.num_sms, range(1, 4097)):
+            residual = None if stream is None else stream[:num_tokens]
+            out = torch.full_like(whole[:num_tokens], torch.nan)
+            hopper_product(x[:num_tokens], weight, out, tile, traits, residual_MN=residual)
+            assert torch.equal(out, added(whole[:num_tokens], residual)), (sizes, num_tokens)
+
+
+def test_a_sum_with_the_residual_is_normed_as_the_kernel_that_adds_norms_it(traits: GpuTraits) -> None:
+    tile = measured(Ending.ADD)[0]
+    weight, x = random(4096, 512, dtype=torch.bfloat16) * 0.1, random(300, 512, dtype=torch.bfloat16)
+    residual, norm = random(300, 4096, dtype=torch.bfloat16), random(4096, dtype=torch.bfloat16)
+    product, total, expected, found = (torch.empty_like(residual) for _ in range(4))
+    hopper_product(x, weight, total, tile, traits, residual_MN=residual)
+    rms_norm(total, norm, 1e-6, found, traits)
+    with in_order(CUDA):
+        linear_blas(x, weight, product)
+    add_rms_norm(product, residual, norm, 1e-6, expected, traits)
+    assert torch.equal(total, residual)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SWIGLU_TOKENS, ids=str)
 def test_a_token_has_its_bits_in_every_step_of_the_large_models(
     sizes: tuple[int, int], dtype: torch.dtype, traits: GpuTraits
 ) -> None:
@@ -114,14 +179,14 @@ def test_a_token_has_its_bits_in_every_step_of_the_large_models(
     few = x.new_empty(16, sizes[0])
     linear_sequential(x[:16], weight, few, swiglu_tile(*sizes, 16), traits, swiglu=True)
     whole = by_two_kernels(x, weight, traits)
-    for num_tokens, tile in tokens_of_tiles(sizes[0], traits.num_sms, range(33, 4097)):
+    for num_tokens, tile in tiles_of(Ending.SWIGLU, 2 * sizes[0], sizes[1], traits.num_sms, range(33, 4097)):
         found = by_one(x[:num_tokens], weight, tile, traits)
         assert torch.equal(found, whole[:num_tokens]), num_tokens
         assert torch.equal(found[:16], few)
 
 
 def test_infinite_and_tiny_sums_come_out_as_they_do_from_two_kernels(traits: GpuTraits) -> None:
-    tile = product_tile(128, 2048, traits.num_sms)
+    tile = swiglu_product_tile(128, 2048, traits.num_sms)
     x = random(128, 512, dtype=torch.bfloat16)
     x[0], x[1], x[2], x[3] = 0.0, 1e38, -1e38, 1e-38
     weight = weight_of(2048, 512, torch.bfloat16) * 50
@@ -133,7 +198,7 @@ def test_infinite_and_tiny_sums_come_out_as_they_do_from_two_kernels(traits: Gpu
 
 def test_replays_of_a_graph_take_what_is_in_place_by_then(traits: GpuTraits) -> None:
     weight, x = weight_of(2048, 512, torch.bfloat16), random(200, 512, dtype=torch.bfloat16)
-    tile, out = product_tile(200, 2048, traits.num_sms), x.new_empty(200, 2048)
+    tile, out = swiglu_product_tile(200, 2048, traits.num_sms), x.new_empty(200, 2048)
     swiglu_product(x, weight, out, tile, traits)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -159,7 +224,7 @@ class Chain:
     def __init__(self, num_tokens: int, *, norms: bool, traits: GpuTraits) -> None:
         """With `norms`, one stands between the slow product and the x that it leads to."""
         self._norms, self._traits = norms, traits
-        self._tile = product_tile(num_tokens, self.NUM_FEATURES, traits.num_sms)
+        self._tile = swiglu_product_tile(num_tokens, self.NUM_FEATURES, traits.num_sms)
         empty, tokens = partial(torch.empty, dtype=torch.bfloat16, device=CUDA), num_tokens
         self._sources = [random(tokens, self.SOURCE, dtype=torch.bfloat16) for _ in range(2)]
         self._residual_before = random(tokens, self.HIDDEN, dtype=torch.bfloat16)
@@ -225,9 +290,11 @@ def test_proofs_and_launches_hold_no_memory(traits: GpuTraits) -> None:
     weight, x = weight_of(2048, 512, torch.bfloat16), random(512, 512, dtype=torch.bfloat16)
     out = x.new_empty(512, 2048)
     allocated = torch.cuda.memory_allocated()
-    assert prove_swiglu(weight, traits, range(65, 513)).agrees
+    assert prove_product(Ending.SWIGLU, weight, traits, range(65, 513)).agrees
     for num_tokens in range(65, 513):
-        swiglu_product(x[:num_tokens], weight, out[:num_tokens], product_tile(num_tokens, 2048, traits.num_sms), traits)
+        swiglu_product(
+            x[:num_tokens], weight, out[:num_tokens], swiglu_product_tile(num_tokens, 2048, traits.num_sms), traits
+        )
     assert torch.cuda.memory_allocated() == allocated
 
 
@@ -238,7 +305,7 @@ def test_a_second_start_compiles_nothing(traits: GpuTraits, tmp_path: Path, monk
     for _ in range(2):
         product._loaded.cache_clear()
         product._prepared.cache_clear()
-        assert prove_swiglu(weight, traits, range(65, 513)).agrees
+        assert prove_product(Ending.SWIGLU, weight, traits, range(65, 513)).agrees
         kept.append({path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")})
     assert kept[0]
     assert kept[0] == kept[1]
