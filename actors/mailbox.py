@@ -89,6 +89,11 @@ class Mailbox:
         self.waker.notify(self)
         self.waker.flush()
 
+    def leave(self, _: object) -> trio.lowlevel.Abort:
+        """The Trio task that waits is cancelled."""
+        self.reader = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
     def take(self) -> list[Mail]:
         """All unread items; what the transcripts have is to be read after that.
 
@@ -129,12 +134,7 @@ class TrioWaker:
         if mailbox.reader is not None:
             raise trio.BusyResourceError("another task is already reading this stream")
         mailbox.reader = trio.lowlevel.current_task()
-
-        def abort(_: object) -> trio.lowlevel.Abort:
-            mailbox.reader = None
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        return trio.lowlevel.wait_task_rescheduled(abort)  # noqa: ASYNC105
+        return trio.lowlevel.wait_task_rescheduled(mailbox.leave)  # noqa: ASYNC105
 
 
 class MailboxRegistry:
@@ -214,9 +214,12 @@ class MailboxRegistry:
     def flush(self) -> None:
         """Wake every reader that has new mail, once."""
         dirty, self._dirty = self._dirty, {}
+        wakers: dict[Waker, None] = {}
         for mailbox in dirty.values():
-            mailbox.waker.notify(mailbox)
-        for waker in {mailbox.waker for mailbox in dirty.values()}:
+            waker = mailbox.waker
+            wakers[waker] = None
+            waker.notify(mailbox)
+        for waker in wakers:
             waker.flush()
 
     def end_all(self, reason: str) -> None:

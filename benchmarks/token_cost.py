@@ -3,9 +3,9 @@
     python benchmarks/token_cost.py [--batch 256] [--tokens 400] [--executors process thread] [--step-ms 0 2.5] [--rounds 5]
 
 *read* has a task for each request, which looks at every delta; *generate* is one call for all of them, which reads nothing
-before they end. *µs a token* is CPU time of the engine's process, all its threads, the worker's left out: the least of the
-rounds, because other processes only ever add to it, with prompts and admissions. *Step* is the time of the clock from one step to the next, where the
-device takes `--step-ms`: what is more is the engine's.
+before they end. *µs a token* is CPU time of the engine's process, all its threads, the worker's left out. *Step* is the time
+of the clock from one step to the next, where the device takes `--step-ms`: what is more is the engine's. Both are the least
+of the rounds, because other processes only ever add to them, and have prompts and admissions in them.
 """
 
 import argparse

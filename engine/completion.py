@@ -92,21 +92,19 @@ class _Sample:
 
     def next_delta(self) -> Delta | None:
         """All that has been written since the last call; None if no token has, and no end."""
-        transcript, start = self._transcript, self._num_tokens
-        token_ids, texts = transcript.token_ids, transcript.texts
+        transcript, start, first = self._transcript, self._num_tokens, self._num_texts
         # First of all: what is seen besides is then at least as new.
-        end = len(token_ids)
+        end = len(transcript.token_ids)
         reason = transcript.finish_reason if end == transcript.num_final_tokens else None
         if start == end and reason is self._finish_reason:
             return None
-        num_texts, self._num_texts = self._num_texts, len(texts)
-        self._num_tokens, self._finish_reason = end, reason
-        is_single = end == start + 1 and self._num_texts == num_texts + 1
+        texts = transcript.texts[first:]
+        self._num_texts, self._num_tokens, self._finish_reason = first + len(texts), end, reason
         return Delta(
             self._request_id,
             self._index,
-            texts[num_texts] if is_single else "".join(texts[num_texts : self._num_texts]),
-            (token_ids[start],) if is_single else tuple(token_ids[start:end]),
+            texts[0] if len(texts) == 1 else "".join(texts),
+            (transcript.token_ids[start],) if end == start + 1 else tuple(transcript.token_ids[start:end]),
             tuple(transcript.logprobs[start:end]) if transcript.logprobs else None,
             reason,
             None if reason is None else transcript.stop_reason,
@@ -160,18 +158,13 @@ class Reply:
         self._turn = 0
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._num_unfinished = len(self._samples)
-        # By something else than the ends of its samples.
-        self._is_over = False
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing will come beyond what is in the transcripts. True, too, when the deltas with all ends were made."""
-        return self._is_over or self._num_unfinished == 0
+        self.is_complete = not self._samples
+        """Whether nothing will come beyond what is in the transcripts: the request was ended, or all ends have been read."""
 
     @property
     def is_written(self) -> bool:
         """Whether the transcripts are all that there will be, in deltas or not."""
-        return self._is_over or all(sample.is_written for sample in self._samples)
+        return self.is_complete or all(sample.is_written for sample in self._samples)
 
     def read(self, items: Iterable[Mail]) -> None:
         """Take in mail."""
@@ -183,32 +176,39 @@ class Reply:
                     self._prompt_logprobs.extend(item.logprobs)
                 case Embedded():
                     self.embedding = item.embedding
-                    self._is_over = True
+                    self.is_complete = True
                 case Rejected():
-                    self._is_over = True
+                    self.is_complete = True
                     self.failure = (EngineBusy if item.is_busy else ValueError)(item.reason)
                 case Ended():
                     self._end(item)
 
     def next_delta(self) -> Delta | None:
         """What one sample has said since it was read last; the samples take turns. None if none has said anything."""
-        for _ in self._samples:
-            sample = self._samples[self._turn]
-            self._turn = (self._turn + 1) % len(self._samples)
-            if (delta := sample.next_delta()) is not None:
-                self._num_unfinished -= delta.finish_reason is not None
+        samples = self._samples
+        for _ in samples:
+            turn = self._turn
+            self._turn = turn + 1 if turn + 1 < len(samples) else 0
+            delta = samples[turn].next_delta()
+            if delta is not None:
+                if delta.finish_reason is not None:
+                    self._count_ends(1)
                 return delta
         return None
 
     def deltas(self) -> list[Delta]:
         """What all samples have said since they were read last, at most one delta a sample."""
         deltas = [delta for sample in self._samples if (delta := sample.next_delta()) is not None]
-        self._num_unfinished -= sum(delta.finish_reason is not None for delta in deltas)
+        self._count_ends(sum(delta.finish_reason is not None for delta in deltas))
         return deltas
+
+    def _count_ends(self, num_ended: int) -> None:
+        self._num_unfinished -= num_ended
+        self.is_complete = self.is_complete or self._num_unfinished == 0
 
     def _end(self, ended: Ended) -> None:
         self.ended = ended
-        self._is_over = True
+        self.is_complete = True
         if ended.status is RequestStatus.FAILED:
             kind = RequestUnsatisfiable if ended.is_unsatisfiable else RequestFailed
             self.failure = kind(f"request {self.request_id} failed: {ended.reason}")

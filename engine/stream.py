@@ -63,12 +63,14 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> Delta:
-        while (delta := self._reply.next_delta()) is None:
-            if self._reply.is_complete:
+        reply, mailbox = self._reply, self._mailbox
+        while (delta := reply.next_delta()) is None:
+            if reply.is_complete:
                 self._check_well()
                 raise StopAsyncIteration
             await self._news()
-            self._reply.read(self._mailbox.take())
+            if items := mailbox.take():
+                reply.read(items)
         return delta
 
     async def batch(self) -> list[Delta]:

@@ -10,6 +10,9 @@ from triode.actors.transcript import Transcript
 from triode.ids import RequestId, TokenId
 from triode.models.step import TokenLogprobs
 
+# Looked up for every token otherwise.
+_STOP = FinishReason.STOP
+
 
 class _Sample(NamedTuple):
     """One unfinished sample, and where what it says is written down."""
@@ -80,15 +83,16 @@ class Detokenizer:
             logprobs,
             strict=True,
         )
+        requests, written = self._requests, reading.written
         for request_id, index, token_id, reason, logprob in rows:
-            request = self._requests.get(request_id)
+            request = requests.get(request_id)
             if request is None or (sample := request.samples.get(index)) is None:
                 continue
             text, transcript = sample
-            shown = text.feed(token_id, is_stop_token=reason is FinishReason.STOP)
+            shown = text.feed(token_id) if reason is not _STOP else text.feed(token_id, is_stop_token=True)
             if reason is None and text.stopped is None:
                 transcript.add(shown, token_id, logprob)
-                reading.written.append(request_id)
+                written.append(request_id)
                 continue
             reading.last.append(_last_delta(request_id, index, text, shown, token_id, reason, logprob))
             if request.has_stop_strings:
@@ -112,11 +116,11 @@ def _last_delta(
     logprob: TokenLogprobs | None,
 ) -> Delta:
     """A stop string that ends at or before the last token beats every other reason."""
-    stop_reason: str | int | None = token_id if reason is FinishReason.STOP else None
+    stop_reason: str | int | None = token_id if reason is _STOP else None
     if reason is not None:
         shown += text.finish()
     if text.stopped is not None:
-        reason, stop_reason = FinishReason.STOP, text.stopped.stop
+        reason, stop_reason = _STOP, text.stopped.stop
     return Delta(
         request_id=request_id,
         index=index,
