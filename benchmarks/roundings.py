@@ -32,6 +32,7 @@ INPUTS = frozenset({"norm", "last norm", "q", "k", "v", "weights", "attended", "
 ALL = INPUTS | {"residual", "addend", "normal", "qkv", "gate_up"}
 ROWS = {
     "all roundings": ALL,
+    "and logits, as in transformers; the first of equals is the best": ALL | {"logits"},
     "a residual stream in float32": ALL - {"residual"},
     "the same, and what is added to it": ALL - {"residual", "addend"},
     "norms in float32 until their weight is applied": ALL - {"normal"},
@@ -103,7 +104,7 @@ class Simulated:
             gate_TF, up_TF = self._round("gate_up", gate_up_TF).chunk(2, -1)
             gated_TF = self._round("gated", torch.nn.functional.silu(gate_TF) * up_TF)
             x_TD = self._round("residual", x_TD + self._round("addend", gated_TF @ layer.down_DF.float().T))
-        return self._norm(x_TD, self._final_norm_D, "last norm") @ self._embed_VD.T
+        return self._round("logits", self._norm(x_TD, self._final_norm_D, "last norm") @ self._embed_VD.T)
 
     def _attended(self, x_TD: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
         N, K, H = self._config.num_heads, self._config.num_kv_heads, self._config.head_dim
