@@ -145,9 +145,9 @@ async def judged_by_engine(engine: Engine, window: list[int]) -> tuple[torch.Ten
     return torch.tensor([score.logprob for score in scores]), torch.tensor([score.top_ids[0] for score in scores])
 
 
-LEAST_BEST = {torch.bfloat16: 0.0, torch.float16: 0.995}
-"""At how much of the positions the best token is that of float32. bfloat16, whose roundings are eight times as large, only
-has to find as many as transformers does."""
+LEAST_BEST = {torch.float16: 0.995}
+"""At how much of the positions the best token is that of float32. bfloat16, whose roundings are eight times as large, has to
+find it as often as transformers does instead."""
 
 
 @dtypes
@@ -179,8 +179,7 @@ async def test_logits_are_as_close_to_float32_as_in_transformers(
         equals.append(int((best == wanted[1]).sum()))
         record_property(name, f"relative error {errors[-1]:.2e}, best token equal at {equals[-1]} of {len(best)}")
     assert errors[0] < 1.1 * errors[1] < 0.1
-    assert equals[0] >= equals[1]
-    assert equals[0] >= LEAST_BEST[dtype] * len(wanted[1])
+    assert equals[0] >= (LEAST_BEST[dtype] * len(wanted[1]) if dtype in LEAST_BEST else equals[1])
 
 
 @dataclass(frozen=True)
