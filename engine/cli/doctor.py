@@ -11,7 +11,7 @@ from triode.engine.cli.reading import measure_reading
 from triode.errors import ModelNotFound
 
 ON_GPU = "Triton; {} for products of many tokens where a check at loading finds the same bits"
-ON_HOPPER = ON_GPU + "; CUDA C++ by {} for the measured ones with SwiGLU"
+ON_HOPPER = ON_GPU + "; {} for those that were measured"
 
 
 class Report(msgspec.Struct, frozen=True):

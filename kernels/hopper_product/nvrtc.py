@@ -108,11 +108,11 @@ def _beside(blas: Path, name: str) -> str | None:
 
 
 def describe_nvrtc() -> str:
-    """Its version, or why there is none."""
+    """Who compiles CUDA C++, or why nobody does."""
     try:
-        return f"NVRTC {find_nvrtc().version}"
+        return f"CUDA C++ by NVRTC {find_nvrtc().version}"
     except ProductUnavailable as error:
-        return f"no NVRTC ({error})"
+        return f"no CUDA C++, which needs NVRTC ({error}),"
 
 
 def compiled(
