@@ -62,14 +62,14 @@ def _of_one_weight(tokens: int, rows: int, num_stages: int, cluster: int = 2) ->
 
 
 _PLAIN: dict[tuple[int, int], dict[int, ProductTile | None]] = {
-    _QWEN_DOWN: {192: None, 256: _of_one_weight(64, 128, 9, cluster=4)},
-    _LLAMA_QKV: {64: None, 128: _of_one_weight(64, 96, 11), 192: None, 256: _of_one_weight(128, 96, 8)},
-    _LLAMA_O: {64: None, 128: _of_one_weight(64, 64, 12)},
-    _LLAMA_DOWN: {64: None, 128: _of_one_weight(64, 64, 12)},
+    _QWEN_DOWN: {224: None, 256: _of_one_weight(64, 128, 9, cluster=4)},
+    _LLAMA_QKV: {96: None, 128: _of_one_weight(64, 96, 11), 224: None, 256: _of_one_weight(128, 96, 8)},
+    _LLAMA_O: {96: None, 128: _of_one_weight(64, 64, 12)},
+    _LLAMA_DOWN: {96: None, 128: _of_one_weight(64, 64, 12)},
 }
 _ADDED: dict[tuple[int, int], dict[int, ProductTile | None]] = {
-    _QWEN_O: {1024: None, 4096: _of_one_weight(128, 224, 5)},
-    _LLAMA_O: {1024: None, 4096: _of_one_weight(128, 256, 4)},
+    _QWEN_O: {3072: None, 4096: _of_one_weight(128, 224, 5)},
+    _LLAMA_O: {3072: None, 4096: _of_one_weight(128, 256, 4)},
 }
 MEASURED = {Ending.STORE: _PLAIN, Ending.ADD: _ADDED}
 """(out features, in features) → {most tokens: tile, or None where others are faster}, as they are for more tokens."""
