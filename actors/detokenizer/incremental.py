@@ -3,7 +3,7 @@
 The text of a whole output is `tokenizers.Tokenizer.decode(ids)`. Its decoders look at a token's neighbours in three
 ways only: bytes of one character may be spread over tokens, the start of the text may lose a space, and special tokens
 may be left out. So each token has a fixed *piece* (bytes or text), looked up in a table that fills itself as tokens
-occur, and a decoder keeps just the bytes of an unfinished character. That is exact and costs 0.1 µs a token, where
+occur, and a decoder keeps just the bytes of an unfinished character. That is exact and costs a look-up a token, where
 `tokenizers.decoders.DecodeStream` decodes a window again for each token, never releases an invalid byte and fails when
 one follows released text.
 
