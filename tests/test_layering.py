@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ("kernels", "cache", "models", "actors", "engine")
 ANYWHERE = ("triode.ids", "triode.errors")
 ACTORS = {"tokenizer", "scheduler", "cache", "executor", "detokenizer"}
-ACTORS_VOCABULARY = {f"triode.actors.{name}" for name in ("messages", "channels", "mailbox", "transcript", "statistics")}
+ACTORS_VOCABULARY = {
+    f"triode.actors.{name}" for name in ("messages", "channels", "mailbox", "transcript", "statistics")
+}
 
 # What decides, in each floor. In actors/ and cache/ everything does but for these.
 NOT_PURE = {"triode.actors.channels", "triode.actors.mailbox", "triode.cache.pool"}

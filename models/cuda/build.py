@@ -1,8 +1,9 @@
 """From weights on a GPU to a runner: bind kernels, prove them, and size the KV pool from what is really free.
 
-What is free is known only after the largest steps have run: kernels are loaded when first used, libraries keep
+What is free is known only after the largest steps have run: torch's kernels are loaded when first used, libraries keep
 workspaces, and each captured graph takes memory of its own. So the largest prefill step and the largest decode step run
-once, over a pool of two blocks, and the cache is made of what they leave.
+once, over a pool of two blocks, and the cache is made of what they leave. Then all steps that have a graph are captured:
+no request waits for what a start can do.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from triode.models.config import ModelConfig
 from triode.models.cuda.arena import layout_for
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.gpu import CudaGpu
-from triode.models.cuda.programs import BUCKETS, PREFILL_TOKENS, bucket_for
+from triode.models.cuda.programs import PREFILL_TOKENS, bucket_for
 from triode.models.cuda.rehearsal import Rehearsal, compile_ahead
 from triode.models.cuda.runner import CudaRunner
 from triode.models.grammar import GuideCompiler
@@ -27,6 +28,8 @@ from triode.models.logprobs import SCORED_POSITIONS
 from triode.models.step import StepPlan
 from triode.models.weights import DecoderWeights
 
+# A GPU's memory is handed out in larger pieces: what one graph takes may not show.
+_LEAST_GRAPH_BYTES = 2**20
 # As the driver words CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE, of which Triton hands on the words alone.
 _NO_PLACE = "too many blocks in cooperative launch"
 
@@ -63,7 +66,7 @@ def build_cuda(
         # Also where opening fails.
         resources.callback(gpu.close)
         max_tokens = max(max_step_tokens, max_rows, PREFILL_TOKENS[-1])
-        compile_ahead(
+        kinds = compile_ahead(
             config,
             weights.embed_VD.dtype,
             gpu.traits,
@@ -77,14 +80,16 @@ def build_cuda(
             decoder = CudaDecoder(config, weights, gpu.traits, max_tokens=max_tokens, max_rows=max_rows)
         graph_bytes = _rehearse(decoder, gpu, cache_config, max_running, max_step_tokens)
         layout = layout_for(max_running, config.max_context_tokens, cache_config.block_size_tokens)
-        # Short prefill steps are captured with and without rows that sample, and for more than one number of rows.
-        reserved_bytes = layout.num_bytes + graph_bytes * (len(BUCKETS) + 3 * len(PREFILL_TOKENS))
+        reserved_bytes = layout.num_bytes + graph_bytes * sum(map(len, kinds))
         free_bytes = max(0, free_memory_bytes(device) - reserved_bytes)
         num_blocks = num_blocks_for(
             cache_config, _block_bytes(decoder, cache_config), free_bytes, max_running * layout.num_entries
         )
         pool = _pool(num_blocks, decoder, cache_config)
-        runner = CudaRunner(decoder, pool, gpu, max_running=max_running, guides=guides, resources=resources.pop_all())
+        kept = ExitStack()
+        runner = CudaRunner(decoder, pool, gpu, max_running=max_running, guides=guides, resources=kept)
+        runner.capture(kinds)
+        kept.enter_context(resources.pop_all())
     return BuiltCuda(runner, pool, _describe(decoder))
 
 
@@ -104,13 +109,16 @@ def _rehearse(
     del runner
     gpu.forget_captured()
     torch.cuda.empty_cache()
-    return max(0, free_bytes[-2] - free_bytes[-1])
+    return max(_LEAST_GRAPH_BYTES, free_bytes[-2] - free_bytes[-1])
 
 
 def steps_to_rehearse(rehearsal: Rehearsal, max_running: int, max_step_tokens: int) -> Iterator[StepPlan]:
-    """The largest steps. The last one repeats the one before it, and is the first that is captured."""
+    """The largest steps, and all ways of sampling, of which few and many rows may take different kernels of torch's. The
+    last one repeats the one before it, and is the first that is captured."""
     yield rehearsal.read(rehearsal.longest(max_step_tokens))
+    yield from rehearsal.sample_in_all_ways(1)
     if max_running > 1:
+        yield from rehearsal.sample_in_all_ways(min(max_running, max_step_tokens // 2))
         # One token has a kernel of its own, which a GPU that is shared may refuse: now rather than while it serves.
         yield rehearsal.decode(1)
     yield rehearsal.decode(max_running)

@@ -176,8 +176,9 @@ class CudaGpu:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may allocate meanwhile: they are none of our business.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        # Other threads of the process may allocate meanwhile: they are none of our business. This one may load a kernel of
+        # cuBLASLt's.
+        graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
         try:
             work()
         finally:

@@ -1,9 +1,9 @@
 """Steps as captured work: decode steps for each size of the batch, short prefill steps for a few shapes.
 
 Launching a step kernel by kernel takes the host longer than a short step takes the device, so only prefill steps of many
-tokens are launched that way. A size is computed operation by operation the first time, which compiles and loads what it
-needs, and captured the second time. Graphs share one memory pool, and all work on the same buffers; their launch parameters
-depend on the size alone.
+tokens are launched that way. A start captures the sizes that steps choose from; any other is computed operation by operation
+the first time, which loads what it needs, and captured the second time. Graphs share one memory pool, and all work on the same
+buffers; their launch parameters depend on the size alone.
 """
 
 from collections.abc import Callable, Iterator

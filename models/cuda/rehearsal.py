@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from triode.cache.messages import BlockCopy
 from triode.cache.pool import KVPool
-from triode.ids import TOKEN_BYTES, BlockId, SlotId, StepId
+from triode.ids import TOKEN_BYTES, BlockId, SlotId, StepId, TokenId
 from triode.kernels.compile_ahead import launches_only_compile
 from triode.kernels.gpu_traits import GpuTraits
 from triode.kernels.guide_mask.gpu import forbid
@@ -26,14 +27,29 @@ from triode.models.cuda.runner import CudaRunner
 from triode.models.cuda.steps import DeviceSteps
 from triode.models.logprobs import SCORED_POSITIONS
 from triode.models.sampling import SamplingParams
-from triode.models.step import Admission, Output, StepPlan, TableChange
+from triode.models.step import Admission, Output, Pooling, StepPlan, TableChange
 from triode.models.weights import allocate
 
 _META = torch.device("meta")
 _BLOCK = BlockId(1)
 # Each sequence has room for so many more tokens.
 _MOST_SAMPLES = 8
-_PARAMS = SamplingParams(temperature=1.0)
+_PLAIN = SamplingParams(temperature=1.0)
+_ALL_WAYS = {
+    "params": SamplingParams(
+        logprobs=1,
+        prompt_logprobs=1,
+        repetition_penalty=1.1,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        no_repeat_ngram_size=2,
+        logit_bias={0: 1.0},
+        min_tokens=1,
+    ),
+    "stop_token_ids": (TokenId(0),),
+    "bad_word_ids": ((TokenId(0),), (TokenId(0), TokenId(1))),
+    "pooling": Pooling.MEAN,
+}
 _EPOCH = 1
 
 
@@ -60,6 +76,15 @@ class Rehearsal:
         """Rows of one token, the first of them behind others."""
         return self._plan([(num_before, 1)] + [(0, 1)] * (num_rows - 1), Output.SAMPLE)
 
+    def sample_in_all_ways(self, num_rows: int) -> Iterator[StepPlan]:
+        """Short prompts whose rows ask for everything that changes logits or tells of them, and are copied. Whoever reads
+        hidden states does so row by row, so one is enough."""
+        outputs = (Output.PROMPT_LOGPROBS_AND_SAMPLE, Output.HIDDEN) if num_rows == 1 else (Output.SAMPLE,)
+        for output in outputs:
+            plan = self._plan([(0, 2)] * num_rows, output)
+            admissions = tuple(msgspec.structs.replace(admission, **_ALL_WAYS) for admission in plan.admissions)
+            yield msgspec.structs.replace(plan, admissions=admissions, copies=(BlockCopy(_BLOCK, _BLOCK),))
+
     def _plan(self, rows: list[tuple[int, int]], output: Output) -> StepPlan:
         """Of each row the tokens that have been computed, and those that are."""
         slots = tuple(map(SlotId, range(len(rows))))
@@ -73,7 +98,7 @@ class Rehearsal:
             num_query_tokens=tuple(num for _, num in rows),
             outputs=(output,) * len(rows),
             admissions=tuple(
-                Admission(slot, _EPOCH, bytes(TOKEN_BYTES * end), end, _PARAMS, 0, 0, ())
+                Admission(slot, _EPOCH, bytes(TOKEN_BYTES * end), end, _PLAIN, 0, 0, ())
                 for slot, end in zip(slots, ends, strict=True)
             ),
             table_changes=tuple(

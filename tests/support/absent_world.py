@@ -56,7 +56,8 @@ class AbsentWorld(RunnerWorld):
             decoder = CudaDecoder(
                 config, allocate(config, dtype, META), traits, max_tokens=LONG_TOKENS, max_rows=MAX_RUNNING
             )
-        self.runner = CudaRunner(decoder, pool, gpu, max_running=max_running)
+        self.cuda_runner = CudaRunner(decoder, pool, gpu, max_running=max_running)
+        self.runner = self.cuda_runner
         self.free = list(map(BlockId, range(1, NUM_BLOCKS)))
         self.num_steps = 0
         self.num_epochs = 0

@@ -6,7 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from triode.models.step import Output
+import msgspec
+
+from runner_world import BLOCK_SIZE_TOKENS, RunnerWorld
+from triode.ids import BlockId
+from triode.models.sampling import SamplingParams
+from triode.models.step import Output, Pooling, StepPlan
 
 NUM_KINDS = 6
 SCORED = Output.PROMPT_LOGPROBS_AND_SAMPLE
@@ -34,6 +39,26 @@ class Storm:
         """Steps of all kinds in turns."""
         for number in range(num_steps):
             yield self._step(random, number % NUM_KINDS)
+
+    def blocks(self) -> list[BlockId]:
+        """As many as one sequence needs: all may share them, where nobody asks what comes of it."""
+        return list(map(BlockId, range(1, -(-self.max_context_tokens // BLOCK_SIZE_TOKENS) + 1)))
+
+    def plan(self, world: RunnerWorld, rows: Sequence[StormRow], params: Sequence[SamplingParams]) -> StepPlan:
+        """A step of new sequences, whose params are taken in turns."""
+        steps = []
+        for slot, row in enumerate(rows):
+            mine = params[slot % len(params)]
+            if row.output is SCORED:
+                mine = msgspec.structs.replace(mine, prompt_logprobs=0)
+            end = row.num_before + row.num_tokens
+            tokens = [1] * (end + (row.output is Output.NONE))
+            running = world.admit(slot, tokens, mine, seed=slot, stop_token_ids=(3,), pooling=Pooling.MEAN)
+            running.num_computed = row.num_before
+            world.free = self.blocks()
+            world.give_blocks(running, end)
+            steps.append((running, row.num_tokens, row.output))
+        return world.plan(*steps)
 
     def _step(self, random: Random, kind: int) -> Sequence[StormRow]:
         num_rows = _few(random, self.max_rows)

@@ -1,6 +1,6 @@
 """What a start compiles and captures before anything is launched is what is launched then."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from random import Random
 from typing import Any
@@ -16,8 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from absent_world import LONG_TOKENS, MAX_RUNNING, AbsentWorld
 from cross_compile import HOPPER, AbsentDriver
-from step_storms import Storm, StormRow
-from triode.ids import BlockId
+from step_storms import Storm
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.programs import Kinds
 from triode.models.cuda.rehearsal import compile_ahead
@@ -69,21 +68,6 @@ def score(decoder: CudaDecoder, hidden_TD: torch.Tensor, *_: object) -> None:
         decoder.logits(hidden_TD[first : first + SCORED_POSITIONS])
 
 
-def serve(world: AbsentWorld, rows: Sequence[StormRow]) -> None:
-    """A step of new sequences. They may share blocks: nothing is computed."""
-    params, blocks = SamplingParams(prompt_logprobs=0), list(world.free)
-    steps = []
-    for slot, row in enumerate(rows):
-        ends = row.output.name != "NONE"
-        running = world.admit(slot, [1] * (row.num_before + row.num_tokens + (not ends)), params)
-        running.num_computed = row.num_before
-        world.free = list(blocks)
-        world.give_blocks(running, row.num_before + row.num_tokens)
-        steps.append((running, row.num_tokens, row.output))
-    world.runner.launch(world.plan(*steps))
-    world.free = blocks
-
-
 @pytest.mark.parametrize(
     ("model", "max_running", "max_context_tokens"),
     [
@@ -113,13 +97,12 @@ def test_nothing_is_left_to_compile_or_to_capture_for_steps_of_any_kind(
         world = AbsentWorld(
             model, torch.bfloat16, HOPPER, max_running=max_running, max_context_tokens=config.max_context_tokens
         )
-        world.free = list(map(BlockId, range(1, config.max_context_tokens // 16 + 1)))
         storm = Storm(max_running, LONG_TOKENS, config.max_context_tokens)
         for rows in storm.steps(Random(max_running), NUM_STEPS):
-            serve(world, rows)
+            world.runner.launch(storm.plan(world, rows, [SamplingParams()]))
     assert len(later) > 15
     assert later - ahead == set()
-    assert missing(world.runner.kinds(), captured) == []
+    assert missing(world.cuda_runner.kinds(), captured) == []
 
 
 def missing(asked: Kinds, captured: Kinds) -> list[set[tuple[int, ...]]]:

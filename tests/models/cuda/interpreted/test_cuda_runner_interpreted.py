@@ -10,6 +10,7 @@ from cuda_world import CudaWorld, InterpretedGpu
 from guides import COLOURS, DIGITS, EOS, PERSON, tiny_guides
 from runner_world import BLOCK_SIZE_TOKENS, RunnerWorld, Running, tiny_config
 from triode.cache.messages import BlockCopy
+from triode.models.cuda import passes
 from triode.models.cuda.arena import Arena, ArenaLayout, Changes
 from triode.models.cuda.rehearsal import Rehearsal
 from triode.models.guided import GuidedRows
@@ -121,6 +122,36 @@ def test_the_largest_steps_can_be_rehearsed_however_short_the_context_is(max_ste
     for plan in (rehearsal.read(rehearsal.longest(max_step_tokens)), rehearsal.decode(8), rehearsal.decode(8)):
         world.runner.launch(plan)
         assert len(world.runner.collect().token_ids) == len(plan.slots)
+
+
+def test_all_ways_of_sampling_are_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a request may ask for, torch has loaded what it takes."""
+    kinds = {kind for kind in vars(passes).values() if isinstance(kind, type) and "__call__" in vars(kind)}
+    kinds -= {passes.Pass}
+    called: set[type] = set()
+
+    def noting(kind: type, call: Callable[..., None]) -> Callable[..., None]:
+        def noted(self: object, *arguments: object) -> None:
+            called.add(kind)
+            call(self, *arguments)
+
+        return noted
+
+    for kind in kinds:
+        monkeypatch.setattr(kind, "__call__", noting(kind, vars(kind)["__call__"]))
+    for num_rows in (1, 8):
+        world = CudaWorld()
+        results = []
+        for plan in Rehearsal(BLOCK_SIZE_TOKENS, tiny_config().max_context_tokens).sample_in_all_ways(num_rows):
+            assert plan.copies
+            world.runner.launch(plan)
+            results.append(world.runner.collect())
+        assert called == kinds
+        assert results[0].logprobs is not None
+        if num_rows == 1:
+            assert results[0].prompt_logprobs is not None
+            assert results[1].embeddings is not None
+        called.clear()
 
 
 def test_steps_may_be_launched_before_the_tokens_of_the_last_are_read() -> None:
