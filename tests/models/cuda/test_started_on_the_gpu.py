@@ -94,7 +94,7 @@ def test_a_started_runner_compiles_loads_and_captures_nothing_more(
 
 def test_guided_rows_need_nothing_more_either(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_kernels()
-    guided = tuple(SamplingParams(guide=guide) for guide in (PERSON, COLOURS, DIGITS))
+    guided = tuple(SamplingParams(guide=guide, max_tokens=16) for guide in (PERSON, COLOURS, DIGITS))
     storm = Storm(8, 128, tiny_config().max_context_tokens)
     with (
         DeviceWorld(tiny_config(), torch.float32, max_running=8, max_step_tokens=128, guides=tiny_guides()) as world,
