@@ -34,6 +34,7 @@ KINDS = (
     SamplingParams(no_repeat_ngram_size=3),
 )
 NUM_STEPS = 60
+MOST_GUIDED_TOKENS = 16
 
 
 @contextmanager
@@ -94,8 +95,9 @@ def test_a_started_runner_compiles_loads_and_captures_nothing_more(
 
 def test_guided_rows_need_nothing_more_either(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_kernels()
-    guided = tuple(SamplingParams(guide=guide, max_tokens=16) for guide in (PERSON, COLOURS, DIGITS))
-    storm = Storm(8, 128, tiny_config().max_context_tokens)
+    guided = tuple(SamplingParams(guide=guide, max_tokens=MOST_GUIDED_TOKENS) for guide in (PERSON, COLOURS, DIGITS))
+    # What a guide leaves no choice about is written behind a prompt as soon as it has been read.
+    storm = Storm(8, 128, tiny_config().max_context_tokens - MOST_GUIDED_TOKENS)
     with (
         DeviceWorld(tiny_config(), torch.float32, max_running=8, max_step_tokens=128, guides=tiny_guides()) as world,
         watched(monkeypatch) as made,
