@@ -15,8 +15,8 @@ from triode.kernels.gpu_traits import GpuTraits
 _BLOCK_TOKENS = 4096
 
 
-# Masks are sent behind the numbers of their rows, and are as long as the larger vocabulary, the model's or the tokenizer's:
-# a start, which has this compiled, knows neither.
+# Masks are sent behind the numbers of their rows, and are as long as the larger vocabulary, the model's or the tokenizer's;
+# a start, which has this compiled, knows the model's.
 @triton.jit(do_not_specialize=["num_words"], do_not_specialize_on_alignment=["mask_ptr"])
 def forbid_tokens(
     logits_ptr, row_ptr, mask_ptr, logits_stride, num_words, VOCAB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
