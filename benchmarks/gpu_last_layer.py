@@ -127,6 +127,7 @@ def main() -> None:
             gpu.traits,
             block_size_tokens=BLOCK,
             max_running=MAX_ROWS,
+            max_step_tokens=MAX_TOKENS,
             max_tokens=MAX_TOKENS,
             max_rows=MAX_ROWS,
         )

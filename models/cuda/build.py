@@ -72,6 +72,7 @@ def build_cuda(
             gpu.traits,
             block_size_tokens=cache_config.block_size_tokens,
             max_running=max_running,
+            max_step_tokens=max_step_tokens,
             max_tokens=max_tokens,
             max_rows=max_rows,
             device=device,

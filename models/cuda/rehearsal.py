@@ -186,6 +186,7 @@ def compile_ahead(
     *,
     block_size_tokens: int,
     max_running: int,
+    max_step_tokens: int,
     max_tokens: int,
     max_rows: int,
     device: torch.device | None = None,
@@ -193,6 +194,8 @@ def compile_ahead(
     """Compile what the steps of a model launch for the current device, many kernels at a time. Nothing runs.
 
     Args:
+        max_step_tokens: of the largest step.
+        max_tokens: what the decoder has buffers for.
         device: where all that is compiled is loaded, too; None loads nothing.
 
     Returns:
@@ -212,7 +215,7 @@ def compile_ahead(
             device=_META,
         )
         runner = _AbsentRunner(decoder, pool, gpu, max_running=max_running)
-        for plan in every_kind(Rehearsal(block_size_tokens, config.max_context_tokens), max_running, max_tokens):
+        for plan in every_kind(Rehearsal(block_size_tokens, config.max_context_tokens), max_running, max_step_tokens):
             runner.launch(plan)
         num_words = -(-config.vocab_size // 32)
         row_G, mask_GW = torch.empty(1, dtype=torch.int32), torch.empty(1, num_words, dtype=torch.int32)
@@ -222,10 +225,10 @@ def compile_ahead(
     return kinds
 
 
-def every_kind(rehearsal: Rehearsal, max_running: int, max_tokens: int) -> Iterator[StepPlan]:
+def every_kind(rehearsal: Rehearsal, max_running: int, max_step_tokens: int) -> Iterator[StepPlan]:
     """Steps of each size that is captured, and of those that are not: with and without a long context, with and without
     samples, with hidden states that are read."""
-    longest, farthest = rehearsal.longest(max_tokens), rehearsal.longest_tokens
+    longest, farthest = rehearsal.longest(max_step_tokens), rehearsal.longest_tokens
     for num_before in (0, farthest - longest):
         yield rehearsal.read(longest, num_before=num_before)
         yield rehearsal.read(longest, num_before=num_before, output=Output.NONE)

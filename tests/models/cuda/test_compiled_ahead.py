@@ -69,17 +69,18 @@ def score(decoder: CudaDecoder, hidden_TD: torch.Tensor, *_: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "max_running", "max_context_tokens"),
+    ("model", "max_running", "max_step_tokens", "max_context_tokens"),
     [
-        ("qwen2.5-7b", 256, 8192),
-        ("llama-3.1-8b", 16, 131_072),
-        ("llama-3.1-8b", 8, 8192),
-        ("tiny-qwen2", 64, 8192),
-        ("qwen2.5-0.5b", 1, 8192),
+        ("qwen2.5-7b", 256, LONG_TOKENS, 8192),
+        ("llama-3.1-8b", 16, LONG_TOKENS, 131_072),
+        ("llama-3.1-8b", 8, 600, 8192),
+        ("tiny-qwen2", 64, 512, 8192),
+        ("qwen2.5-0.5b", 64, 512, 8192),
+        ("qwen2.5-0.5b", 1, 100, 8192),
     ],
 )
 def test_nothing_is_left_to_compile_or_to_capture_for_steps_of_any_kind(
-    model: str, max_running: int, max_context_tokens: int, monkeypatch: pytest.MonkeyPatch
+    model: str, max_running: int, max_step_tokens: int, max_context_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = random_config(model)
     config = msgspec.structs.replace(config, max_context_tokens=min(config.max_context_tokens, max_context_tokens))
@@ -90,6 +91,7 @@ def test_nothing_is_left_to_compile_or_to_capture_for_steps_of_any_kind(
             HOPPER,
             block_size_tokens=16,
             max_running=max_running,
+            max_step_tokens=max_step_tokens,
             max_tokens=LONG_TOKENS,
             max_rows=MAX_RUNNING,
         )
@@ -97,7 +99,7 @@ def test_nothing_is_left_to_compile_or_to_capture_for_steps_of_any_kind(
         world = AbsentWorld(
             model, torch.bfloat16, HOPPER, max_running=max_running, max_context_tokens=config.max_context_tokens
         )
-        storm = Storm(max_running, LONG_TOKENS, config.max_context_tokens)
+        storm = Storm(max_running, max_step_tokens, config.max_context_tokens)
         for rows in storm.steps(Random(max_running), NUM_STEPS):
             world.runner.launch(storm.plan(world, rows, [SamplingParams()]))
     assert len(later) > 15
