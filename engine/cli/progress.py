@@ -1,5 +1,6 @@
-"""Shows on stderr what a long step is doing: bars on a terminal, plain lines elsewhere."""
+"""Shows on stderr what a long step is doing: bars on a terminal, plain lines elsewhere, or records of a log."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,3 +78,26 @@ class Lines:
     def _write(self, text: str) -> None:
         self._file.write(text)
         self._file.flush()
+
+
+class Records:
+    """Two records of a log a stage: its name, and the time it took."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._name: str | None = None
+
+    def stage(self, name: str, total: int | None, unit: str) -> None:
+        """Note that it has begun."""
+        self._name = name
+        self._started_at_s = perf_counter()
+        self._log.info("%s ...", name)
+
+    def advance(self, amount: int) -> None:
+        """Ignored."""
+
+    def done(self) -> None:
+        """Note how long it took."""
+        if self._name is not None:
+            self._log.info("%s took %.1f s", self._name, perf_counter() - self._started_at_s)
+            self._name = None

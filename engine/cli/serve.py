@@ -10,20 +10,22 @@ import os
 import socket
 import sys
 from collections.abc import Coroutine, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import trio
 
 from triode.engine.cli.flags import add_flags, given
 from triode.engine.cli.opening import add_engine_arguments, engine_settings, settle
-from triode.engine.cli.progress import shown_progress
+from triode.engine.cli.progress import Records, shown_progress
 from triode.engine.cli.settings import field_types, from_environment, from_file
 from triode.engine.config import EngineConfig
 from triode.engine.server.config import ServerConfig
 from triode.engine.server.extra import require_extra
 from triode.engine.server.logs import formatter
+from triode.models.progress import Progress
 
+_LOG = logging.getLogger("triode.server")
 _EXAMPLES = """examples:
   triode serve smollm2-135m
   TRIODE_API_KEYS=secret triode serve ./Qwen2.5-7B-Instruct --host 0.0.0.0 --served-name qwen
@@ -115,7 +117,7 @@ async def _serve(model: str, engine_config: EngineConfig, server_config: ServerC
     from triode.engine.server.running import Server, run_server
 
     with ExitStack() as shown:
-        progress = shown.enter_context(shown_progress())
+        progress = shown.enter_context(_progress(server_config))
         async with open_engine(model, engine_config, progress=progress) as engine:
             shown.close()
             settle()
@@ -129,13 +131,18 @@ async def _serve_on_trio(
     from triode.engine.server.trio_running import run_until_signal
 
     with ExitStack() as shown:
-        progress = shown.enter_context(shown_progress())
+        progress = shown.enter_context(_progress(server_config))
         async with open_engine(model, engine_config, progress=progress) as engine:
             shown.close()
             settle()
             await run_until_signal(engine, server_config, bound, _report)
 
 
+def _progress(config: ServerConfig) -> AbstractContextManager[Progress]:
+    # Whoever reads JSON reads nothing else, whatever stderr is.
+    return nullcontext(Records(_LOG)) if config.log_format == "json" else shown_progress()
+
+
 def _report(text: str) -> None:
     # A line of the log, which may be JSON.
-    logging.getLogger("triode.server").info("%s", text)
+    _LOG.info("%s", text)

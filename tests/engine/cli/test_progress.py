@@ -1,13 +1,14 @@
 """What is written while long steps run."""
 
 import io
+import logging
 import re
 
 import pytest
 from rich.console import Console
 
 from triode.engine.cli.bars import Bars
-from triode.engine.cli.progress import Lines, shown_progress, stage
+from triode.engine.cli.progress import Lines, Records, shown_progress, stage
 
 
 def without_times(text: str) -> str:
@@ -64,3 +65,14 @@ def test_bars_follow_their_stages_and_vanish() -> None:
     # A stage ends where the next one begins.
     assert "4/4 tensors" in file.getvalue()
     assert "1.0/2.0 MB" in file.getvalue()
+
+
+def test_in_a_log_a_stage_is_two_records(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        records = Records(logging.getLogger("triode.test"))
+        records.stage("Reading weights", 8, "tensors")
+        records.advance(8)
+        records.done()
+        # A stage within a stage has ended both.
+        records.done()
+    assert [without_times(said) for said in caplog.messages] == ["Reading weights ...", "Reading weights took N s"]

@@ -32,8 +32,8 @@ def settings(*words: str, environment: dict[str, str] | None = None) -> ServerCo
 
 
 @contextmanager
-def serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server in a process of its own, and its address."""
+def serving(*words: str, said: list[str] | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, and its address. What it has `said` until it serves is appended."""
     process = subprocess.Popen(
         [sys.executable, "-m", "triode.engine.cli.main", "serve", *TINY, *words],
         stderr=subprocess.PIPE,
@@ -44,6 +44,8 @@ def serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         assert process.stderr is not None
         try:
             for line in process.stderr:
+                if said is not None:
+                    said.append(line)
                 if found := re.search(r" at (http://\S+) ", line):
                     yield process, found.group(1)
                     break
@@ -54,13 +56,16 @@ def serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def test_a_server_that_logs_json_says_nothing_else() -> None:
-    with serving("--log-format", "json") as (process, address):
+    said: list[str] = []
+    with serving("--log-format", "json", said=said) as (process, address):
         httpx.get(f"{address}/health")
         process.terminate()
         assert process.stderr is not None
         lines = process.stderr.readlines()
     assert lines
-    assert all(json.loads(line)["logger"].startswith("triode") for line in lines)
+    records = [json.loads(line) for line in (*said, *lines)]
+    assert all(record["logger"].startswith("triode") for record in records)
+    assert "Loading weights ..." in {record["message"] for record in records}
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
