@@ -20,7 +20,7 @@ from triode.models.native import NativeDecoder
 from triode.models.parallel import RankOrder
 from triode.models.progress import NullProgress, Progress
 from triode.models.quantization import NOT_QUANTIZED, WeightPlan
-from triode.models.ranked_build import build_share
+from triode.models.ranked_build import build_share, library_for
 from triode.models.ranks import LeadProgram
 from triode.models.runner import Runner
 from triode.models.weights import DecoderWeights, LayerWeights, allocate, places
@@ -42,6 +42,30 @@ class BuiltRunner:
     """Bytes of matrices that each step reads; None where that is not known."""
     kernels: str
     """Each implementation in use, with its operations."""
+
+
+def check_choices(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    cache_config: CacheConfig,
+    kernels: KernelChoice = "auto",
+    plan: WeightPlan = NOT_QUANTIZED,
+    progress: Progress | None = None,
+    ranks: RankOrder | None = None,
+) -> None:
+    """Refuse, before weights are loaded, what `build_runner` would refuse whatever they are.
+
+    Raises:
+        ValueError: an argument asks for what this machine does not have.
+    """
+    if device.type == "cuda":
+        _check_for_gpu(kernels, plan, cache_config)
+        return
+    native = choose_native(dtype, kernels, plan, progress or NullProgress())
+    _kv_dtype(cache_config, dtype, native.missing, is_native=native.library is not None)
+    if ranks is not None:
+        library_for(native, ranks)
 
 
 def build_runner(

@@ -55,13 +55,18 @@ def build_share(
     Raises:
         ValueError: the model cannot be divided by the number of ranks, or there is no compiled step.
     """
-    library = _library(native, order)
+    library = library_for(native, order)
     memory = RankMemory(order, config, weights.embed_VD.dtype, max_step_tokens)
     weights = with_share_of_head(config, weights, order.rank, order.num_ranks)
     return NativeDecoder(share_of(config, order.num_ranks), weights, library, layers, plan, memory.struct), memory
 
 
-def _library(native: NativeChoice, order: RankOrder) -> NativeLibrary:
+def library_for(native: NativeChoice, order: RankOrder) -> NativeLibrary:
+    """The compiled step, which ranks cannot do without.
+
+    Raises:
+        ValueError: there is none.
+    """
     if native.library is None:
         reason = native.missing or "the torch kernels were asked for"
         raise ValueError(f"tensor_parallel must be 1 without native kernels, got {order.num_ranks}: {reason}")

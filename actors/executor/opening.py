@@ -6,7 +6,7 @@ from collections import deque
 import torch
 
 from triode.actors.executor.protocol import Built, Open
-from triode.models.build import build_runner, freed_one_by_one
+from triode.models.build import build_runner, check_choices, freed_one_by_one
 from triode.models.config import ModelConfig
 from triode.models.grammar import GuideCompiler
 from triode.models.loader import Checkpoint, open_checkpoint, resolve_device, resolve_dtype
@@ -36,7 +36,7 @@ def open_runner(order: Open, progress: Progress) -> tuple[Runner | Follower, Bui
 
 def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tuple[Runner, Built]:
     """The same for a model that has been opened, and a worker that has the runner."""
-    device, dtype, plan = _resolve(checkpoint, order)
+    device, dtype, plan = _resolve(checkpoint, order, progress)
     config = checkpoint.config
     guides = GuideCompiler(checkpoint.tokenizer, config.vocab_size, config.eos_token_ids)
     if order.warm_guides:
@@ -71,7 +71,7 @@ def load_runner(checkpoint: Checkpoint, order: Open, progress: Progress) -> tupl
 
 
 def _load_follower(checkpoint: Checkpoint, order: Open, ranks: RankOrder, progress: Progress) -> tuple[Follower, Built]:
-    device, dtype, plan = _resolve(checkpoint, order)
+    device, dtype, plan = _resolve(checkpoint, order, progress)
     weights = _load_weights(checkpoint, order, device, dtype, plan, progress)
     layers = deque(weights.layers)
     follower = build_follower(
@@ -97,13 +97,24 @@ def _load_follower(checkpoint: Checkpoint, order: Open, ranks: RankOrder, progre
     )
 
 
-def _resolve(checkpoint: Checkpoint, order: Open) -> tuple[torch.device, torch.dtype, WeightPlan]:
+def _resolve(checkpoint: Checkpoint, order: Open, progress: Progress) -> tuple[torch.device, torch.dtype, WeightPlan]:
+    """What the options come to here; whatever of them cannot be had is refused before weights are loaded."""
     options = order.options
     device = resolve_device(options.device)
     plan = plan_weights(options.quantization, options.quantization_group, options.quantization_overrides)
     if order.ranks is not None:
         _check_ranks(checkpoint.config, device, order.ranks.num_ranks)
-    return device, resolve_dtype(options.dtype, checkpoint.config, device), plan
+    dtype = resolve_dtype(options.dtype, checkpoint.config, device)
+    check_choices(
+        device,
+        dtype,
+        cache_config=order.cache,
+        kernels=options.kernels,
+        plan=plan,
+        progress=progress,
+        ranks=order.ranks,
+    )
+    return device, dtype, plan
 
 
 def _check_ranks(config: ModelConfig, device: torch.device, num_ranks: int) -> None:

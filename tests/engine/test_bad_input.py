@@ -13,6 +13,7 @@ from engines import LONG_TEXT, check_nothing_is_left, complete, greedy, open_tin
 from triode.engine.engine import Engine
 from triode.engine.request import freeze_prompt
 from triode.errors import InsufficientMemory
+from triode.models.progress import NullProgress
 
 PROMPT = "The quick brown fox."
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
@@ -303,6 +304,32 @@ async def test_a_context_beyond_the_model_is_refused() -> None:
     await opening_fails(
         ValueError, "max_context_tokens must be <= 8192 for this model, got 8193", max_context_tokens=8193
     )
+
+
+class _Stages(NullProgress):
+    """Remembers what an engine has done until it was refused."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def stage(self, name: str, total: int | None, unit: str) -> None:
+        self.names.append(name)
+
+
+@pytest.mark.parametrize(
+    ("message", "settings"),
+    [
+        ("quantization must be none with kernels='reference', got 'a16w8'", {"quantization": "a16w8"}),
+        ("kv_dtype must be auto here, got 'int8': the torch kernels were asked for", {"kv_dtype": "int8"}),
+    ],
+)
+async def test_what_the_kernels_lack_is_refused_before_weights_are_loaded(
+    message: str, settings: dict[str, Any]
+) -> None:
+    stages = _Stages()
+    await opening_fails(ValueError, message, kernels="reference", progress=stages, **settings)
+    assert stages.names
+    assert "Loading weights" not in stages.names
 
 
 async def test_two_engines_cannot_have_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
