@@ -19,8 +19,7 @@ def read_guide(arguments: argparse.Namespace) -> Guide | None:
     """The guide that the flags give.
 
     Raises:
-        OSError: if its file cannot be read.
-        ValueError: if it is no guide.
+        ValueError: if it is no guide, or its file cannot be read.
     """
     if arguments.json_schema is not None:
         return JsonSchema(_read("--json-schema", arguments.json_schema))
@@ -36,5 +35,7 @@ def read_guide(arguments: argparse.Namespace) -> Guide | None:
 def _read(flag: str, path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{flag} must name a file that can be read, got {path!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{flag} must name a file of UTF-8 text, got {path!r}: {error}") from error

@@ -46,7 +46,9 @@ def from_file(path: Path, types: Mapping[str, object]) -> dict[str, object]:
     """
     try:
         values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"--config must name a file that can be read, got {str(path)!r}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"--config must be a TOML file: {path}: {error}") from None
     if unknown := sorted(values.keys() - types.keys()):
         raise ValueError(f"{path}: settings must be among {', '.join(sorted(types))}, got {', '.join(unknown)}")

@@ -39,7 +39,12 @@ def test_the_output_holds(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["--json-schema", "no-such-file"], 1, "No such file or directory: 'no-such-file'"),
+        (
+            ["--json-schema", "no-such-file"],
+            2,
+            "error: --json-schema must name a file that can be read, got 'no-such-file': No such file or directory",
+        ),
+        (["--grammar", "/"], 2, "error: --grammar must name a file that can be read, got '/': Is a directory"),
         (["--regex", "a", "--ignore-eos"], 2, "ignore_eos must be False with guide"),
         (["--regex", "a("], 2, "guide cannot be compiled"),
     ],

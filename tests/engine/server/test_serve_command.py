@@ -95,6 +95,12 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, content: str, message: 
         settings("--config", str(file))
 
 
+def test_a_missing_file_is_refused_by_flag_and_name() -> None:
+    reason = "^--config must name a file that can be read, got '/no/such': No such file or directory$"
+    with pytest.raises(ValueError, match=reason):
+        settings("--config", "/no/such")
+
+
 def test_a_wrong_variable_is_refused_without_repeating_it() -> None:
     with pytest.raises(ValueError, match="TRIODE_PORT must be of the setting's type") as caught:
         settings(environment={"TRIODE_PORT": "hidden"})
