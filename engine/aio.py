@@ -205,7 +205,8 @@ class Engine:
         return await RequestStream(mailbox, self._hub.cancel_soon, self._hub.cancel_soon).accepted()
 
     async def _ask(self, call: Callable[[TrioEngine], Awaitable[T]]) -> T:
-        future, cancel = self._thread.call(call)
+        future, begin, cancel = self._thread.call(call)
+        begin()
         return await _awaited(future, cancel)
 
 

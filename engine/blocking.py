@@ -68,8 +68,8 @@ class LLM:
         self._progress = progress
         self._waker = BlockingWaker()
         self._thread = EngineThread((config or EngineConfig()).override({**overrides, "model": model}), progress)
-        self._thread.start()
         try:
+            self._thread.start()
             self._hub = self._thread.opened.result()
         except BaseException:
             self._thread.stop()
@@ -146,8 +146,9 @@ def _run(coroutine: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("a coroutine over BlockingWaker never suspends")
 
 
-def _result(future: "Future[T]", cancel: Callable[[], None]) -> T:
+def _result(future: "Future[T]", begin: Callable[[], None], cancel: Callable[[], None]) -> T:
     try:
+        begin()
         return future.result()
     except BaseException:
         cancel()

@@ -61,8 +61,13 @@ class EngineThread:
         """The open engine's hub; other threads reach it through `Hub.call_soon`."""
         return self.opened.result(timeout=0)
 
-    def call(self, call: Callable[[Engine], Awaitable[T]]) -> "tuple[Future[T], Callable[[], None]]":
-        """Have the engine's loop await something. Returns its future, and a function that cancels it."""
+    def call(
+        self, call: Callable[[Engine], Awaitable[T]]
+    ) -> "tuple[Future[T], Callable[[], None], Callable[[], None]]":
+        """What the engine's loop is to await: its future, a function that has it begin, and one that cancels it.
+
+        Whoever may be interrupted is ready to cancel before it begins.
+        """
         future: Future[T] = _promise()
         scope = trio.CancelScope()
 
@@ -82,8 +87,7 @@ class EngineThread:
             else:
                 self._nursery.start_soon(run)
 
-        self._post(start, otherwise=start)
-        return future, lambda: self._post(scope.cancel)
+        return future, lambda: self._post(start, otherwise=start), lambda: self._post(scope.cancel)
 
     def do(self, call: Callable[[Engine], T]) -> "Future[T]":
         """Have a synchronous call made in the engine's thread, or here once that has ended."""

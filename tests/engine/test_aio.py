@@ -365,7 +365,8 @@ async def test_an_answer_that_nobody_waits_for_any_more_harms_nobody() -> None:
             may_answer.wait(10)
             return 1
 
-        future, _ = thread.call(answer)
+        future, begin, _ = thread.call(answer)
+        begin()
         future.cancel()
         may_answer.set()
         assert len(await engine.generate([PROMPT], greedy(1))) == 1

@@ -199,7 +199,8 @@ class Watch:
 
 llm._progress = Watch()
 try:
-    llm.generate(["Once"], triode.SamplingParams(max_tokens=4000, ignore_eos=True))
+    # More than whoever interrupts could ever wait for.
+    llm.generate(["Once"] * 1000, triode.SamplingParams(max_tokens=4000, ignore_eos=True))
 except KeyboardInterrupt:
     print("interrupted")
 llm._progress = None
@@ -218,6 +219,21 @@ def test_an_interrupt_cancels_generate_and_keeps_the_engine() -> None:
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=60)
     assert (said.split(), errors) == (["interrupted", "3", "closed"], "")
+
+
+def test_an_interrupt_cancels_what_has_only_just_begun(llm: triode.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    post = llm._thread._post
+
+    def interrupted(*call: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        post(*call, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm._thread, "_post", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPT], greedy(LONG))
+    wait_until_nothing_is_left(llm)
+    assert llm.statistics().scheduler.num_steps < LONG
 
 
 FORGOTTEN = """
