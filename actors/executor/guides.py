@@ -22,7 +22,7 @@ def refusal(runner: Runner, guide: Guide, num_requests: int = 1) -> Refusal | No
 
 MAX_UNASKED = 15
 """Requests with a guide that the worker keeps already, for each one about which it is asked, which may bring another
-prototype of it (`models/grammar.py`)."""
+prototype of it (`models/prototypes.py`)."""
 REQUESTS_PER_CHECK = 1 + MAX_UNASKED
 """For which the worker is asked at once."""
 

@@ -12,10 +12,12 @@ import trio
 
 import triode
 from engines import SMALL, check_nothing_is_left, complete, drawn, open_gated, open_tiny, rested
+from guides import grow_up_to
 from triode.engine.completion import Completion, Result
 from triode.engine.engine import Engine
 from triode.errors import EngineFault
 from triode.models import grammar
+from triode.models.prototypes import FEW_SHARERS
 from triode.models.vocabulary import vocabulary_for
 
 SCHEMA = {
@@ -287,7 +289,7 @@ def held_bytes(engine: Engine) -> int:
 
 
 async def test_a_bug_in_growing_a_guide_in_the_background_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_LEXERS", 2)
+    grow_up_to(2, monkeypatch)
 
     def broken(guide: object, vocabulary: object) -> None:
         raise ZeroDivisionError("a bug")
@@ -296,8 +298,8 @@ async def test_a_bug_in_growing_a_guide_in_the_background_ends_the_engine(monkey
     with pytest.raises(EngineFault) as raised:
         async with open_tiny(executor="inline", max_running=8) as engine:
             await complete(engine, PROMPT, params)
-            monkeypatch.setattr(grammar, "_compile", broken)
-            await engine.generate([PROMPT] * (grammar.FEW_SHARERS + 1), params)
+            monkeypatch.setattr(grammar, "compile_prototype", broken)
+            await engine.generate([PROMPT] * (FEW_SHARERS + 1), params)
             guides_of(engine)._growing.submit(int).result()
             await complete(engine, PROMPT, params)
     error: BaseException | None = raised.value

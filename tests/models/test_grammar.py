@@ -23,14 +23,15 @@ from llguidance import LLTokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers.normalizers import NFC
 
-from guides import DIGITS, EOS, tiny_guides, tiny_tokenizer
+from guides import DIGITS, EOS, grow_up_to, tiny_guides, tiny_tokenizer
 from trained_tokenizers import byte_fallback_bpe, byte_fallback_from_gguf, byte_level_bpe
 from triode.errors import EngineBusy
 from triode.ids import TokenId
-from triode.models import grammar
-from triode.models.grammar import FEW_SHARERS, MAX_SHARERS, GuideCompiler, check_guide
+from triode.models import grammar, prototypes
+from triode.models.grammar import GuideCompiler, check_guide
 from triode.models.guide import MAX_OPTIONAL, Choices, Grammar, Guide, JsonObject, JsonSchema, Regex
 from triode.models.matcher import Matcher
+from triode.models.prototypes import FEW_SHARERS, MAX_SHARERS, CompiledGuide, Prototype, compile_prototype
 from triode.models.tokenizer import Tokenizer
 from triode.models.vocabulary import Vocabulary
 from walks import accepts, allowed, mask_of, walk
@@ -248,13 +249,12 @@ def test_a_guide_stays_compiled_while_a_request_has_it(monkeypatch: pytest.Monke
     monkeypatch.setattr(grammar, "MAX_KEPT_BYTES", 1000)
     guides = fresh_guides()
     compiled: list[Guide] = []
-    make = grammar._compile
 
-    def counted(guide: Guide, vocabulary: LLTokenizer) -> grammar._Prototype:
+    def counted(guide: Guide, vocabulary: LLTokenizer) -> Prototype:
         compiled.append(guide)
-        return make(guide, vocabulary)
+        return compile_prototype(guide, vocabulary)
 
-    monkeypatch.setattr(grammar, "_compile", counted)
+    monkeypatch.setattr(grammar, "compile_prototype", counted)
     for _ in range(2):
         guides.check(Regex("held"))
     for number in range(30):
@@ -294,21 +294,20 @@ def test_a_lexer_that_has_given_up_is_not_given_to_the_next_request() -> None:
 def test_a_lexer_that_has_given_up_fails_only_the_sequence_that_spent_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # However busy the machine is.
     monkeypatch.setattr("triode.models.matcher.MAX_RENEWING_S", 60)
-    monkeypatch.setattr(grammar, "MAX_LEXERS", 1)
+    grow_up_to(1, monkeypatch)
     guides = fresh_guides()
     guides.check(SPENDING)
     token_ids = [TokenId(token_id) for token_id in tiny_tokenizer().encode("ab a")]
     others = [guides.matcher(SPENDING, token_ids) for _ in range(MAX_SHARERS - 1)]
     masks = [mask_of(guides, matcher).copy() for matcher in others]
     compiled: list[int] = []
-    make = grammar._compile
 
-    def counted(guide: Guide, vocabulary: LLTokenizer) -> grammar._Prototype:
+    def counted(guide: Guide, vocabulary: LLTokenizer) -> Prototype:
         compiled.append(1)
-        return make(guide, vocabulary)
+        return compile_prototype(guide, vocabulary)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar, "_compile", counted)
+        patch.setattr(grammar, "compile_prototype", counted)
         spend(guides)
         # Twice for the one that has spent it, and once for all the others.
         assert len(compiled) == 2
@@ -339,7 +338,7 @@ def test_beginning_again_has_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_few_sequences_share_a_lexer_at_a_time(
     num_requests: int, comes_at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar, "MAX_LEXERS", 1)
+    grow_up_to(1, monkeypatch)
     guides = fresh_guides()
     matchers: list[Matcher] = []
     for number in range(4 * MAX_SHARERS):
@@ -348,14 +347,14 @@ def test_few_sequences_share_a_lexer_at_a_time(
         if not comes_at_once:
             matchers.append(guides.matcher(DIGITS, []))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar, "_compile", None)
+        patch.setattr(grammar, "compile_prototype", None)
         matchers += [guides.matcher(DIGITS, []) for _ in range(4 * MAX_SHARERS - len(matchers))]
     assert list(Counter(matcher.lexer for matcher in matchers).values()) == [MAX_SHARERS] * 4
 
 
 def test_sequences_that_come_again_share_lexers_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a preemption, where nobody asks once more."""
-    monkeypatch.setattr(grammar, "MAX_LEXERS", 1)
+    grow_up_to(1, monkeypatch)
     guides = fresh_guides()
     guides.check(DIGITS, MAX_SHARERS)
     matchers = [guides.matcher(DIGITS, []) for _ in range(2 * MAX_SHARERS)]
@@ -378,7 +377,7 @@ def test_a_spent_lexer_fails_few_others(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_sequences_that_begin_again_share_lexers_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triode.models.matcher.MAX_RENEWING_S", 60)
-    monkeypatch.setattr(grammar, "MAX_LEXERS", 1)
+    grow_up_to(1, monkeypatch)
     guides = fresh_guides()
     guides.check(SPENDING, 2 * MAX_SHARERS - 1)
     spender, *matchers = [guides.matcher(SPENDING, []) for _ in range(2 * MAX_SHARERS - 2)]
@@ -395,8 +394,8 @@ def test_sequences_that_begin_again_share_lexers_like_others(monkeypatch: pytest
 
 
 def test_a_lexer_is_kept_for_the_next_sequences_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_LEXERS", 1)
-    monkeypatch.setattr(grammar, "MAX_GIVEN", 40)
+    grow_up_to(1, monkeypatch)
+    monkeypatch.setattr(prototypes, "MAX_GIVEN", 40)
     guides = fresh_guides()
     lexers: list[int] = []
     # They have ended, though their places in the batch are nobody's yet.
@@ -412,7 +411,7 @@ def test_a_lexer_is_kept_for_the_next_sequences_but_not_for_ever(monkeypatch: py
 
 
 def test_a_guide_that_many_have_gets_a_lexer_for_every_few_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_LEXERS", 3)
+    grow_up_to(3, monkeypatch)
     guides = fresh_guides()
     matchers: list[Matcher] = []
     guides.check(DIGITS)
@@ -431,7 +430,7 @@ def grown(guides: GuideCompiler) -> None:
 
 
 def test_the_next_requests_find_a_guide_grown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_LEXERS", 3)
+    grow_up_to(3, monkeypatch)
     guides = fresh_guides()
     kept: list[Matcher] = []
     for _ in range(3):
@@ -443,12 +442,12 @@ def test_the_next_requests_find_a_guide_grown(monkeypatch: pytest.MonkeyPatch) -
         for _ in range(12):
             guides.release(DIGITS)
         # From here on there are enough.
-        monkeypatch.setattr(grammar, "_compile", None)
+        monkeypatch.setattr(grammar, "compile_prototype", None)
     assert [prototype.num_given for prototype in prototypes] == [20, 8, 8]
 
 
 def test_lexers_that_nobody_needs_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_LEXERS", 4)
+    grow_up_to(4, monkeypatch)
     monkeypatch.setattr(grammar, "MAX_SPARE", 5)
     guides = fresh_guides()
     for text in ("oldest", "older", "newest"):
@@ -464,66 +463,63 @@ def test_lexers_that_nobody_needs_are_bounded_together(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("max_spare", [0, 1, 3])
 def test_growing_ends_where_others_are_used_meanwhile(max_spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_LEXERS", 4)
+    grow_up_to(4, monkeypatch)
     monkeypatch.setattr(grammar, "MAX_SPARE", max_spare)
     guides, others = fresh_guides(), Regex("others")
     guides.check(others)
     held = [guides.matcher(others, []) for _ in range(16)]
     grown(guides)
     compiled: list[Guide] = []
-    make = grammar._compile
 
-    def counted(guide: Guide, vocabulary: LLTokenizer) -> grammar._Prototype:
+    def counted(guide: Guide, vocabulary: LLTokenizer) -> Prototype:
         compiled.append(guide)
         guides._find(others)
-        return make(guide, vocabulary)
+        return compile_prototype(guide, vocabulary)
 
     guides.check(DIGITS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar, "_compile", counted)
+        patch.setattr(grammar, "compile_prototype", counted)
         held += [guides.matcher(DIGITS, []) for _ in range(16)]
         grown(guides)
-    assert 0 < compiled.count(DIGITS) <= grammar.MAX_LEXERS
+    assert 0 < compiled.count(DIGITS) <= prototypes.MAX_LEXERS
     # Spare ones of others have made room.
     assert [len(guides._compiled[guide].prototypes) for guide in (DIGITS, others)] == [1 + max_spare, 1]
     guides.close()
 
 
 def test_growing_is_bounded_whatever_it_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_LEXERS", 4)
-    monkeypatch.setattr(grammar._Compiled, "is_crowded", True)
+    grow_up_to(4, monkeypatch)
+    monkeypatch.setattr(CompiledGuide, "is_crowded", True)
     guides = fresh_guides()
     guides.check(DIGITS)
     compiled: list[Guide] = []
-    make = grammar._compile
 
-    def counted(guide: Guide, vocabulary: LLTokenizer) -> grammar._Prototype:
+    def counted(guide: Guide, vocabulary: LLTokenizer) -> Prototype:
         compiled.append(guide)
         assert len(compiled) < 20
-        return make(guide, vocabulary)
+        return compile_prototype(guide, vocabulary)
 
-    monkeypatch.setattr(grammar, "_compile", counted)
+    monkeypatch.setattr(grammar, "compile_prototype", counted)
     guides.matcher(DIGITS, [])
     grown(guides)
-    assert len(compiled) == grammar.MAX_LEXERS
+    assert len(compiled) == prototypes.MAX_LEXERS
     guides.close()
 
 
 def test_closing_ends_growing_which_can_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_LEXERS", 4)
+    grow_up_to(4, monkeypatch)
     guides, begun, may_go_on = fresh_guides(), threading.Event(), threading.Event()
-    make = grammar._compile
 
-    def slow(guide: Guide, vocabulary: LLTokenizer) -> grammar._Prototype:
+    def slow(guide: Guide, vocabulary: LLTokenizer) -> Prototype:
         begun.set()
         may_go_on.wait()
-        return make(guide, vocabulary)
+        return compile_prototype(guide, vocabulary)
 
     both = (DIGITS, Regex("waits"))
     for guide in both:
         guides.check(guide)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar, "_compile", slow)
+        patch.setattr(grammar, "compile_prototype", slow)
         held = [guides.matcher(guide, []) for guide in both for _ in range(16)]
         begun.wait()
         closing = threading.Thread(target=guides.close)
@@ -540,15 +536,15 @@ def test_closing_ends_growing_which_can_begin_anew(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_exception_of_growing_rises_where_the_next_sequence_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_LEXERS", 4)
+    grow_up_to(4, monkeypatch)
     guides = fresh_guides()
     guides.check(DIGITS)
 
-    def broken(guide: Guide, vocabulary: LLTokenizer) -> grammar._Prototype:
+    def broken(guide: Guide, vocabulary: LLTokenizer) -> Prototype:
         raise MemoryError("a bug")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar, "_compile", broken)
+        patch.setattr(grammar, "compile_prototype", broken)
         held = [guides.matcher(DIGITS, []) for _ in range(FEW_SHARERS + 1)]
         grown(guides)
         guides.check(DIGITS)

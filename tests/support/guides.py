@@ -2,7 +2,10 @@
 
 from functools import cache
 
+import pytest
+
 from trained_tokenizers import byte_level_bpe
+from triode.models import grammar, prototypes
 from triode.models.grammar import GuideCompiler
 from triode.models.guide import Choices, JsonSchema, Regex
 from triode.models.tokenizer import Tokenizer
@@ -32,3 +35,9 @@ def tiny_tokenizer() -> Tokenizer:
 def tiny_guides() -> GuideCompiler:
     """For the model of `runner_world`, whose vocabulary ends before the tokenizer's."""
     return GuideCompiler(tiny_tokenizer(), 499, [EOS])
+
+
+def grow_up_to(max_lexers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the background, guides get so many prototypes."""
+    for module in (grammar, prototypes):
+        monkeypatch.setattr(module, "MAX_LEXERS", max_lexers)
