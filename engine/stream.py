@@ -96,6 +96,8 @@ class RequestStream:
         finally:
             self._mailbox.is_patient = False
         self._reply.counts_all = True
+        # The transcripts may have ended while nobody waited, and mail came before that.
+        self._reply.read(self._mailbox.take())
         self._check_well()
         return self._reply.result(self._mailbox.num_cached_tokens)
 

@@ -71,6 +71,19 @@ async def test_a_reader_who_lags_misses_nothing() -> None:
         assert len(joined([delta async for delta in stream])[1]) == 30
 
 
+@pytest.mark.parametrize("iterates", [True, False])
+async def test_a_result_that_is_asked_for_late_has_all_that_came(iterates: bool) -> None:
+    async with open_gated() as (engine, gate):
+        stream = await engine.submit([1, 2, 3, 4], greedy(3, prompt_logprobs=1))
+        await gate.step(3)
+        assert stream.status.is_final
+        if iterates:
+            assert joined([delta async for delta in stream])[1] != ()
+        late = await stream.result()
+        assert late.prompt_logprobs is not None
+        assert len(late.prompt_logprobs) == 3
+
+
 async def test_a_completion_grows_with_what_is_read() -> None:
     async with open_gated() as (engine, gate):
         async with engine.submit(PROMPT, greedy(LONG)) as stream:
