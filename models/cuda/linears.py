@@ -29,7 +29,7 @@ class Proofs:
     def __init__(self, traits: GpuTraits) -> None:
         self._traits = traits
         self._proofs: dict[tuple[int, int, bool, torch.dtype], LinearProof] = {}
-        self._of_hopper: dict[tuple[Ending, int, int, torch.dtype], ProductProof] = {}
+        self._of_hopper: dict[tuple[Ending, int, int, torch.dtype], ProductProof | None] = {}
 
     def of(
         self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, out_dtype: torch.dtype, most_tokens: int
@@ -50,22 +50,22 @@ class Proofs:
         weight_ED, (num_rows, num_in) = product.weight_ED, product.weight_ED.shape
         if product.triton_tokens is None or not takes(weight_ED, product.bias_E, self._traits):
             return False
-        served = [num for num in range(1, most_tokens + 1) if _hopper_serves(ending, num, num_rows, num_in)]
-        if not served:
-            return False
         key = (ending, num_rows, num_in, weight_ED.dtype)
         if key not in self._of_hopper:
-            self._of_hopper[key] = prove_product(ending, weight_ED, self._traits, served)
-        return self._of_hopper[key].agrees
+            # Thousands of numbers: not to be asked about for each layer.
+            served = [num for num in range(1, most_tokens + 1) if _hopper_serves(ending, num, num_rows, num_in)]
+            self._of_hopper[key] = prove_product(ending, weight_ED, self._traits, served) if served else None
+        proof = self._of_hopper[key]
+        return proof is not None and proof.agrees
 
     def hopper_serves(self) -> bool:
         """Whether the CUDA kernel serves any product."""
-        return any(proof.agrees for proof in self._of_hopper.values())
+        return any(proof is not None and proof.agrees for proof in self._of_hopper.values())
 
     def exceptions(self) -> list[str]:
         """The shapes for which not all agree, or not all are there."""
         differing = [str(proof) for proof in self._proofs.values() if proof.differing_tokens]
-        return differing + [str(proof) for proof in self._of_hopper.values() if not proof.agrees]
+        return differing + [str(proof) for proof in self._of_hopper.values() if proof is not None and not proof.agrees]
 
 
 def _hopper_serves(ending: Ending, num_tokens: int, num_rows: int, num_in: int) -> bool:

@@ -89,3 +89,18 @@ def test_the_product_of_a_shape_is_compared_once(monkeypatch: pytest.MonkeyPatch
     for _ in range(3):
         CudaDecoder.linear(decoder, torch.empty(16, 8), None, Ending.STORE, Ending.ADD)
     assert asked == [Ending.STORE, Ending.ADD]
+
+
+def test_what_no_number_of_tokens_asks_for_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[tuple[Ending, int]] = []
+
+    def serves(ending: Ending, num_tokens: int, *_: int) -> bool:
+        looked_up.append((ending, num_tokens))
+        return False
+
+    bound(monkeypatch)
+    monkeypatch.setattr(linears, "_hopper_serves", serves)
+    decoder = cast(CudaDecoder, BoundDecoder())
+    for _ in range(3):
+        assert not CudaDecoder.linear(decoder, torch.empty(16, 8), None, Ending.ADD).hopper
+    assert len(looked_up) == len(set(looked_up)) == BoundDecoder.max_tokens
