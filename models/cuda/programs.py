@@ -8,6 +8,7 @@ buffers; their launch parameters depend on the size alone.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 
 from triode.models.cuda.gpu import Gpu
 
@@ -35,16 +36,16 @@ def prefill_shape(num_tokens: int, num_rows: int, max_rows: int) -> tuple[int, i
     return None if tokens is None else (tokens, min(rows, max_rows))
 
 
-def prefill_sizes(max_tokens: int, max_rows: int) -> Iterator[tuple[int, int]]:
-    """The fewest rows, and with them the most tokens, of each captured step of at most so many."""
-    for most_tokens in PREFILL_TOKENS:
-        num_tokens = min(most_tokens, max_tokens)
-        for num_rows in (1, *(size + 1 for size in PREFILL_ROWS)):
+def prefill_sizes(max_tokens: int, max_rows: int, max_row_tokens: int) -> Iterator[tuple[int, int]]:
+    """The most tokens, and the fewest rows that hold them, of each captured step of at most so many."""
+    row_limits = [min(size, max_rows) for size in (*PREFILL_ROWS, max_rows)]
+    for fewer_tokens, most_tokens in pairwise((0, *PREFILL_TOKENS)):
+        for fewer_rows, most_rows in pairwise((0, *row_limits)):
+            num_tokens = min(most_tokens, max_tokens, most_rows * max_row_tokens)
+            num_rows = max(fewer_rows + 1, -(-num_tokens // max_row_tokens))
             # At least one row has several tokens.
-            if num_rows < num_tokens and num_rows <= max_rows:
+            if num_tokens > max(fewer_tokens, num_rows) and num_rows <= most_rows:
                 yield num_tokens, num_rows
-        if most_tokens >= max_tokens:
-            return
 
 
 def decode_sizes(max_rows: int) -> Iterator[int]:

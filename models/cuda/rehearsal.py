@@ -32,8 +32,8 @@ from triode.models.weights import allocate
 
 _META = torch.device("meta")
 _BLOCK = BlockId(1)
-# Each sequence has room for so many more tokens.
-_MOST_SAMPLES = 8
+# Each sequence samples once.
+_NUM_SAMPLES = 1
 _PLAIN = SamplingParams(temperature=1.0)
 _ALL_WAYS = {
     "params": SamplingParams(
@@ -58,7 +58,7 @@ class Rehearsal:
 
     def __init__(self, block_size_tokens: int, max_context_tokens: int) -> None:
         self._block_size = block_size_tokens
-        self.longest_tokens = max(2, max_context_tokens - _MOST_SAMPLES)
+        self.longest_tokens = max(2, max_context_tokens - _NUM_SAMPLES)
         """Of any sequence."""
         self._num_steps = 0
 
@@ -71,6 +71,12 @@ class Rehearsal:
     ) -> StepPlan:
         """So many tokens of a prompt, behind others, beside rows of one token; as many tokens and rows in all."""
         return self._plan([(num_before, num_tokens - num_rows + 1)] + [(0, 1)] * (num_rows - 1), output)
+
+    def read_together(self, num_tokens: int, num_rows: int, *, is_far: bool) -> StepPlan:
+        """So many tokens of prompts, the same number of each if that is possible; the first behind as many as there can be."""
+        nums = [num_tokens // num_rows + (row < num_tokens % num_rows) for row in range(num_rows)]
+        num_before = self.longest_tokens - nums[0] if is_far else 0
+        return self._plan([(num_before, nums[0]), *((0, num) for num in nums[1:])], Output.SAMPLE)
 
     def decode(self, num_rows: int, *, num_before: int = 0) -> StepPlan:
         """Rows of one token, the first of them behind others."""
@@ -102,7 +108,7 @@ class Rehearsal:
                 for slot, end in zip(slots, ends, strict=True)
             ),
             table_changes=tuple(
-                TableChange(slot, 0, (_BLOCK,) * -(-(end + _MOST_SAMPLES) // self._block_size))
+                TableChange(slot, 0, (_BLOCK,) * -(-(end + _NUM_SAMPLES) // self._block_size))
                 for slot, end in zip(slots, ends, strict=True)
             ),
         )
@@ -234,9 +240,9 @@ def every_kind(rehearsal: Rehearsal, max_running: int, max_step_tokens: int) -> 
         yield rehearsal.read(longest, num_before=num_before, output=Output.NONE)
         if max_running > 1:
             yield rehearsal.read(longest, num_before=num_before, num_rows=2)
-    for num_tokens, num_rows in prefill_sizes(longest, max_running):
-        for num_before in (0, farthest - num_tokens):
-            yield rehearsal.read(num_tokens, num_before=num_before, num_rows=num_rows)
+    for num_tokens, num_rows in prefill_sizes(max_step_tokens, max_running, farthest):
+        for is_far in (False, True):
+            yield rehearsal.read_together(num_tokens, num_rows, is_far=is_far)
     for num_tokens in decode_sizes(min(longest, PREFILL_TOKENS[-1])):
         yield rehearsal.read(num_tokens, output=Output.PROMPT_LOGPROBS_AND_SAMPLE)
     for num_rows in decode_sizes(max_running):

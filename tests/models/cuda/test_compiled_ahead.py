@@ -1,6 +1,6 @@
 """What a start compiles and captures before anything is launched is what is launched then."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
 from typing import Any
@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from absent_world import LONG_TOKENS, MAX_RUNNING, AbsentWorld
 from cross_compile import HOPPER, AbsentDriver
-from step_storms import Storm
+from step_storms import Storm, StormRow
 from triode.models.cuda.decoder import CudaDecoder
 from triode.models.cuda.programs import Kinds
 from triode.models.cuda.rehearsal import compile_ahead
@@ -68,6 +68,31 @@ def score(decoder: CudaDecoder, hidden_TD: torch.Tensor, *_: object) -> None:
         decoder.logits(hidden_TD[first : first + SCORED_POSITIONS])
 
 
+def behind_a_start(
+    model: str, storm: Storm, steps: Iterable[Sequence[StormRow]], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, set[str], list[set[tuple[int, ...]]]]:
+    """How many kernels the steps launch; those of them, and the kinds of captured work, for which they would wait."""
+    config = msgspec.structs.replace(random_config(model), max_context_tokens=storm.max_context_tokens)
+    with asked_for(monkeypatch) as ahead:
+        captured = compile_ahead(
+            config,
+            torch.bfloat16,
+            HOPPER,
+            block_size_tokens=16,
+            max_running=storm.max_rows,
+            max_step_tokens=storm.max_step_tokens,
+            max_tokens=LONG_TOKENS,
+            max_rows=MAX_RUNNING,
+        )
+    with asked_for(monkeypatch) as later, every_launch_asks(monkeypatch):
+        world = AbsentWorld(
+            model, torch.bfloat16, HOPPER, max_running=storm.max_rows, max_context_tokens=storm.max_context_tokens
+        )
+        for rows in steps:
+            world.runner.launch(storm.plan(world, rows, [SamplingParams()]))
+    return len(later), later - ahead, missing(world.cuda_runner.kinds(), captured)
+
+
 @pytest.mark.parametrize(
     ("model", "max_running", "max_step_tokens", "max_context_tokens"),
     [
@@ -77,34 +102,29 @@ def score(decoder: CudaDecoder, hidden_TD: torch.Tensor, *_: object) -> None:
         ("tiny-qwen2", 64, 512, 8192),
         ("qwen2.5-0.5b", 64, 512, 8192),
         ("qwen2.5-0.5b", 1, 100, 8192),
+        # No prompt is as long as a step; and a context that ends just behind a segment.
+        ("qwen2.5-0.5b", 48, 1024, 300),
+        ("qwen2.5-0.5b", 5, LONG_TOKENS, 520),
     ],
 )
 def test_nothing_is_left_to_compile_or_to_capture_for_steps_of_any_kind(
     model: str, max_running: int, max_step_tokens: int, max_context_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = random_config(model)
-    config = msgspec.structs.replace(config, max_context_tokens=min(config.max_context_tokens, max_context_tokens))
-    with asked_for(monkeypatch) as ahead:
-        captured = compile_ahead(
-            config,
-            torch.bfloat16,
-            HOPPER,
-            block_size_tokens=16,
-            max_running=max_running,
-            max_step_tokens=max_step_tokens,
-            max_tokens=LONG_TOKENS,
-            max_rows=MAX_RUNNING,
-        )
-    with asked_for(monkeypatch) as later, every_launch_asks(monkeypatch):
-        world = AbsentWorld(
-            model, torch.bfloat16, HOPPER, max_running=max_running, max_context_tokens=config.max_context_tokens
-        )
-        storm = Storm(max_running, max_step_tokens, config.max_context_tokens)
-        for rows in storm.steps(Random(max_running), NUM_STEPS):
-            world.runner.launch(storm.plan(world, rows, [SamplingParams()]))
-    assert len(later) > 15
-    assert later - ahead == set()
-    assert missing(world.cuda_runner.kinds(), captured) == []
+    storm = Storm(max_running, max_step_tokens, max_context_tokens)
+    steps = storm.steps(Random(max_running), NUM_STEPS)
+    num_kernels, kernels, kinds = behind_a_start(model, storm, steps, monkeypatch)
+    assert num_kernels > 15
+    assert kernels == set()
+    assert kinds == []
+
+
+def test_prompts_together_are_as_short_as_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program needs help with the longest of them, as it would with one prompt of as many tokens."""
+    for num_tokens, num_rows in ((1024, 2), (896, 4), (768, 8)):
+        steps = [[StormRow(0, num_tokens // num_rows)] * num_rows]
+        _, kernels, kinds = behind_a_start("tiny-mistral", Storm(8, 1024, 2048), steps, monkeypatch)
+        assert kernels == set()
+        assert kinds == []
 
 
 def missing(asked: Kinds, captured: Kinds) -> list[set[tuple[int, ...]]]:
