@@ -37,6 +37,7 @@ from triode.models.cuda.past import Ends
 from triode.models.cuda.programs import Kinds, prefill_shape
 from triode.models.cuda.sampling import SampledSet
 from triode.models.cuda.steps import DeviceSteps
+from triode.models.cuda.tally import Tally
 from triode.models.cuda.waking import Waking
 from triode.models.grammar import GuideCompiler, check_guide, release_guide
 from triode.models.guide import Guide
@@ -73,8 +74,7 @@ class CudaRunner:
         self._set: SampledSet | None = None
         self._flights: deque[Flight] = deque()
         self._histories = Histories(self._host)
-        self._launched = RunnerStatistics()
-        self._collected = RunnerStatistics()
+        self._tally = Tally()
         self.hand_over: Callable[[], None] = nobody_waits
 
     def check_guide(self, guide: Guide, num_requests: int = 1) -> None:
@@ -116,7 +116,7 @@ class CudaRunner:
                 self._embeddings.forget(admission.slot)
             launch = self._launch_decode if decodes else self._launch_mixed
             self._flights.append(launch(steps, plan, slot_R, start_R, end_R))
-        self._count_launch(plan, time.perf_counter() - start_s)
+        self._tally.launched(plan, time.perf_counter() - start_s)
 
     def is_ready(self) -> bool:
         """Whether the device is done with the oldest step not collected yet."""
@@ -129,26 +129,12 @@ class CudaRunner:
             flight.ended.wait()
             self._histories.learn_until(flight)
         result = flight.result()
-        before = self._collected
-        self._collected = RunnerStatistics(
-            num_sampled_tokens=before.num_sampled_tokens + len(result.token_ids),
-            forward_s=before.forward_s + result.forward_s,
-            sample_s=before.sample_s + result.sample_s,
-        )
+        self._tally.collected(result)
         return result
 
     def statistics(self) -> RunnerStatistics:
         """A snapshot. Forward and sampling are device time, preparing is host time."""
-        launched, collected = self._launched, self._collected
-        return RunnerStatistics(
-            num_steps=launched.num_steps,
-            num_rows=launched.num_rows,
-            num_query_tokens=launched.num_query_tokens,
-            num_sampled_tokens=collected.num_sampled_tokens,
-            prepare_s=launched.prepare_s,
-            forward_s=collected.forward_s,
-            sample_s=collected.sample_s,
-        )
+        return self._tally.statistics()
 
     def close(self) -> None:
         """Wait for what runs, then give back all memory of the device."""
@@ -303,12 +289,3 @@ class CudaRunner:
             self._set = SampledSet([states[row] for row in sampled], slots, vocab_size, steps.arena, self._gpu)
             self._set_key = key
         return self._set
-
-    def _count_launch(self, plan: StepPlan, prepare_s: float) -> None:
-        before = self._launched
-        self._launched = RunnerStatistics(
-            num_steps=before.num_steps + 1,
-            num_rows=before.num_rows + len(plan.slots),
-            num_query_tokens=before.num_query_tokens + sum(plan.num_query_tokens),
-            prepare_s=before.prepare_s + prepare_s,
-        )
