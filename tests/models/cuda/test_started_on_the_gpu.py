@@ -78,15 +78,15 @@ def serve(world: DeviceWorld, storm: Storm, kinds: tuple[SamplingParams, ...]) -
         world.runner.collect()
 
 
-@pytest.mark.parametrize("max_running", [1, 8, 256])
+@pytest.mark.parametrize(("max_running", "max_step_tokens"), [(1, 512), (8, 2048), (256, 2048)])
 def test_a_started_runner_compiles_loads_and_captures_nothing_more(
-    max_running: int, monkeypatch: pytest.MonkeyPatch
+    max_running: int, max_step_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = msgspec.structs.replace(random_config("qwen2.5-0.5b"), max_context_tokens=4096)
-    storm = Storm(max_running, 2048, config.max_context_tokens)
+    storm = Storm(max_running, max_step_tokens, config.max_context_tokens)
     forget_kernels()
     with watched(monkeypatch) as started:
-        world = DeviceWorld(config, torch.bfloat16, max_running=max_running, max_step_tokens=2048)
+        world = DeviceWorld(config, torch.bfloat16, max_running=max_running, max_step_tokens=max_step_tokens)
     with world, watched(monkeypatch) as made:
         serve(world, storm, KINDS)
     assert {each.split()[0] for each in started} == {"compiled", "loaded", "captured"}
