@@ -58,8 +58,7 @@ async def run_scheduler(
             # The executor hands on its plan before the cache wakes.
             await trio.lowlevel.checkpoint()
             cache(launched)
-        if released := core.outbox.take_releases(now_s):
-            cache(released)
+        _release(core, cache, now_s)
         for guide in core.outbox.take_guides():
             executor(ReleaseGuide(guide))
         if question := core.wants(now_s):
@@ -88,6 +87,8 @@ def _handle(
                 return True
         case Matched():
             if question := core.matched(message, now_s):
+                # What this turn has freed so far counts in the answer: a refusal of it is taken for the last word.
+                _release(core, cache, now_s)
                 cache(question)
         case Tokenized():
             core.add(message)
@@ -102,3 +103,8 @@ def _handle(
         case _:
             assert_never(message)
     return False
+
+
+def _release(core: Scheduler, cache: Put[CacheInbox], now_s: float) -> None:
+    if released := core.outbox.take_releases(now_s):
+        cache(released)

@@ -16,8 +16,11 @@ from triode.actors.messages import (
     Cancel,
     DetokenizerInbox,
     ExecutorInbox,
+    Match,
     Opened,
+    Release,
     ReleaseGuide,
+    Reserve,
     Sampled,
     SchedulerInbox,
     StepResult,
@@ -31,6 +34,7 @@ from triode.cache.manager import CacheManager
 from triode.ids import RequestId, TokenId, pack_tokens
 from triode.models.guide import Guide, Regex
 from triode.models.sampling import SamplingParams
+from triode.models.step import StepPlan
 
 
 class LoggingManager(CacheManager):
@@ -154,6 +158,44 @@ async def test_a_steps_tokens_are_passed_on_when_its_successor_has_been_launched
     assert [step for what, step in actors.log if what == "read"] == list(range(num_steps)), "all are read, in order"
     for step in range(num_steps - max_in_flight):
         assert actors.log.index(("launched", step + max_in_flight)) < actors.log.index(("read", step))
+
+
+async def test_what_a_result_frees_counts_for_the_prompt_that_was_matched_meanwhile() -> None:
+    """Both arrive in one turn, and nothing else runs: a refusal would be the last word on a prompt that has room."""
+    cache, runner = CacheManager(4, CacheConfig()), CheckingRunner(16, max_running=2)
+    inbox: Inbox[SchedulerInbox] = Inbox()
+    asked: list[CacheInbox] = []
+    plans: list[ExecutorInbox] = []
+    core = Scheduler(SchedulerConfig(max_running=2, max_step_tokens=64), max_in_flight=2)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run_scheduler, core, inbox, asked.append, plans.append, lambda _: None)
+        for arrival in range(2):
+            tokens = tuple(map(TokenId, range(arrival, arrival + 40)))
+            name, params = RequestId(f"r{arrival}"), SamplingParams(max_tokens=1)
+            inbox.put(Tokenized(name, arrival, tokens, pack_tokens(tokens), params, seed=0, stop_token_ids=()))
+            await trio.testing.wait_all_tasks_blocked()
+            match = asked.pop()
+            assert isinstance(match, Match)
+            if arrival == 0:
+                inbox.put(cache.match(match))
+                await trio.testing.wait_all_tasks_blocked()
+                reserve = asked.pop()
+                assert isinstance(reserve, Reserve)
+                inbox.put(cache.reserve(reserve))
+                await trio.testing.wait_all_tasks_blocked()
+                asked.clear()
+        plan = plans.pop()
+        assert isinstance(plan, StepPlan)
+        inbox.put(runner.run(plan))
+        assert isinstance(match, Match)
+        inbox.put(cache.match(match))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    released, reserve = asked
+    assert isinstance(released, Release)
+    assert isinstance(reserve, Reserve)
+    cache.release(released)
+    assert cache.reserve(reserve).granted == (True,)
 
 
 async def test_tokens_wait_for_one_plan_only_however_fast_the_device_is() -> None:
