@@ -32,6 +32,8 @@ from triode.models.weights import DecoderWeights
 _LEAST_GRAPH_BYTES = 2**20
 # As the driver words CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE, of which Triton hands on the words alone.
 _NO_PLACE = "too many blocks in cooperative launch"
+# And CUDA_ERROR_OUT_OF_MEMORY: torch's allocator has an error of its own for it, graphs and Triton's launches have not.
+_NO_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +176,12 @@ def explained(max_step_tokens: int, max_running: int) -> Iterator[None]:
     """
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise InsufficientMemory(
-            f"the buffers of a step do not fit beside the weights: lower max_step_tokens ({max_step_tokens}) or "
-            f"max_running ({max_running}), or close what else holds the GPU's memory"
-        ) from error
     except RuntimeError as error:
+        if _NO_MEMORY in str(error):
+            raise InsufficientMemory(
+                f"the buffers of a step do not fit beside the weights: lower max_step_tokens ({max_step_tokens}) or "
+                f"max_running ({max_running}), or close what else holds the GPU's memory"
+            ) from error
         if _NO_PLACE not in str(error):
             raise
         raise EngineFault(

@@ -35,12 +35,21 @@ def test_a_launch_that_finds_no_place_says_what_to_do() -> None:
     assert caught.value.__cause__ is refusal
 
 
-def test_memory_that_is_short_says_what_to_lower() -> None:
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=["allocator", "graph", "launch"],
+)
+def test_memory_that_is_short_says_what_to_lower(refusal: RuntimeError) -> None:
     with (
         pytest.raises(InsufficientMemory, match=r"lower max_step_tokens \(2048\) or max_running \(256\)"),
         explained(2048, 256),
     ):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        raise refusal
 
 
 def test_any_other_error_rises_as_it_is() -> None:
