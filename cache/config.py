@@ -21,7 +21,7 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_cache_bytes: int | None = None
     """Memory for keys and values; None takes `kv_cache_fraction` of what is free."""
     kv_cache_fraction: float = 0.8
-    """Of the memory that is free once the weights are loaded; unused when `kv_cache_bytes` is set."""
+    """Of the memory that is free once the weights are loaded, on a GPU also all buffers and graphs; unused when `kv_cache_bytes` is set."""
     kv_dtype: KVDtype = "auto"
     """How keys and values are kept: "auto" as the model computes, "int8" as bytes with a scale for each token and head, which
     take about half the memory of bfloat16; for the compiled CPU step only."""
